@@ -1,0 +1,23 @@
+"""Exact fused GRPO losses from hidden states, without ever holding full-vocabulary logits."""
+
+from fastgrpo.advantages import count_normalizer, group_advantages
+from fastgrpo.checks import checked
+from fastgrpo.chunked import default_workspace_mb
+from fastgrpo.config import LossConfig
+from fastgrpo.logps import TokenLogps, linear_logps
+from fastgrpo.loss import FusedGRPOLoss, GRPOLoss, grpo_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedGRPOLoss",
+    "GRPOLoss",
+    "LossConfig",
+    "TokenLogps",
+    "checked",
+    "count_normalizer",
+    "default_workspace_mb",
+    "group_advantages",
+    "grpo_loss",
+    "linear_logps",
+]

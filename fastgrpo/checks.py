@@ -1,0 +1,171 @@
+"""Errors that name the argument, what was expected and what came.
+
+Shapes, dtypes and devices are always checked. Looking at *values* (token ids in range, temperatures
+above zero) would make a GPU wait for the host: it is done on CPUs, and on GPUs inside `checked()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import LossConfig
+
+_values_checked_on_gpu = False
+
+
+@contextlib.contextmanager
+def checked(enabled: bool = True) -> Iterator[None]:
+    """Within this context, values are checked on GPUs too, at the price of host synchronisations."""
+    global _values_checked_on_gpu
+    before, _values_checked_on_gpu = _values_checked_on_gpu, enabled
+    try:
+        yield
+    finally:
+        _values_checked_on_gpu = before
+
+
+def looks_at_values(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or _values_checked_on_gpu
+
+
+def tensor(
+    name: str,
+    x: object,
+    shape: tuple[int, ...] | None = None,
+    like: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> None:
+    """Raise ValueError unless x is a tensor of this shape, on the device of `like`, of these dtypes."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if shape is not None and tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {x.device}")
+    if dtypes is not None and x.dtype not in dtypes:
+        raise ValueError(f"{name}: expected dtype {_names(dtypes)}, got {x.dtype}")
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None:
+    """Check the operands of the logits: hidden (..., H), weight (V, H), bias (V,)."""
+    allowed = FLOATS[:-1] if backend == "triton" else FLOATS
+    tensor("hidden", hidden, dtypes=allowed)
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden: expected shape (..., H), got {tuple(hidden.shape)}")
+    tensor("weight", weight, like=hidden)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
+        hint = " (an empty weight is a shard that was not gathered)" if not weight.numel() else ""
+        raise ValueError(
+            f"weight: expected shape (V, {hidden.shape[-1]}) as hidden is {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}{hint}"
+        )
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(
+            "weight: expected a plain tensor, got a DTensor; gather it with "
+            "full_tensor(grad_placements=[Partial('avg')]), or its gradient is not reduced"
+        )
+    same = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
+    tensor("weight", weight, dtypes=same)
+    if bias is not None:
+        tensor("bias", bias, (weight.shape[0],), like=hidden, dtypes=same)
+
+
+def transform(logit_scale: float, softcap: float | None, workspace_mb: float | None) -> None:
+    finite("logit_scale", logit_scale)
+    if softcap is not None and finite("softcap", softcap) <= 0:
+        raise ValueError(f"softcap: expected a number > 0, or None for no cap; got {softcap}")
+    if workspace_mb is not None and finite("workspace_mb", workspace_mb) <= 0:
+        raise ValueError(f"workspace_mb: expected a number of MiB > 0, got {workspace_mb}")
+
+
+def temperature(value: object, shape: tuple[int, ...], like: Tensor) -> None:
+    """Check a temperature: a number > 0, or one per token. Per-token values are checked in the op."""
+    if isinstance(value, Tensor):
+        tensor("temperature", value, shape, like=like, dtypes=FLOATS)
+    elif finite("temperature", value) <= 0:
+        raise ValueError(f"temperature: expected a number > 0, got {value}")
+
+
+def positive_temperature(values: Tensor) -> None:
+    """Raise ValueError if a token's temperature is not finite and above zero."""
+    if looks_at_values(values) and len(bad := values[~((values > 0) & values.isfinite())]):
+        raise ValueError(f"temperature: expected values > 0 at unmasked tokens, got {bad[0].item()}")
+
+
+def token_ids(name: str, ids: Tensor, vocab: int) -> None:
+    """Raise ValueError if an id is outside the vocabulary."""
+    if looks_at_values(ids) and len(bad := ids[(ids < 0) | (ids >= vocab)]):
+        raise ValueError(
+            f"{name}: expected ids in [0, {vocab}) at unmasked tokens, got {bad[0].item()}"
+        )
+
+
+def bounds(cu_seqlens: object, n: int, like: Tensor) -> None:
+    """Check the type of cu_seqlens (B + 1,), the bounds of packed sequences."""
+    tensor("cu_seqlens", cu_seqlens, like=like, dtypes=(torch.int32, torch.int64))
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+        raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+
+
+def bounds_values(cu: Tensor, n: int) -> None:
+    """Raise ValueError unless cu starts at 0, never decreases and ends at n."""
+    if looks_at_values(cu) and (cu[0] != 0 or cu[-1] != n or bool((cu.diff() < 0).any())):
+        raise ValueError(
+            f"cu_seqlens: expected a non-decreasing sequence from 0 to N = {n}, got {cu.tolist()}"
+        )
+
+
+def loss_options(config: object, ref_logps: object, normalizer: object, like: Tensor) -> None:
+    """Check what the loss needs from the call."""
+    if not isinstance(config, LossConfig):
+        raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
+    if config.beta and ref_logps is None:
+        raise ValueError(f"ref_logps: expected log-probs as beta is {config.beta}, got None")
+    if isinstance(normalizer, Tensor):
+        tensor("normalizer", normalizer, (), like=like)
+    elif normalizer is not None and finite("normalizer", normalizer) <= 0:
+        raise ValueError(f"normalizer: expected a number > 0, got {normalizer}")
+    if config.aggregation == "fixed_length" and normalizer is None:
+        if config.max_completion_length is None:
+            raise ValueError(
+                "max_completion_length: expected a length in the LossConfig, or a normalizer, for "
+                "aggregation='fixed_length'; got neither"
+            )
+
+
+def dense_only(sparsity: float, seed: int | None, old_logps: Tensor | None = None) -> None:
+    if sparsity != 0.0:
+        raise ValueError(f"sparsity: expected 0.0, the only value supported so far; got {sparsity}")
+    if seed is not None:
+        raise ValueError("seed has no effect with sparsity=0.0")
+    if old_logps is not None:
+        raise ValueError("old_logps has no effect with sparsity=0.0")
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+
+
+def positive_normalizer(value: Tensor) -> None:
+    if looks_at_values(value) and not (value > 0 and value.isfinite()):
+        raise ValueError(f"normalizer: expected a number > 0, got {value.item()}")
+
+
+def finite(name: str, value: object) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,0 +1,257 @@
+"""`grpo_loss`: the loss of a batch of completions and its gradients, from hidden states."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo import checks, ops
+from fastgrpo.config import LossConfig
+from fastgrpo.logps import Backend, linear_logps, temperature_tensor
+from fastgrpo.policy import METRICS
+
+
+class GRPOLoss(NamedTuple):
+    """What `grpo_loss` returns."""
+
+    loss: Tensor
+    """() fp32, differentiable in hidden, weight and bias."""
+    logps: Tensor
+    """As completion_ids, fp32, nats, detached: the next epoch's old_logps. 0 where masked."""
+    entropy: Tensor | None
+    """As completion_ids, fp32, nats, as `LossConfig.entropy` asks."""
+    metrics: dict[str, Tensor]
+    """Detached scalars on the device. Each is a mean over `<name>_count` tokens."""
+
+
+def grpo_loss(
+    hidden: Tensor,  # (B, T, H), or packed (N, H) with cu_seqlens
+    weight: Tensor,  # (V, H)
+    completion_ids: Tensor,  # (B, T) or (N,) int64
+    completion_mask: Tensor | None,  # (B, T) bool; packed: (N,) bool or None for all
+    advantages: Tensor,  # (B,), or per token (B, T) / (N,)
+    *,
+    old_logps: Tensor | None = None,  # as completion_ids
+    ref_logps: Tensor | None = None,  # as completion_ids
+    sampler_logps: Tensor | None = None,  # as completion_ids
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32
+    normalizer: float | int | Tensor | None = None,
+    config: str | LossConfig = "grpo",
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # or as completion_ids
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    workspace_mb: float | None = None,
+    backend: Backend = "auto",
+    sparsity: float = 0.0,
+    seed: int | None = None,
+) -> GRPOLoss:
+    """Return the loss of a batch of completions; `loss.backward()` costs no further GEMM.
+
+    Equivalent to (for the preset "grpo", fp32 logits, and r without gradient clipping by hand):
+
+        logps = linear_logps(hidden, weight, completion_ids, ...).logps
+        r = exp(logps - old_logps)
+        loss = -min(r * A, clip(r, 1 - epsilon_low, 1 + epsilon_high) * A) + beta * k3(logps, ref_logps)
+        loss = mean over sequences of the mean over their unmasked tokens
+
+    Args:
+        hidden: (B, T, H) or packed (N, H); hidden[b, t] is the state that predicts completion_ids[b, t].
+            bf16, fp16, fp32; fp64 on the torch backend.
+        weight: (V, H), in hidden's dtype or fp32.
+        completion_ids: (B, T) or (N,) int64 in [0, V) where unmasked.
+        completion_mask: bool. Masked positions may hold anything in every tensor, NaN and ids out of
+            range too: they change neither the loss nor any gradient.
+        advantages: (B,) fp32 or per token.
+        old_logps: log-probs when the completions were sampled; None: on-policy, the ratio is 1 in
+            value and has its gradient.
+        ref_logps: log-probs of the reference policy, required if config.beta > 0.
+        sampler_logps: log-probs that the inference engine reported: they feed the metrics.
+        cu_seqlens: (B + 1,) int32 bounds of packed sequences, from 0 to N.
+        normalizer: the denominator itself, counted over the whole optimizer step: tokens for a mean over
+            tokens, sequences for a mean over sequences, B * max_completion_length for the fixed length
+            (`count_normalizer`). Where gradients are averaged over ranks, divide it by their number.
+            None: counted in this call.
+        config: a preset's name or a `LossConfig`.
+        bias, temperature, logit_scale, softcap, workspace_mb, backend: as in `linear_logps`.
+        sparsity, seed: reserved for the sparse backward; anything but the defaults raises.
+
+    Metrics: kl (to the reference), ratio_mean, clip_low, clip_high, approx_kl (to old_logps), live_rows
+    (share of tokens with a gradient), entropy if computed, sampler_kl if sampler_logps is given.
+
+    Raises:
+        ValueError: for any argument of the wrong shape, dtype, device or value, and for options
+            without effect. Second derivatives raise RuntimeError.
+    """
+    config = LossConfig.preset(config) if isinstance(config, str) else config
+    checks.head(hidden, weight, bias, backend)
+    checks.transform(logit_scale, softcap, workspace_mb)
+    checks.dense_only(sparsity, seed)
+    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    batch = _flatten(
+        hidden, completion_ids, completion_mask, advantages, old_logps, ref_logps, sampler_logps,
+        cu_seqlens, temperature,
+    )  # fmt: skip
+    checks.loss_options(config, ref_logps, normalizer, hidden)
+    if isinstance(normalizer, (int, float)):
+        normalizer = torch.full((), float(normalizer), device=hidden.device)
+    policy_args = (
+        batch.cu_seqlens, batch.advantages, batch.old_logps, batch.ref_logps, normalizer, config.key,
+    )  # fmt: skip
+    if config.entropy == "differentiable":
+        # Gradients of the entropy that the caller sends back can only be made in the backward.
+        ids = batch.ids.masked_fill(~batch.mask, -100)
+        scored = linear_logps(
+            batch.hidden, weight, ids, bias=bias, temperature=_per_row(temperature),
+            logit_scale=logit_scale, softcap=softcap, entropy="differentiable",
+            workspace_mb=workspace_mb, backend=backend,
+        )  # fmt: skip
+        loss, _, _, stats = ops.policy_loss_op(
+            scored.logps, scored.entropy, batch.mask, *policy_args, backend
+        )
+        logps, entropy = scored.logps.detach(), scored.entropy
+    else:
+        grad = torch.is_grad_enabled()
+        loss, logps, entropy, stats, *_ = ops.grpo_loss(
+            batch.hidden, weight, batch.ids, batch.mask, bias,
+            temperature_tensor(temperature, hidden), float(logit_scale), float(softcap or 0.0),
+            *policy_args,
+            grad and hidden.requires_grad,
+            grad and weight.requires_grad,
+            grad and bias is not None and bias.requires_grad,
+            workspace_mb, backend,
+        )  # fmt: skip
+    shape = completion_ids.shape
+    return GRPOLoss(
+        loss,
+        logps.view(shape),
+        entropy.view(shape) if config.entropy != "none" else None,
+        _metrics(stats, config, batch, logps),
+    )
+
+
+class FusedGRPOLoss(nn.Module):
+    """`grpo_loss` with its configuration held: call it with the tensors.
+
+    Args:
+        config: a preset's name or a `LossConfig`.
+        **options: keyword arguments of `grpo_loss` to hold as well, such as temperature or softcap.
+    """
+
+    def __init__(self, config: str | LossConfig = "grpo", **options: object) -> None:
+        super().__init__()
+        self.config = LossConfig.preset(config) if isinstance(config, str) else config
+        self.options = options
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor | None,
+        advantages: Tensor,
+        **tensors: object,
+    ) -> GRPOLoss:
+        options = {**self.options, **tensors, "config": self.config}
+        return grpo_loss(
+            hidden, weight, completion_ids, completion_mask, advantages, **options
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.config}"
+
+
+class _Batch(NamedTuple):
+    """The arguments as rows (N, ...) with a mask and the bounds of their sequences."""
+
+    hidden: Tensor
+    ids: Tensor
+    mask: Tensor
+    advantages: Tensor  # (N,)
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    sampler_logps: Tensor | None
+    cu_seqlens: Tensor
+
+
+def _flatten(
+    hidden: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    advantages: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    sampler_logps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    temperature: float | Tensor,
+) -> _Batch:
+    shape = tuple(hidden.shape[:-1])
+    if len(shape) != (2 if cu_seqlens is None else 1):
+        form = "(B, T, H)" if cu_seqlens is None else "(N, H) with cu_seqlens"
+        raise ValueError(f"hidden: expected shape {form}, got {tuple(hidden.shape)}")
+    checks.tensor("completion_ids", ids, shape, like=hidden, dtypes=(torch.int64,))
+    if mask is None and cu_seqlens is None:
+        raise ValueError("completion_mask: expected a bool tensor (B, T), got None")
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=hidden.device)
+    checks.tensor("completion_mask", mask, shape, like=hidden, dtypes=(torch.bool,))
+    given = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps}
+    for name, x in given.items():
+        if x is not None:
+            checks.tensor(name, x, shape, like=hidden, dtypes=checks.FLOATS)
+    checks.temperature(temperature, shape, hidden)
+    n = ids.numel()
+    if cu_seqlens is None:
+        sequences, length = shape
+        cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * length
+        sequence = torch.arange(sequences, device=hidden.device).repeat_interleave(length)
+    else:
+        checks.bounds(cu_seqlens, n, hidden)
+        sequences = len(cu_seqlens) - 1
+        positions = torch.arange(n, device=hidden.device)
+        sequence = torch.bucketize(positions, cu_seqlens[1:].to(torch.int64), right=True)
+    checks.tensor("advantages", advantages, like=hidden, dtypes=checks.FLOATS)
+    if tuple(advantages.shape) == (sequences,):
+        advantages = advantages[sequence]
+    elif tuple(advantages.shape) != shape:
+        raise ValueError(
+            f"advantages: expected shape {(sequences,)} or {shape}, got {tuple(advantages.shape)}"
+        )
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().reshape(n)
+
+    return _Batch(
+        hidden.reshape(n, hidden.shape[-1]),
+        rows(ids),
+        rows(mask),
+        rows(advantages),
+        *(rows(x) for x in given.values()),
+        cu_seqlens,
+    )
+
+
+def _per_row(temperature: float | Tensor) -> float | Tensor:
+    return temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
+
+
+def _metrics(
+    stats: Tensor, config: LossConfig, batch: _Batch, logps: Tensor
+) -> dict[str, Tensor]:
+    count = stats[-1]
+    mean = stats / count.clamp(min=1)
+    metrics = {}
+    for i, name in enumerate(METRICS):
+        if name == "entropy" and config.entropy == "none" and not config.entropy_coef:
+            continue
+        known = name != "kl" or batch.ref_logps is not None
+        metrics[name], metrics[f"{name}_count"] = mean[i], count if known else torch.zeros_like(count)
+    if batch.sampler_logps is not None:
+        scored = batch.mask & ~batch.sampler_logps.isnan()
+        x = torch.where(scored, logps - batch.sampler_logps, 0.0)
+        scored = scored.sum(dtype=stats.dtype)
+        metrics["sampler_kl"] = (x.exp() - 1 - x).sum() / scored.clamp(min=1)
+        metrics["sampler_kl_count"] = scored
+    return metrics

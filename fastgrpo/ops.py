@@ -1,0 +1,389 @@
+"""The ops that autograd and `torch.compile` see, registered with `torch.library`.
+
+    linear_logps       log-probs, lse and entropy of rows; frozen head: also their Jacobian
+    linear_logps_bwd   its gradient, recomputed from the lse on the rows that have one
+    grpo_loss          the whole loss; its gradients are made here, in the forward
+    policy_loss        the loss from given log-probs
+
+All of them take rows (N, ...) with a mask. Masked rows are dropped before anything is computed, so that
+their content never matters. What is not asked for comes back as an empty tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fastgrpo import checks
+from fastgrpo.backend import resolve
+from fastgrpo.chunked import Grads, Head, Logps, Needs, Rows, Upstream, logps_bwd, logps_fwd, plan
+from fastgrpo.config import config_from_key
+from fastgrpo.fused import logps_and_jacobian, loss_and_grads
+from fastgrpo.packing import Index, live_first, sequences, spread, unmasked
+from fastgrpo.policy import METRICS, PolicyRows, policy_loss, token_weights
+
+
+def _without_autocast(fn: Callable) -> Callable:
+    """Autocast would round fp32 operands to 16 bits inside the op."""
+
+    @functools.wraps(fn)
+    def wrapped(first: Tensor, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return fn(first, *args, **kwargs)
+
+    return wrapped
+
+
+# ---- linear_logps ------------------------------------------------------------------------------
+
+
+@custom_op("fastgrpo::linear_logps", mutates_args=())
+@_without_autocast
+def linear_logps(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    token_ids: Tensor,  # (N,)
+    mask: Tensor,  # (N,) bool
+    bias: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,) or (), None = 1
+    logit_scale: float,
+    softcap: float,
+    with_entropy: bool,
+    with_jacobian: bool,
+    workspace_mb: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return logps (N,), lse (N,), entropy (N,) and dlogps/dhidden (N, H)."""
+    impl = resolve(hidden.device, backend)
+    head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
+    where = unmasked(mask)
+    rows = _rows(hidden, "token_ids", token_ids, temperature, where, len(weight))
+    if with_jacobian:
+        scored, jacobian = logps_and_jacobian(impl, rows, head, budget, with_entropy)
+        jacobian = spread(jacobian, where, len(mask))
+    else:
+        scored, jacobian = logps_fwd(impl, rows, head, budget, with_entropy), None
+    results = (*(spread(x, where, len(mask)) for x in scored), jacobian)
+    return _or_empty(results, scored.logps)
+
+
+@linear_logps.register_fake
+def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, with_entropy,
+      with_jacobian, workspace_mb, backend):  # fmt: skip
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    n = hidden.shape[0]
+    sizes = (n, n, n if with_entropy else 0, hidden.shape if with_jacobian else 0)
+    return tuple(hidden.new_empty(size, dtype=dtype) for size in sizes)
+
+
+def _linear_logps_setup(ctx, inputs, output) -> None:
+    *tensors, scale, softcap, _, with_jacobian, workspace_mb, backend = inputs
+    _, lse, entropy, jacobian = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, jacobian)
+    ctx.with_jacobian, ctx.dtype = with_jacobian, tensors[0].dtype
+    ctx.options = (scale, softcap, workspace_mb, backend)
+    ctx.save_for_backward(*([jacobian] if with_jacobian else [*tensors, lse, entropy]))
+
+
+def _linear_logps_backward(ctx, dlogps, dlse, dentropy, djacobian):
+    _refuse_double_backward()
+    nothing = (None,) * 12
+    if dlogps is None and dentropy is None:
+        return nothing
+    if ctx.with_jacobian:
+        (jacobian,) = ctx.saved_tensors
+        return ((jacobian * dlogps[:, None]).to(ctx.dtype), *nothing[1:])
+    *tensors, lse, entropy = ctx.saved_tensors
+    scale, softcap, workspace_mb, backend = ctx.options
+    need_hidden, need_weight, _, _, need_bias, *_ = ctx.needs_input_grad
+    dlogps = torch.zeros_like(lse) if dlogps is None else dlogps.contiguous()
+    dentropy = None if dentropy is None else dentropy.contiguous()
+    dhidden, dweight, dbias = linear_logps_bwd(
+        *tensors, scale, softcap, lse, entropy, dlogps, dentropy,
+        need_hidden, need_weight, need_bias, workspace_mb, backend,
+    )  # fmt: skip
+    return (
+        dhidden if need_hidden else None,
+        dweight if need_weight else None,
+        None,
+        None,
+        dbias if need_bias else None,
+        *nothing[5:],
+    )
+
+
+linear_logps.register_autograd(_linear_logps_backward, setup_context=_linear_logps_setup)
+
+
+@custom_op("fastgrpo::linear_logps_bwd", mutates_args=())
+@_without_autocast
+def linear_logps_bwd(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    lse: Tensor,  # (N,)
+    entropy: Tensor,  # (N,), or empty
+    dlogps: Tensor,  # (N,)
+    dentropy: Tensor | None,  # (N,)
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace_mb: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden, weight and bias, in their dtypes."""
+    live = dlogps != 0 if dentropy is None else (dlogps != 0) | (dentropy != 0)
+    where = unmasked(mask & live)
+    grads = logps_bwd(
+        resolve(hidden.device, backend),
+        _rows(hidden, "token_ids", token_ids, temperature, where, len(weight)),
+        Head(weight, bias, logit_scale, softcap),
+        plan(hidden, weight, workspace_mb),
+        Logps(lse[where], lse[where], entropy[where] if len(entropy) else None),
+        Upstream(dlogps[where], None if dentropy is None else dentropy[where]),
+        Needs(need_hidden, need_weight, need_bias),
+    )
+    grads = grads._replace(hidden=spread(grads.hidden, where, len(mask)))
+    dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    grads = (None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
+    return _or_empty(grads, hidden)
+
+
+@linear_logps_bwd.register_fake
+def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lse, entropy,
+      dlogps, dentropy, need_hidden, need_weight, need_bias, workspace_mb, backend):  # fmt: skip
+    return (
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if need_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if need_bias else hidden.new_empty(0),
+    )
+
+
+# ---- grpo_loss ---------------------------------------------------------------------------------
+
+
+@custom_op("fastgrpo::grpo_loss", mutates_args=())
+@_without_autocast
+def grpo_loss(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    completion_ids: Tensor,  # (N,)
+    mask: Tensor,  # (N,) bool
+    bias: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,) or (), None = 1
+    logit_scale: float,
+    softcap: float,
+    cu_seqlens: Tensor,  # (B + 1,)
+    advantages: Tensor,  # (N,)
+    old_logps: Tensor | None,  # (N,)
+    ref_logps: Tensor | None,  # (N,)
+    normalizer: Tensor | None,  # ()
+    config_key: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace_mb: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss (), logps (N,), entropy (N,), sums of `METRICS` with the token count last, and the
+    gradients of hidden, weight and bias, in their dtypes (fp32 for fp16)."""
+    config, needs = config_from_key(config_key), Needs(need_hidden, need_weight, need_bias)
+    head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
+    inert = None
+    if any(needs) and config.ratio_level != "sequence":
+        inert = (advantages == 0) & (config.beta == 0 and config.entropy_coef == 0)
+    where, live = live_first(mask, inert)
+    policy_rows, cu_packed = _policy_rows(
+        where, mask, cu_seqlens, advantages, old_logps, ref_logps, normalizer, config_key,
+        budget.accumulator,
+    )  # fmt: skip
+    scored, result, grads = loss_and_grads(
+        resolve(hidden.device, backend),
+        config,
+        _rows(hidden, "completion_ids", completion_ids, temperature, where, len(weight)),
+        policy_rows,
+        cu_packed,
+        live,
+        head,
+        budget,
+        needs,
+    )
+    n = len(mask)
+    logps, entropy = spread(scored.logps, where, n), spread(scored.entropy, where, n)
+    grads = grads._replace(hidden=spread(grads.hidden, where, n))
+    dtypes = (_kept(hidden.dtype), _kept(weight.dtype), None if bias is None else _kept(bias.dtype))
+    grads = (None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
+    return _or_empty((result.loss, logps, entropy, result.stats, *grads), logps)
+
+
+@grpo_loss.register_fake
+def _(hidden, weight, completion_ids, mask, bias, temperature, logit_scale, softcap, cu_seqlens,
+      advantages, old_logps, ref_logps, normalizer, config_key, need_hidden, need_weight,
+      need_bias, workspace_mb, backend):  # fmt: skip
+    config = config_from_key(config_key)
+    dtype, n = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
+    entropies = n if config.entropy != "none" or config.entropy_coef else 0
+    sizes = ((), n, entropies, len(METRICS) + 1)
+    wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
+    return (
+        *(hidden.new_empty(size, dtype=dtype) for size in sizes),
+        *(torch.empty_like(x, dtype=_kept(x.dtype)) if need else hidden.new_empty(0, dtype=dtype)
+          for x, need in wanted),
+    )  # fmt: skip
+
+
+def _grpo_loss_setup(ctx, inputs, output) -> None:
+    hidden, weight, _, _, bias, *_ = inputs
+    _, *rest = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*rest)
+    ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    ctx.needs = inputs[14:17]
+    ctx.save_for_backward(*rest[-3:])
+
+
+def _grpo_loss_backward(ctx, dloss, *_):
+    _refuse_double_backward()
+    nothing = (None,) * 19
+    if dloss is None:
+        return nothing
+    dhidden, dweight, dbias = (
+        _scaled(grad, dloss, dtype) if need else None
+        for grad, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
+    )
+    return (dhidden, dweight, None, None, dbias, *nothing[5:])
+
+
+grpo_loss.register_autograd(_grpo_loss_backward, setup_context=_grpo_loss_setup)
+
+
+# ---- policy_loss -------------------------------------------------------------------------------
+
+
+@custom_op("fastgrpo::policy_loss", mutates_args=())
+@_without_autocast
+def policy_loss_op(
+    logps: Tensor,  # (N,)
+    entropy: Tensor | None,  # (N,)
+    mask: Tensor,  # (N,) bool
+    cu_seqlens: Tensor,  # (B + 1,)
+    advantages: Tensor,  # (N,)
+    old_logps: Tensor | None,  # (N,)
+    ref_logps: Tensor | None,  # (N,)
+    normalizer: Tensor | None,  # ()
+    config_key: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return loss (), dL/dlogps (N,), dL/dentropy (N,), and sums of `METRICS` with the count."""
+    where = unmasked(mask)
+    policy_rows, cu_packed = _policy_rows(
+        where, mask, cu_seqlens, advantages, old_logps, ref_logps, normalizer, config_key,
+        logps.dtype,
+    )  # fmt: skip
+    packed = logps[where]
+    scored = Logps(packed, packed, None if entropy is None else entropy[where])
+    impl = resolve(logps.device, backend)
+    result = policy_loss(impl, config_from_key(config_key), scored, policy_rows, cu_packed)
+    upstream = (spread(x, where, len(mask)) for x in result.upstream)
+    return _or_empty((result.loss, *upstream, result.stats), logps)
+
+
+@policy_loss_op.register_fake
+def _(logps, entropy, mask, cu_seqlens, advantages, old_logps, ref_logps, normalizer, config_key,
+      backend):  # fmt: skip
+    dentropy = logps.shape[0] if config_from_key(config_key).entropy_coef else 0
+    sizes = ((), logps.shape[0], dentropy, len(METRICS) + 1)
+    return tuple(logps.new_empty(size) for size in sizes)
+
+
+def _policy_loss_setup(ctx, inputs, output) -> None:
+    _, dlogps, dentropy, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(dlogps, dentropy, stats)
+    ctx.save_for_backward(dlogps, dentropy)
+
+
+def _policy_loss_backward(ctx, dloss, *_):
+    _refuse_double_backward()
+    if dloss is None:
+        return (None,) * 10
+    dlogps, dentropy = ctx.saved_tensors
+    return (dlogps * dloss, dentropy * dloss if len(dentropy) else None, *(None,) * 8)
+
+
+policy_loss_op.register_autograd(_policy_loss_backward, setup_context=_policy_loss_setup)
+
+
+# ---- shared by the ops -------------------------------------------------------------------------
+
+
+def _rows(
+    hidden: Tensor, name: str, ids: Tensor, temperature: Tensor | None, where: Index, vocab: int
+) -> Rows:
+    """Pick rows and check what only their values tell."""
+    ids = ids[where]
+    checks.token_ids(name, ids, vocab)
+    inverse = None
+    if temperature is not None:
+        values = temperature[where] if temperature.dim() else temperature.expand(len(ids))
+        checks.positive_temperature(values)
+        inverse = values.to(torch.promote_types(hidden.dtype, torch.float32)).reciprocal()
+    return Rows(hidden[where], ids, inverse)
+
+
+def _policy_rows(
+    where: Index,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    advantages: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    normalizer: Tensor | None,
+    config_key: str,
+    dtype: torch.dtype,
+) -> tuple[PolicyRows, Tensor]:
+    """Pick rows of what the loss needs, and return the bounds of their sequences."""
+    checks.bounds_values(cu_seqlens, len(mask))
+    if normalizer is not None:
+        checks.positive_normalizer(normalizer)
+    sequence, lengths = sequences(cu_seqlens, mask)
+    weights = token_weights(
+        config_from_key(config_key), lengths, sequence[where], normalizer, dtype
+    )
+    given = (None if x is None else x[where].to(dtype) for x in (advantages, old_logps, ref_logps))
+    advantages, old_logps, ref_logps = given
+    cu_packed = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return PolicyRows(advantages, weights, old_logps, ref_logps), cu_packed
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """fp16 gradients stay in fp32 until the upstream gradient, a loss scaler's, has been applied."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    # Out of place, for a second backward. Where looking costs nothing, a factor of 1 saves the copy;
+    # a tracer's tensors (subclasses) hold no value to look at.
+    if type(by) is Tensor and by.device.type == "cpu" and by.item() == 1:
+        return grad.to(dtype)
+    return (grad * by).to(dtype)
+
+
+def _or_empty(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An op returns tensors only: empty ones for what was not asked for."""
+    return tuple(like.new_empty(0) if x is None else x for x in results)
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("fastgrpo ops have no second derivative: create_graph must be False")

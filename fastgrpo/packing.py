@@ -1,0 +1,45 @@
+"""Masked rows never reach a kernel: choosing rows, and putting results back in their places."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Index = Tensor | slice
+"""Chosen rows: their indices, or slice(None) where all of them are, which copies nothing."""
+
+
+def unmasked(mask: Tensor) -> Index:
+    """Return the rows where mask (N,) is True. One host synchronisation."""
+    rows = mask.nonzero()[:, 0]
+    return slice(None) if len(rows) == len(mask) else rows
+
+
+def live_first(mask: Tensor, inert: Tensor | None) -> tuple[Index, int]:
+    """Return the unmasked rows, those that are not inert first, and how many these are.
+
+    Without `inert` the rows keep their order. One host synchronisation.
+    """
+    if inert is None:
+        rows = unmasked(mask)
+        return rows, len(mask) if isinstance(rows, slice) else len(rows)
+    rank = torch.where(mask, inert.to(torch.uint8), 2)
+    live, rest, _ = torch.bincount(rank, minlength=3).tolist()
+    if live == len(mask):
+        return slice(None), live
+    return rank.argsort(stable=True)[: live + rest], live
+
+
+def spread(x: Tensor | None, rows: Index, n: int) -> Tensor | None:
+    """Put the results of some rows into n rows of zeros."""
+    if x is None or isinstance(rows, slice):
+        return x
+    return x.new_zeros((n, *x.shape[1:])).index_copy_(0, rows, x)
+
+
+def sequences(cu_seqlens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's sequence (N,) and the number of unmasked rows of each sequence (B,)."""
+    positions = torch.arange(len(mask), device=mask.device)
+    sequence = torch.bucketize(positions, cu_seqlens[1:].to(torch.int64), right=True)
+    lengths = torch.zeros(len(cu_seqlens) - 1, dtype=torch.int64, device=mask.device)
+    return sequence, lengths.index_add_(0, sequence, mask.to(torch.int64))
