@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import fastgrpo_kernels
 import torch
 
+import fastgrpo_kernels
+from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
 from fastgrpo import fallback
 
 BACKENDS = ("auto", "triton", "torch")
@@ -24,10 +25,10 @@ def resolve(device: torch.device, backend: str) -> ModuleType:
         return fallback
     on_gpu = device.type == "cuda"
     if backend == "auto":
-        return fastgrpo_kernels if on_gpu and fastgrpo_kernels.HAS_TRITON else fallback
-    if not fastgrpo_kernels.HAS_TRITON:
+        return fastgrpo_kernels if on_gpu and HAS_TRITON else fallback
+    if not HAS_TRITON:
         raise ValueError("backend='triton' needs the triton package: pip install triton")
-    if not on_gpu and not fastgrpo_kernels.INTERPRETED:
+    if not on_gpu and not INTERPRETED:
         raise ValueError(
             f"backend='triton' needs tensors on a CUDA or ROCm device, got {device}; "
             "to interpret the kernels on a CPU set TRITON_INTERPRET=1 before importing fastgrpo"

@@ -97,7 +97,9 @@ def temperature(value: object, shape: tuple[int, ...], like: Tensor) -> None:
 def positive_temperature(values: Tensor) -> None:
     """Raise ValueError if a token's temperature is not finite and above zero."""
     if looks_at_values(values) and len(bad := values[~((values > 0) & values.isfinite())]):
-        raise ValueError(f"temperature: expected values > 0 at unmasked tokens, got {bad[0].item()}")
+        raise ValueError(
+            f"temperature: expected values > 0 at unmasked tokens, got {bad[0].item()}"
+        )
 
 
 def token_ids(name: str, ids: Tensor, vocab: int) -> None:

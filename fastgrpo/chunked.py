@@ -20,8 +20,9 @@ from types import ModuleType
 from typing import NamedTuple, TypeVar
 
 import torch
-from fastgrpo_kernels import RowState
 from torch import Tensor
+
+from fastgrpo_kernels import RowState
 
 MIB = 2**20
 CPU_CHUNK_ROWS = 256
@@ -110,7 +111,7 @@ class Plan(NamedTuple):
     def new_tile(self, impl: ModuleType, rows: Rows, width: int) -> Tensor:
         """Return an uninitialised tile of logits (len(rows), width)."""
         n = len(rows.ids)
-        if impl.ROW_MAJOR_TILES:
+        if getattr(impl, "ROW_MAJOR_TILES", True):
             return rows.hidden.new_empty((n, width), dtype=self.accumulator)
         return rows.hidden.new_empty((width, n), dtype=self.accumulator).t()
 
@@ -391,7 +392,9 @@ def _finish(state: RowState, with_entropy: bool) -> Logps:
     log_sum = state.sum.log()
     # (target - max) first: exact where the target is the maximum, so that logp never exceeds 0.
     logps = (state.target - state.max) - log_sum
-    return Logps(logps, state.max + log_sum, log_sum - state.dot / state.sum if with_entropy else None)
+    return Logps(
+        logps, state.max + log_sum, log_sum - state.dot / state.sum if with_entropy else None
+    )
 
 
 def _matmul(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:

@@ -7,11 +7,20 @@ is supported. Whatever is vocabulary-sized is handled by the caller in tiles (`f
 from __future__ import annotations
 
 import torch
-from fastgrpo_kernels import STATS, RowState
-from fastgrpo_kernels.surrogates import KL_ESTIMATORS, SURROGATES, torch_twin
 from torch import Tensor
 
-__all__ = ["STATS", "RowState", "tile_stats", "tile_grad", "scatter_rows", "token_loss", "segment_mean"]
+from fastgrpo_kernels import STATS, RowState
+from fastgrpo_kernels.surrogates import KL_ESTIMATORS, SURROGATES, torch_twin
+
+__all__ = [
+    "STATS",
+    "RowState",
+    "tile_stats",
+    "tile_grad",
+    "scatter_rows",
+    "token_loss",
+    "segment_mean",
+]
 __all__ += ["group_advantages"]
 
 ROW_MAJOR_TILES = False  # CPU GEMMs write a tile faster column by column

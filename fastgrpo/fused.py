@@ -1,8 +1,8 @@
 """The loss of packed rows and its gradients, by the cheapest route that is exact.
 
-    one pass     6NVH: gradients while the logits are at hand. Losses separable over rows only
-    Jacobian     4NVH: frozen head, dhidden = dL/dlogp times a row that is known before the loss is
-    two phases   8NVH: log-probs, then the loss, then a backward on the rows that have a gradient
+one pass     6NVH: gradients while the logits are at hand. Losses separable over rows only
+Jacobian     4NVH: frozen head, dhidden = dL/dlogp times a row that is known before the loss is
+two phases   8NVH: log-probs, then the loss, then a backward on the rows that have a gradient
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def loss_and_grads(
         return policy_loss(impl, config, scored, policy_rows[chunk]).upstream
 
     if any(needs) and config.ratio_level != "sequence" and plan.one_pass(live, head, needs):
-        scored, grads = logps_and_grads(
-            impl, rows[:live], head, plan, with_entropy, policy, needs
-        )
+        scored, grads = logps_and_grads(impl, rows[:live], head, plan, with_entropy, policy, needs)
         if live < len(rows.ids):
             rest = logps_fwd(impl, rows[live:], head, plan, with_entropy)
             scored = Logps(*(None if a is None else torch.cat([a, b])

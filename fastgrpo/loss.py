@@ -155,9 +155,7 @@ class FusedGRPOLoss(nn.Module):
         **tensors: object,
     ) -> GRPOLoss:
         options = {**self.options, **tensors, "config": self.config}
-        return grpo_loss(
-            hidden, weight, completion_ids, completion_mask, advantages, **options
-        )
+        return grpo_loss(hidden, weight, completion_ids, completion_mask, advantages, **options)
 
     def extra_repr(self) -> str:
         return f"{self.config}"
@@ -237,9 +235,7 @@ def _per_row(temperature: float | Tensor) -> float | Tensor:
     return temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
 
 
-def _metrics(
-    stats: Tensor, config: LossConfig, batch: _Batch, logps: Tensor
-) -> dict[str, Tensor]:
+def _metrics(stats: Tensor, config: LossConfig, batch: _Batch, logps: Tensor) -> dict[str, Tensor]:
     count = stats[-1]
     mean = stats / count.clamp(min=1)
     metrics = {}
@@ -247,7 +243,10 @@ def _metrics(
         if name == "entropy" and config.entropy == "none" and not config.entropy_coef:
             continue
         known = name != "kl" or batch.ref_logps is not None
-        metrics[name], metrics[f"{name}_count"] = mean[i], count if known else torch.zeros_like(count)
+        metrics[name], metrics[f"{name}_count"] = (
+            mean[i],
+            count if known else torch.zeros_like(count),
+        )
     if batch.sampler_logps is not None:
         scored = batch.mask & ~batch.sampler_logps.isnan()
         x = torch.where(scored, logps - batch.sampler_logps, 0.0)

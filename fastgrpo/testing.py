@@ -1,0 +1,88 @@
+"""What tests and benchmarks share: inputs with realistic logits, error measures, memory observers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Batch(NamedTuple):
+    """A padded batch as `grpo_loss` takes it."""
+
+    hidden: Tensor  # (B, T, H)
+    weight: Tensor  # (V, H)
+    completion_ids: Tensor  # (B, T)
+    completion_mask: Tensor  # (B, T) bool
+    advantages: Tensor  # (B,)
+    old_logps: Tensor  # (B, T)
+    ref_logps: Tensor  # (B, T)
+
+
+def make_batch(
+    sequences: int = 4,
+    length: int = 7,
+    hidden_size: int = 24,
+    vocab: int = 53,
+    dtype: torch.dtype = torch.float32,
+    logit_std: float = 3.0,
+    off_policy: float = 0.2,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Batch:
+    """Return a batch whose tokens are sampled from the policy, as those of a rollout are.
+
+    `off_policy` is the rms log-ratio in nats. One sequence is full, one empty, the others ragged.
+    """
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(sequences, length, hidden_size, generator=g).to(dtype)
+    weight = (torch.randn(vocab, hidden_size, generator=g) * logit_std / hidden_size**0.5).to(dtype)
+    logp = (hidden.double() @ weight.double().T).log_softmax(-1)
+    ids = torch.multinomial(logp.exp().flatten(0, 1), 1, generator=g).view(sequences, length)
+    logps = logp.gather(-1, ids[..., None])[..., 0]
+    lengths = torch.randint(1, length + 1, (sequences,), generator=g)
+    lengths[0] = length
+    if sequences > 2:
+        lengths[-1] = 0
+
+    def nearby() -> Tensor:
+        return (logps + off_policy * torch.randn(logps.shape, generator=g).double()).float()
+
+    batch = Batch(
+        hidden,
+        weight,
+        ids,
+        torch.arange(length) < lengths[:, None],
+        torch.randn(sequences, generator=g),
+        nearby(),
+        nearby(),
+    )
+    return Batch(*(x.to(device) for x in batch))
+
+
+def rms(actual: Tensor, exact: Tensor) -> float:
+    """Return the root mean square error."""
+    return (actual.double() - exact.double()).square().mean().sqrt().item()
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Return |actual - exact| / |exact| in the L2 norm; the norm of actual where exact is 0."""
+    error = (actual.double() - exact.double()).norm().item()
+    return error / (exact.double().norm().item() or 1.0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within this context, remember the largest storage, in bytes, that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out

@@ -1,0 +1,27 @@
+"""What all tests share: which backends can run in this process, and poisoned memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
+
+BACKENDS = ["torch", "triton"] if INTERPRETED else ["torch"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs on a CPU here: "triton" only in a process with TRITON_INTERPRET=1."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """Whatever is read before it was written shows up as NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
