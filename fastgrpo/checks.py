@@ -72,7 +72,9 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> N
             "weight: expected a plain tensor, got a DTensor; gather it with "
             "full_tensor(grad_placements=[Partial('avg')]), or its gradient is not reduced"
         )
-    same = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
+    same = (hidden.dtype,)
+    if hidden.dtype in (torch.bfloat16, torch.float16):
+        same += (torch.float32,)
     tensor("weight", weight, dtypes=same)
     if bias is not None:
         tensor("bias", bias, (weight.shape[0],), like=hidden, dtypes=same)

@@ -15,6 +15,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 
+import torch
+
 from fastgrpo_kernels.surrogates import KL_ESTIMATORS, SURROGATES
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "fixed_length")
@@ -110,10 +112,21 @@ class LossConfig:
         _one_of("config", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **overrides})
 
+    @property
+    def zero_advantage_is_inert(self) -> bool:
+        """Whether a token with advantage 0 is known to have no gradient before it is scored."""
+        return self.ratio_level != "sequence" and self.beta == 0 and self.entropy_coef == 0
+
     @cached_property
     def key(self) -> str:
         """The fields as JSON: how a config travels through `torch.library` ops."""
         return json.dumps(asdict(self))
+
+
+@torch.compiler.assume_constant_result
+def config_of_preset(name: str) -> LossConfig:
+    """Return the preset called `name`, as a constant where `torch.compile` traces the call."""
+    return LossConfig.preset(name)
 
 
 @lru_cache

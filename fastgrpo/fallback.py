@@ -176,25 +176,22 @@ def group_advantages(
     groups = lengths.shape[0]
     group = torch.repeat_interleave(lengths, output_size=rewards.shape[0])
     scored = ~rewards.isnan()
-    r = torch.where(scored, rewards, 0.0)
 
     def total(x: Tensor) -> Tensor:
         return x.new_zeros(groups).index_add_(0, group, x)
 
-    count = total(scored.to(r.dtype))
-    centred = r - (total(r) / count.clamp(min=1))[group]
-    centred = torch.where(scored, centred, 0.0)
-    low = r.new_full((groups,), torch.inf).scatter_reduce_(
-        0, group, torch.where(scored, r, torch.inf), "amin"
-    )
-    high = r.new_full((groups,), -torch.inf).scatter_reduce_(
-        0, group, torch.where(scored, r, -torch.inf), "amax"
-    )
-    constant = ~(high > low)
+    count = total(scored.to(rewards.dtype))
+    # Distances from the group's lowest reward: equal rewards leave no rounding behind.
+    low = rewards.new_full((groups,), torch.inf)
+    low.scatter_reduce_(0, group, rewards.nan_to_num(torch.inf), "amin")
+    r = torch.where(scored, rewards - low[group], 0.0)
+    centred = torch.where(scored, r - (total(r) / count.clamp(min=1))[group], 0.0)
     if normalize:
         variance = total(centred.square()) / (count - ddof).clamp(min=1)
-        centred = centred / (variance.sqrt() + eps)[group]
-    return torch.where(constant[group], 0.0, centred)
+        deviation = variance.sqrt() + eps
+        # Without eps a constant group is 0 / 0.
+        centred = torch.where(centred == 0, centred, centred / deviation[group])
+    return centred
 
 
 def _scaled_logits(

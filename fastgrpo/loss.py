@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo import checks, ops
-from fastgrpo.config import LossConfig
+from fastgrpo.config import LossConfig, config_of_preset
 from fastgrpo.logps import Backend, linear_logps, temperature_tensor
 from fastgrpo.policy import METRICS
 
@@ -85,7 +85,7 @@ def grpo_loss(
         ValueError: for any argument of the wrong shape, dtype, device or value, and for options
             without effect. Second derivatives raise RuntimeError.
     """
-    config = LossConfig.preset(config) if isinstance(config, str) else config
+    config = config_of_preset(config) if isinstance(config, str) else config
     checks.head(hidden, weight, bias, backend)
     checks.transform(logit_scale, softcap, workspace_mb)
     checks.dense_only(sparsity, seed)
@@ -167,7 +167,7 @@ class _Batch(NamedTuple):
     hidden: Tensor
     ids: Tensor
     mask: Tensor
-    advantages: Tensor  # (N,)
+    advantages: Tensor  # (B,) or (N,)
     old_logps: Tensor | None
     ref_logps: Tensor | None
     sampler_logps: Tensor | None
@@ -204,22 +204,17 @@ def _flatten(
     if cu_seqlens is None:
         sequences, length = shape
         cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * length
-        sequence = torch.arange(sequences, device=hidden.device).repeat_interleave(length)
     else:
         checks.bounds(cu_seqlens, n, hidden)
         sequences = len(cu_seqlens) - 1
-        positions = torch.arange(n, device=hidden.device)
-        sequence = torch.bucketize(positions, cu_seqlens[1:].to(torch.int64), right=True)
     checks.tensor("advantages", advantages, like=hidden, dtypes=checks.FLOATS)
-    if tuple(advantages.shape) == (sequences,):
-        advantages = advantages[sequence]
-    elif tuple(advantages.shape) != shape:
+    if tuple(advantages.shape) not in ((sequences,), shape):
         raise ValueError(
             f"advantages: expected shape {(sequences,)} or {shape}, got {tuple(advantages.shape)}"
         )
 
     def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach().reshape(n)
+        return None if x is None else x.detach().reshape(-1)
 
     return _Batch(
         hidden.reshape(n, hidden.shape[-1]),

@@ -21,9 +21,9 @@ from torch.library import custom_op
 from fastgrpo import checks
 from fastgrpo.backend import resolve
 from fastgrpo.chunked import Grads, Head, Logps, Needs, Rows, Upstream, logps_bwd, logps_fwd, plan
-from fastgrpo.config import config_from_key
+from fastgrpo.config import LossConfig, config_from_key
 from fastgrpo.fused import logps_and_jacobian, loss_and_grads
-from fastgrpo.packing import Index, live_first, sequences, spread, unmasked
+from fastgrpo.packing import Index, Sequences, live_first, spread, unmasked
 from fastgrpo.policy import METRICS, PolicyRows, policy_loss, token_weights
 
 
@@ -81,10 +81,10 @@ def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, 
 
 
 def _linear_logps_setup(ctx, inputs, output) -> None:
-    *tensors, scale, softcap, _, with_jacobian, workspace_mb, backend = inputs
+    *tensors, scale, softcap, with_entropy, with_jacobian, workspace_mb, backend = inputs
     _, lse, entropy, jacobian = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, jacobian)
+    ctx.mark_non_differentiable(lse, jacobian, *([] if with_entropy else [entropy]))
     ctx.with_jacobian, ctx.dtype = with_jacobian, tensors[0].dtype
     ctx.options = (scale, softcap, workspace_mb, backend)
     ctx.save_for_backward(*([jacobian] if with_jacobian else [*tensors, lse, entropy]))
@@ -184,7 +184,7 @@ def grpo_loss(
     logit_scale: float,
     softcap: float,
     cu_seqlens: Tensor,  # (B + 1,)
-    advantages: Tensor,  # (N,)
+    advantages: Tensor,  # (B,) or (N,)
     old_logps: Tensor | None,  # (N,)
     ref_logps: Tensor | None,  # (N,)
     normalizer: Tensor | None,  # ()
@@ -199,20 +199,19 @@ def grpo_loss(
     gradients of hidden, weight and bias, in their dtypes (fp32 for fp16)."""
     config, needs = config_from_key(config_key), Needs(need_hidden, need_weight, need_bias)
     head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
-    inert = None
-    if any(needs) and config.ratio_level != "sequence":
-        inert = (advantages == 0) & (config.beta == 0 and config.entropy_coef == 0)
-    where, live = live_first(mask, inert)
-    policy_rows, cu_packed = _policy_rows(
-        where, mask, cu_seqlens, advantages, old_logps, ref_logps, normalizer, config_key,
-        budget.accumulator,
-    )  # fmt: skip
+    owner = Sequences.of(cu_seqlens, mask)
+    advantages = owner.per_row(advantages)
+    inert = any(needs) and config.zero_advantage_is_inert
+    where, live = live_first(mask, advantages == 0 if inert else None)
+    policy_rows = _policy_rows(
+        where, owner, advantages, old_logps, ref_logps, normalizer, config, budget.accumulator
+    )
     scored, result, grads = loss_and_grads(
         resolve(hidden.device, backend),
         config,
         _rows(hidden, "completion_ids", completion_ids, temperature, where, len(weight)),
         policy_rows,
-        cu_packed,
+        owner.cu_packed(),
         live,
         head,
         budget,
@@ -277,7 +276,7 @@ def policy_loss_op(
     entropy: Tensor | None,  # (N,)
     mask: Tensor,  # (N,) bool
     cu_seqlens: Tensor,  # (B + 1,)
-    advantages: Tensor,  # (N,)
+    advantages: Tensor,  # (B,) or (N,)
     old_logps: Tensor | None,  # (N,)
     ref_logps: Tensor | None,  # (N,)
     normalizer: Tensor | None,  # ()
@@ -285,15 +284,16 @@ def policy_loss_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss (), dL/dlogps (N,), dL/dentropy (N,), and sums of `METRICS` with the count."""
-    where = unmasked(mask)
-    policy_rows, cu_packed = _policy_rows(
-        where, mask, cu_seqlens, advantages, old_logps, ref_logps, normalizer, config_key,
+    config, where = config_from_key(config_key), unmasked(mask)
+    owner = Sequences.of(cu_seqlens, mask)
+    policy_rows = _policy_rows(
+        where, owner, owner.per_row(advantages), old_logps, ref_logps, normalizer, config,
         logps.dtype,
     )  # fmt: skip
     packed = logps[where]
     scored = Logps(packed, packed, None if entropy is None else entropy[where])
     impl = resolve(logps.device, backend)
-    result = policy_loss(impl, config_from_key(config_key), scored, policy_rows, cu_packed)
+    result = policy_loss(impl, config, scored, policy_rows, owner.cu_packed())
     upstream = (spread(x, where, len(mask)) for x in result.upstream)
     return _or_empty((result.loss, *upstream, result.stats), logps)
 
@@ -343,27 +343,21 @@ def _rows(
 
 def _policy_rows(
     where: Index,
-    mask: Tensor,
-    cu_seqlens: Tensor,
+    owner: Sequences,
     advantages: Tensor,
     old_logps: Tensor | None,
     ref_logps: Tensor | None,
     normalizer: Tensor | None,
-    config_key: str,
+    config: LossConfig,
     dtype: torch.dtype,
-) -> tuple[PolicyRows, Tensor]:
-    """Pick rows of what the loss needs, and return the bounds of their sequences."""
-    checks.bounds_values(cu_seqlens, len(mask))
+) -> PolicyRows:
+    """Pick rows of what the loss needs."""
     if normalizer is not None:
         checks.positive_normalizer(normalizer)
-    sequence, lengths = sequences(cu_seqlens, mask)
-    weights = token_weights(
-        config_from_key(config_key), lengths, sequence[where], normalizer, dtype
-    )
+    weights = token_weights(config, owner.lengths, owner.index[where], normalizer, dtype)
     given = (None if x is None else x[where].to(dtype) for x in (advantages, old_logps, ref_logps))
     advantages, old_logps, ref_logps = given
-    cu_packed = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    return PolicyRows(advantages, weights, old_logps, ref_logps), cu_packed
+    return PolicyRows(advantages, weights, old_logps, ref_logps)
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:

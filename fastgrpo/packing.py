@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from fastgrpo import checks
 
 Index = Tensor | slice
 """Chosen rows: their indices, or slice(None) where all of them are, which copies nothing."""
@@ -37,9 +41,24 @@ def spread(x: Tensor | None, rows: Index, n: int) -> Tensor | None:
     return x.new_zeros((n, *x.shape[1:])).index_copy_(0, rows, x)
 
 
-def sequences(cu_seqlens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's sequence (N,) and the number of unmasked rows of each sequence (B,)."""
-    positions = torch.arange(len(mask), device=mask.device)
-    sequence = torch.bucketize(positions, cu_seqlens[1:].to(torch.int64), right=True)
-    lengths = torch.zeros(len(cu_seqlens) - 1, dtype=torch.int64, device=mask.device)
-    return sequence, lengths.index_add_(0, sequence, mask.to(torch.int64))
+class Sequences(NamedTuple):
+    """Which sequence each row belongs to."""
+
+    index: Tensor  # (N,) int64
+    lengths: Tensor  # (B,) int64 unmasked rows of each sequence
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, mask: Tensor) -> Sequences:
+        checks.bounds_values(cu_seqlens, len(mask))
+        positions = torch.arange(len(mask), device=mask.device)
+        index = torch.bucketize(positions, cu_seqlens[1:].to(torch.int64), right=True)
+        lengths = torch.zeros(len(cu_seqlens) - 1, dtype=torch.int64, device=mask.device)
+        return cls(index, lengths.index_add_(0, index, mask.to(torch.int64)))
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """Return x (N,), given one value per sequence (B,) or per row."""
+        return x[self.index] if len(x) == len(self.lengths) else x
+
+    def cu_packed(self) -> Tensor:
+        """Return the bounds (B + 1,) of the sequences once masked rows are gone."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))

@@ -7,7 +7,7 @@ import torch
 
 from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
 
-BACKENDS = ["torch", "triton"] if INTERPRETED else ["torch"]
+BACKENDS = ["triton"] if INTERPRETED else ["torch"]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,0 +1,196 @@
+"""Bad input raises a ValueError that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastgrpo
+from fastgrpo import LossConfig
+
+B, T, H, V = 2, 3, 4, 5
+
+
+def loss_arguments(**changes):
+    arguments = {
+        "hidden": torch.randn(B, T, H),
+        "weight": torch.randn(V, H),
+        "completion_ids": torch.zeros(B, T, dtype=torch.int64),
+        "completion_mask": torch.ones(B, T, dtype=torch.bool),
+        "advantages": torch.ones(B),
+    }
+    return {**arguments, **changes}
+
+
+def packed(**changes):
+    return loss_arguments(
+        hidden=torch.randn(6, H),
+        completion_ids=torch.zeros(6, dtype=torch.int64),
+        completion_mask=None,
+        **changes,
+    )
+
+
+def bounds(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+LOSS = {
+    r"hidden: expected shape \(B, T, H\), got \(6, 4\)": dict(hidden=torch.randn(6, H)),
+    "hidden: expected dtype": dict(hidden=torch.zeros(B, T, H, dtype=torch.int64)),
+    "hidden: expected a tensor, got list": dict(hidden=[1.0]),
+    r"weight: expected shape \(V, 4\).* got \(5, 3\)": dict(weight=torch.randn(V, 3)),
+    r"weight: expected shape .* got \(0,\) .*shard": dict(weight=torch.randn(0)),
+    "weight: expected dtype float32, got torch.bfloat16": dict(
+        weight=torch.randn(V, H).bfloat16()
+    ),
+    "weight: expected a tensor on cpu, got one on meta": dict(weight=torch.randn(V, H).to("meta")),
+    r"completion_ids: expected shape \(2, 3\), got \(2, 4\)": dict(
+        completion_ids=torch.zeros(B, 4, dtype=torch.int64)
+    ),
+    "completion_ids: expected dtype int64": dict(
+        completion_ids=torch.zeros(B, T, dtype=torch.int32)
+    ),
+    r"completion_ids: expected ids in \[0, 5\) .* got 5": dict(
+        completion_ids=torch.full((B, T), V)
+    ),
+    "completion_ids: expected ids in .* got -1": dict(completion_ids=torch.full((B, T), -1)),
+    "completion_mask: expected a bool tensor": dict(completion_mask=None),
+    "completion_mask: expected dtype bool": dict(completion_mask=torch.ones(B, T)),
+    r"completion_mask: expected shape \(2, 3\)": dict(
+        completion_mask=torch.ones(B, dtype=torch.bool)
+    ),
+    r"advantages: expected shape \(2,\) or \(2, 3\), got \(3,\)": dict(advantages=torch.ones(3)),
+    r"old_logps: expected shape \(2, 3\), got \(2,\)": dict(old_logps=torch.ones(B)),
+    "ref_logps: expected a tensor": dict(ref_logps=[0.0]),
+    "sampler_logps: expected dtype": dict(sampler_logps=torch.ones(B, T, dtype=torch.int64)),
+    "ref_logps: expected log-probs as beta is 0.1, got None": dict(
+        config=LossConfig(beta=0.1)
+    ),
+    "config: expected one of .* got 'ppo2'": dict(config="ppo2"),
+    "config: expected a preset's name or a LossConfig": dict(config=3),
+    "max_completion_length: expected a length .* or a normalizer": dict(config="dr_grpo"),
+    "temperature: expected a number > 0, got 0.0": dict(temperature=0.0),
+    "temperature: expected a number > 0, got -1": dict(temperature=-1),
+    "temperature: expected a finite number, got nan": dict(temperature=float("nan")),
+    r"temperature: expected shape \(2, 3\)": dict(temperature=torch.ones(B)),
+    "temperature: expected values > 0 .* got nan": dict(temperature=torch.full((B, T), torch.nan)),
+    "temperature: expected values > 0 .* got 0.0": dict(temperature=torch.zeros(B, T)),
+    "logit_scale: expected a finite number": dict(logit_scale=float("inf")),
+    "softcap: expected a number > 0": dict(softcap=0.0),
+    r"bias: expected shape \(5,\), got \(4,\)": dict(bias=torch.zeros(4)),
+    "normalizer: expected a number > 0, got 0": dict(normalizer=0),
+    "normalizer: expected a number > 0, got -2.0": dict(normalizer=torch.tensor(-2.0)),
+    r"normalizer: expected shape \(\)": dict(normalizer=torch.ones(1)),
+    "workspace_mb: expected a number of MiB > 0": dict(workspace_mb=0),
+    r"workspace_mb: expected at least .* one row of 5 logits; got 1e-06": dict(workspace_mb=1e-6),
+    "backend: expected one of .* got 'cuda'": dict(backend="cuda"),
+    "sparsity: expected 0.0": dict(sparsity=0.1),
+    "seed has no effect with sparsity": dict(seed=1),
+}
+PACKED = {
+    r"cu_seqlens: .*from 0 to N = 6, got \[0, 2, 5\]": dict(cu_seqlens=bounds(0, 2, 5)),
+    r"cu_seqlens: .* got \[1, 2, 6\]": dict(cu_seqlens=bounds(1, 2, 6)),
+    r"cu_seqlens: .* got \[0, 7, 6\]": dict(cu_seqlens=bounds(0, 7, 6)),
+    "cu_seqlens: expected dtype": dict(cu_seqlens=torch.tensor([0.0, 2.0, 6.0])),
+    r"cu_seqlens: expected shape \(B \+ 1,\)": dict(cu_seqlens=bounds(0, 2, 6)[None]),
+    r"advantages: expected shape \(3,\) or \(6,\), got \(2,\)": dict(
+        cu_seqlens=bounds(0, 2, 4, 6)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", LOSS)
+def test_grpo_loss(message):
+    with pytest.raises(ValueError, match=message):
+        fastgrpo.grpo_loss(**loss_arguments(**LOSS[message]))
+
+
+@pytest.mark.parametrize("message", PACKED)
+def test_packed_grpo_loss(message):
+    with pytest.raises(ValueError, match=message):
+        fastgrpo.grpo_loss(**packed(**PACKED[message]))
+
+
+LOGPS = {
+    r"hidden: expected shape \(..., H\)": dict(hidden=torch.randn(H)),
+    r"token_ids: expected shape \(2,\)": dict(token_ids=torch.zeros(3, dtype=torch.int64)),
+    r"token_ids: expected ids in \[0, 5\)": dict(token_ids=torch.tensor([0, 7])),
+    "entropy: expected one of": dict(entropy="yes"),
+    "old_logps has no effect": dict(old_logps=torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("message", LOGPS)
+def test_linear_logps(message):
+    arguments = {
+        "hidden": torch.randn(2, H),
+        "weight": torch.randn(V, H),
+        "token_ids": torch.zeros(2, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=message):
+        fastgrpo.linear_logps(**{**arguments, **LOGPS[message]})
+
+
+CONFIGS = {
+    "LossConfig has no field 'epsilon'": dict(epsilon=0.2),
+    "surrogate: expected one of": dict(surrogate="ppo"),
+    "ratio_level: expected one of .*'token'": dict(surrogate="cispo", ratio_level="sequence"),
+    "aggregation: expected one of": dict(aggregation="mean"),
+    "kl: expected one of": dict(kl="k9"),
+    "entropy: expected one of": dict(entropy=True),
+    "epsilon_low: expected a finite number": dict(epsilon_low=1.5),
+    "epsilon_high: expected a finite number": dict(epsilon_high=-0.1),
+    "beta: expected a finite number": dict(beta="0.1"),
+    "entropy_coef: expected a finite number": dict(entropy_coef=float("nan")),
+    "delta: expected a bound > 0": dict(delta=-1.0),
+    "delta has no effect with surrogate='cispo'": dict(surrogate="cispo", delta=2.0),
+    "epsilon_high has no effect with surrogate='reinforce'": dict(
+        surrogate="reinforce", ratio_level="none", epsilon_high=0.3
+    ),
+    "max_completion_length has no effect with aggregation": dict(max_completion_length=9),
+    "max_completion_length: expected an int": dict(
+        aggregation="fixed_length", max_completion_length=0
+    ),
+}
+
+
+@pytest.mark.parametrize("message", CONFIGS)
+def test_loss_config(message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**CONFIGS[message])
+
+
+def test_presets_take_overrides_and_refuse_unknown_names():
+    assert LossConfig.preset("dapo", epsilon_high=0.3).epsilon_high == 0.3
+    assert LossConfig.preset("grpo") == LossConfig()
+    with pytest.raises(ValueError, match="config: expected one of .* got 'GRPO'"):
+        LossConfig.preset("GRPO")
+    with pytest.raises(ValueError, match="no field 'eps'"):
+        LossConfig.preset("grpo", eps=0.1)
+
+
+def test_a_backend_never_falls_back():
+    from fastgrpo_kernels.runtime import INTERPRETED
+
+    if INTERPRETED:
+        pytest.skip("backend='triton' runs on a CPU in this process")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        fastgrpo.grpo_loss(**loss_arguments(backend="triton"))
+
+
+def test_triton_does_not_take_float64():
+    arguments = loss_arguments(backend="triton")
+    arguments["hidden"] = arguments["hidden"].double()
+    with pytest.raises(ValueError, match="hidden: expected dtype"):
+        fastgrpo.grpo_loss(**arguments)
+
+
+def test_checked_turns_value_checks_on_and_off_again():
+    from fastgrpo import checks
+
+    gpu = torch.empty(1, device="meta")
+    assert checks.looks_at_values(torch.empty(1)) and not checks.looks_at_values(gpu)
+    with fastgrpo.checked():
+        assert checks.looks_at_values(gpu)
+    assert not checks.looks_at_values(gpu)

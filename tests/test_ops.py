@@ -1,0 +1,94 @@
+"""The ops under `torch.library.opcheck` and `torch.compile(fullgraph=True)`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastgrpo
+from fastgrpo import LossConfig, ops
+from fastgrpo.testing import make_batch
+
+
+def flat(batch):
+    n = batch.completion_ids.numel()
+    hidden = batch.hidden.reshape(n, -1).clone().requires_grad_()
+    rows = [x.reshape(n) for x in batch[2:4]]
+    advantages = batch.advantages[:, None].expand(batch.completion_ids.shape).reshape(n)
+    sequences, length = batch.completion_ids.shape
+    cu = torch.arange(sequences + 1) * length
+    old, ref = batch.old_logps.reshape(n), batch.ref_logps.reshape(n)
+    return hidden, batch.weight.clone().requires_grad_(), rows, cu, advantages, old, ref
+
+
+@pytest.mark.parametrize("jacobian", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_opcheck_linear_logps(entropy, jacobian):
+    hidden, weight, (ids, mask), *_ = flat(make_batch())
+    weight.requires_grad_(not jacobian)
+    bias = torch.randn(len(weight), requires_grad=not jacobian)
+    temperature = torch.rand(len(ids)) + 0.5
+    arguments = (hidden, weight, ids, mask, bias, temperature, 1.0, 0.0, entropy, jacobian, None)
+    torch.library.opcheck(ops.linear_logps, (*arguments, "torch"))
+
+
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+def test_opcheck_grpo_loss(preset):
+    hidden, weight, (ids, mask), cu, advantages, old, ref = flat(make_batch())
+    key = LossConfig.preset(preset, beta=0.1, entropy_coef=0.1).key
+    torch.library.opcheck(
+        ops.grpo_loss,
+        (hidden, weight, ids, mask, None, None, 1.0, 0.0, cu, advantages, old, ref)
+        + (torch.tensor(3.0), key, True, True, False, None, "torch"),
+    )
+
+
+def test_opcheck_policy_loss():
+    _, _, (ids, mask), cu, advantages, old, ref = flat(make_batch())
+    logps = torch.randn(len(ids), requires_grad=True)
+    entropy = torch.rand(len(ids), requires_grad=True)
+    key = LossConfig.preset("gspo", beta=0.1, entropy_coef=0.1).key
+    torch.library.opcheck(
+        ops.policy_loss_op,
+        (logps, entropy, mask, cu, advantages, old, ref, None, key, "torch"),
+    )
+
+
+@pytest.mark.parametrize("backend_of_compile", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("entropy", ["none", "differentiable"])
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+def test_compiled_equals_eager(preset, entropy, backend_of_compile):
+    if backend_of_compile == "inductor" and (preset, entropy) != ("grpo", "none"):
+        pytest.skip("one round trip through the C++ compiler is enough")
+    batch = make_batch()
+    config = LossConfig.preset(preset, beta=0.1, entropy=entropy, entropy_coef=0.1)
+
+    def step(hidden, weight, ids, mask, advantages, old, ref, temperature):
+        out = fastgrpo.grpo_loss(
+            hidden.tanh(), weight, ids, mask, advantages,
+            old_logps=old, ref_logps=ref, temperature=temperature, config=config,
+        )  # fmt: skip
+        return out.loss * 2, out.logps, out.metrics["kl"]
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend_of_compile)
+    results = []
+    for function in (step, compiled):
+        hidden, weight = (x.clone().requires_grad_() for x in batch[:2])
+        outputs = function(hidden, weight, *batch[2:], 0.8)
+        results.append((*outputs, *torch.autograd.grad(outputs[0], (hidden, weight))))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.allclose(eager, traced, rtol=1e-6, atol=1e-7)
+
+
+def test_compiled_preset_by_name_and_log_probs():
+    batch = make_batch()
+
+    def step(hidden, weight):
+        logps = fastgrpo.linear_logps(hidden, weight, batch.completion_ids).logps
+        return logps.sum() + fastgrpo.grpo_loss(hidden, weight, *batch[2:5], config="dapo").loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    hidden = batch.hidden.requires_grad_()
+    (eager,) = torch.autograd.grad(step(*batch[:2]), hidden)
+    (traced,) = torch.autograd.grad(compiled(*batch[:2]), hidden)
+    assert torch.allclose(eager, traced, rtol=1e-6)
