@@ -25,10 +25,12 @@ from torch import Tensor
 from fastgrpo_kernels import RowState
 
 MIB = 2**20
+# Columns of a tile that holds some of the logits: on a CPU what its cache keeps between the GEMM and
+# the elementwise steps, on a GPU what keeps GEMMs efficient.
+SLICE = {"cpu": 4096, "cuda": 32768}
+# Rows of a CPU's tiles: with all logits, and with a slice of them. More make no GEMM faster there.
 CPU_CHUNK_ROWS = 256
-# A slice of 1024 columns keeps a tile in the CPU's cache between its GEMM and its elementwise steps.
-CPU_SLICE = 1024
-GPU_SLICE = 32768
+CPU_SLICE_ROWS = 512
 
 
 class Head(NamedTuple):
@@ -149,13 +151,14 @@ def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
             f"workspace_mb: expected at least {need:.3g} MiB, one row of {vocab} logits; "
             f"got {workspace_mb}"
         )
-    width = min(vocab, CPU_SLICE if hidden.device.type == "cpu" else GPU_SLICE)
+    width = min(vocab, SLICE.get(hidden.device.type, SLICE["cpu"]))
+    slice_rows = budget // (width * per_logit)
     return Plan(
         operand=operand,
         accumulator=accumulator,
         chunk=budget // (vocab * per_logit),
         slice_width=width,
-        slice_rows=budget // (width * per_logit),
+        slice_rows=slice_rows if hidden.is_cuda else min(slice_rows, CPU_SLICE_ROWS),
     )
 
 

@@ -1,0 +1,79 @@
+"""The loops as a GPU runs them: 16-bit GEMM operands, fp32 results, target entries kept apart.
+
+CPUs cannot multiply 16-bit operands into fp32, so `_matmul` is emulated; the rest is the real code.
+On the torch backend, and in a process with TRITON_INTERPRET=1 on the kernels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastgrpo import LossConfig, chunked, linear_logps, ops, reference
+from fastgrpo.testing import make_batch, relative_error, rms
+from tests.test_grpo_loss import exact
+from tests.test_grpo_loss import fused as run
+
+
+@pytest.fixture(autouse=True)
+def gpu_route(monkeypatch):
+    real_plan, tiles = chunked.plan, []
+
+    def plan(hidden, weight, workspace_mb):
+        chosen = real_plan(hidden, weight, workspace_mb)
+        return chosen._replace(operand=hidden.dtype, slice_width=32)
+
+    def matmul(out, a, b, accumulate=False):
+        if a.dtype != out.dtype:
+            tiles.append(a.dtype)
+        product = a.to(out.dtype) @ b.to(out.dtype)
+        out.add_(product) if accumulate else out.copy_(product)
+
+    monkeypatch.setattr(ops, "plan", plan)
+    monkeypatch.setattr(chunked, "_matmul", matmul)
+    # A GPU takes one pass over several chunks as well.
+    monkeypatch.setattr(chunked.Plan, "one_pass", lambda *_: True)
+    yield
+    assert torch.bfloat16 in tiles
+
+
+CHUNKS = {"one chunk": None, "several chunks": 53 * 6 * 5.5 / 2**20}
+
+
+@pytest.mark.parametrize("workspace_mb", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+@pytest.mark.parametrize("logit_std", [1.0, 6.0], ids=["flat", "peaked"])
+def test_gradients_lose_nothing_to_16_bit_tiles(backend, logit_std, preset, frozen, workspace_mb):
+    batch = make_batch(
+        sequences=16, length=32, hidden_size=48, dtype=torch.bfloat16, logit_std=logit_std
+    )
+    config = LossConfig.preset(preset, beta=0.1, entropy_coef=0.0 if frozen else 0.1)
+    loss, dhidden, dweight = exact(batch, config)
+    out, *grads = run(batch, config, frozen=frozen, workspace_mb=workspace_mb, backend=backend)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    # Plain torch in fp32 rounds its gradients to bf16 once: 1.25 times that is allowed.
+    for actual, wanted in zip(grads, (dhidden, dweight), strict=True):
+        rounding = relative_error(wanted.bfloat16(), wanted)
+        assert actual is None or relative_error(actual, wanted) <= 1.25 * rounding
+
+
+def test_log_probs_bias_and_softcap(backend):
+    batch = make_batch(sequences=8, length=16, dtype=torch.bfloat16)
+    bias = torch.randn(batch.weight.shape[0]).bfloat16()
+    leaves = [batch.hidden, batch.weight, bias]
+    options = {"logit_scale": 0.7, "softcap": 9.0}
+    doubles = [x.double().requires_grad_() for x in leaves]
+    logps, _, _ = reference.token_logps(
+        *doubles[:2], batch.completion_ids, bias=doubles[2], **options
+    )
+    upstream = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad((logps * upstream).sum(), doubles)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = linear_logps(*leaves[:2], batch.completion_ids, bias=bias, backend=backend, **options)
+    assert rms(out.logps, logps) <= 1e-5
+    for actual, exact_grad in zip(
+        torch.autograd.grad((out.logps * upstream).sum(), leaves), wanted, strict=True
+    ):
+        rounding = relative_error(exact_grad.bfloat16(), exact_grad)
+        assert relative_error(actual, exact_grad) <= 1.25 * rounding
