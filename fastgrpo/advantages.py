@@ -29,8 +29,8 @@ def group_advantages(
     Args:
         rewards: (B,) fp32. NaN marks a completion that could not be scored: it is left out of its
             group's mean and std, and its advantage is 0.
-        group_ids_or_size: the group size G, the completions of a prompt being adjacent; or (B,) int64
-            ids, in any order, for groups of any size.
+        group_ids_or_size: the group size G, the completions of a prompt being adjacent; or (B,)
+            int64 ids, in any order, for groups of any size.
         estimator: "grpo" or "dr_grpo".
         ddof: the std divides by (scored members - ddof).
         eps: added to the std.
@@ -78,8 +78,8 @@ def count_normalizer(
 
     Args:
         completion_masks: the (B, T) bool masks of all micro-batches of the step (or one of them).
-        config: the loss; its aggregation decides whether tokens, sequences or B * max_completion_length
-            are counted.
+        config: the loss; its aggregation decides whether tokens, sequences or
+            B * max_completion_length are counted.
 
     Under data parallelism sum the result over ranks, and divide it by their number where the
     framework averages gradients.

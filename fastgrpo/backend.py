@@ -7,8 +7,8 @@ from types import ModuleType
 import torch
 
 import fastgrpo_kernels
-from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
 from fastgrpo import fallback
+from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
 
 BACKENDS = ("auto", "triton", "torch")
 

@@ -20,7 +20,7 @@ _values_checked_on_gpu = False
 
 @contextlib.contextmanager
 def checked(enabled: bool = True) -> Iterator[None]:
-    """Within this context, values are checked on GPUs too, at the price of host synchronisations."""
+    """Within this context values are checked on GPUs too, which makes the host wait for them."""
     global _values_checked_on_gpu
     before, _values_checked_on_gpu = _values_checked_on_gpu, enabled
     try:
@@ -40,7 +40,7 @@ def tensor(
     like: Tensor | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> None:
-    """Raise ValueError unless x is a tensor of this shape, on the device of `like`, of these dtypes."""
+    """Raise ValueError unless x is a tensor of this shape, on the device of `like`, of a dtype."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
     if shape is not None and tuple(x.shape) != tuple(shape):
@@ -89,7 +89,7 @@ def transform(logit_scale: float, softcap: float | None, workspace_mb: float | N
 
 
 def temperature(value: object, shape: tuple[int, ...], like: Tensor) -> None:
-    """Check a temperature: a number > 0, or one per token. Per-token values are checked in the op."""
+    """Check a temperature: a number > 0, or one per token, whose values the op checks."""
     if isinstance(value, Tensor):
         tensor("temperature", value, shape, like=like, dtypes=FLOATS)
     elif finite("temperature", value) <= 0:

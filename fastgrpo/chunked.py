@@ -4,8 +4,8 @@ With NVH = tokens * vocabulary * hidden size, one GEMM costs 2NVH. Three loops s
 (logits GEMM -> `tile_stats` -> `tile_grad` -> gradient GEMMs), which the backends implement:
 
     logps_fwd        2NVH   a tile is a slice of the vocabulary; nothing is kept
-    logps_and_grads  6NVH   a tile is a chunk of rows with all its logits, which are turned into gradients
-                            as soon as the loss knows dL/dlogp (4NVH when only `hidden` needs a gradient)
+    logps_and_grads  6NVH   a tile is a chunk of rows with all its logits, which become gradients as
+                            soon as the loss knows dL/dlogp (4NVH when only `hidden` needs one)
     logps_bwd        6NVH   recomputes slices of the vocabulary from the saved lse; each slice of
                             dweight is written once, so that no fp32 copy of it exists
 
@@ -25,8 +25,8 @@ from torch import Tensor
 from fastgrpo_kernels import RowState
 
 MIB = 2**20
-# Columns of a tile that holds some of the logits: on a CPU what its cache keeps between the GEMM and
-# the elementwise steps, on a GPU what keeps GEMMs efficient.
+# Columns of a tile that holds some of the logits: on a CPU what its cache keeps between the GEMM
+# and the elementwise steps, on a GPU what keeps GEMMs efficient.
 SLICE = {"cpu": 4096, "cuda": 32768}
 # Rows of a CPU's tiles: with all logits, and with a slice of them. More make no GEMM faster there.
 CPU_CHUNK_ROWS = 256
@@ -127,8 +127,10 @@ class Plan(NamedTuple):
 
 
 def default_workspace_mb(vocab: int, device_type: str) -> float:
-    """Return the default budget in MiB for the logits tile: 256 rows of fp32 logits on a CPU, where more
-    rows make the GEMMs no faster; on a GPU 8192 rows of an fp32 and a 16-bit tile, at most 2 GiB."""
+    """Return the default budget in MiB for the logits tile.
+
+    256 rows of fp32 logits on a CPU; on a GPU 8192 rows of an fp32 and a 16-bit tile, at most 2 GiB.
+    """
     if device_type == "cpu":
         return CPU_CHUNK_ROWS * vocab * 4 / MIB
     return min(2048.0, 8192 * vocab * 6 / MIB)
@@ -139,7 +141,8 @@ def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
     vocab = weight.shape[0]
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
     # cuBLAS multiplies 16-bit operands into fp32 results. CPUs cannot (and without AMX their bf16
-    # GEMMs are slower than fp32 ones by orders of magnitude): they get fp32 operands, slice by slice.
+    # GEMMs are slower than fp32 ones by orders of magnitude): they get fp32 operands, slice by
+    # slice.
     native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == weight.dtype
     operand = hidden.dtype if native else accumulator
     per_logit = accumulator.itemsize + (operand.itemsize if operand != accumulator else 0)
@@ -276,7 +279,8 @@ class _Targets(NamedTuple):
 class _GradSums(NamedTuple):
     """The gradients while they grow.
 
-    dweight is summed in the accumulation dtype: in place where that is its dtype or where row chunks
+    dweight is summed in the accumulation dtype: in place where that is its dtype or where row
+        chunks
     are the outer loop, otherwise in a scratch of one slice, which is then written once.
     """
 

@@ -1,7 +1,8 @@
 """What the loss is: a frozen `LossConfig` and the presets that carry the papers' names.
 
-A preset fixes three independent choices. The *surrogate* is the loss of one token, the *ratio level* says
-which log-ratio it sees (the token's own or its sequence's mean), and the *aggregation* weighs tokens:
+A preset fixes three independent choices. The *surrogate* is the loss of one token, the *ratio
+level* says which log-ratio it sees (the token's own or its sequence's mean), and the *aggregation*
+weighs tokens:
 
     token_mean       sum over tokens / number of tokens
     sequence_mean    mean over sequences of the mean over their tokens
@@ -41,7 +42,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """A loss of the GRPO family. The defaults are GRPO's; `LossConfig.preset(name)` gives the others.
+    """A loss of the GRPO family: GRPO by default; `LossConfig.preset(name)` gives the others.
 
     Raises ValueError for an unknown field or value, and for a field that the surrogate or the
     aggregation would ignore.
@@ -66,7 +67,7 @@ class LossConfig:
     entropy: str = "none"
     """What `GRPOLoss.entropy` holds: "none", "detached" or "differentiable" values."""
     entropy_coef: float = 0.0
-    """Entropy bonus: the loss is lowered by entropy_coef times the entropy, aggregated like the loss."""
+    """Entropy bonus: the loss is lowered by this times the entropy, aggregated like the loss."""
     max_completion_length: int | None = None
     """L_max of "fixed_length"; may be left out when the call gives `normalizer`."""
 
@@ -108,7 +109,7 @@ class LossConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> LossConfig:
-        """Return the loss called `name`, with fields replaced: `LossConfig.preset("dapo", beta=0.04)`."""
+        """Return the loss called `name` with fields replaced: `preset("dapo", beta=0.04)`."""
         _one_of("config", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **overrides})
 

@@ -1,7 +1,8 @@
-"""Torch twins of the Triton launchers: the CPU's real implementation, and the oracle of the kernels.
+"""Torch twins of the Triton launchers: the CPU's real implementation.
 
-Names, signatures and results are those of `fastgrpo_kernels`; tiles may have any strides, and float64
-is supported. Whatever is vocabulary-sized is handled by the caller in tiles (`fastgrpo.chunked`).
+Names, signatures and results are those of `fastgrpo_kernels`; tiles may have any strides, and
+float64 is supported. Whatever is vocabulary-sized is handled by the caller in tiles
+(`fastgrpo.chunked`).
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def token_loss(
     delta: float,  # 0 = off
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return weighted losses (n,), their derivatives by logps (policy part, KL part) and `STATS`."""
+    """Return weighted losses (n,), their derivatives (policy part, KL part) and `STATS`."""
     policy = torch_twin(SURROGATES[surrogate].fn)
     loss, dpolicy = policy(logps, log_ratio, advantages, epsilon_low, epsilon_high, delta)
     loss, dpolicy, dkl = loss * weights, dpolicy * weights, None

@@ -24,7 +24,7 @@ class TokenLogps(NamedTuple):
 
 
 def linear_logps(
-    hidden: Tensor,  # (..., H) bf16 | fp16 | fp32: hidden[i] is the state that predicts token_ids[i]
+    hidden: Tensor,  # (..., H): hidden[i] is the state that predicts token_ids[i]
     weight: Tensor,  # (V, H)
     token_ids: Tensor,  # (...) int64
     *,
@@ -53,8 +53,8 @@ def linear_logps(
         hidden: (..., H) bf16, fp16, fp32; fp64 on the torch backend.
         weight: (V, H), in hidden's dtype or fp32.
         token_ids: (...) int64 in [0, V), or `ignore_index`: such rows give 0, get no gradient, and
-            whatever they hold (NaN too) changes nothing. Out of range: ValueError on a CPU and inside
-            `fastgrpo.checked()`, otherwise the row's log-prob is NaN.
+            whatever they hold (NaN too) changes nothing. Out of range: ValueError on a CPU and
+            inside `fastgrpo.checked()`, otherwise the row's log-prob is NaN.
         bias: (V,), in hidden's dtype or fp32.
         temperature: a number > 0, or a tensor (...) of one per token.
         logit_scale: factor on the logits (Cohere; Granite's `logits_scaling` is 1 over it).
@@ -62,11 +62,12 @@ def linear_logps(
         entropy: "none", "detached", or "differentiable", whose gradient costs nothing more.
         workspace_mb: MiB for the logits tile; default `fastgrpo.default_workspace_mb`.
             Less costs speed, never exactness.
-        sparsity, seed, old_logps: reserved for the sparse backward; anything but the defaults raises.
+        sparsity, seed, old_logps: reserved for the sparse backward; anything but the defaults
+            raises.
         backend: "auto" (Triton kernels on GPUs, else torch), "triton" or "torch".
 
-    Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With a
-    frozen head (weight and bias without gradient) 4NVH in all, and no GEMM in the backward.
+    Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With
+    a frozen head (weight and bias without gradient) 4NVH in all, and no GEMM in the backward.
 
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value. Second derivatives

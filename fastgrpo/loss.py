@@ -50,36 +50,38 @@ def grpo_loss(
 ) -> GRPOLoss:
     """Return the loss of a batch of completions; `loss.backward()` costs no further GEMM.
 
-    Equivalent to (for the preset "grpo", fp32 logits, and r without gradient clipping by hand):
+    Equivalent to, for the preset "grpo" (A is the advantage, d = ref_logps - logps):
 
         logps = linear_logps(hidden, weight, completion_ids, ...).logps
-        r = exp(logps - old_logps)
-        loss = -min(r * A, clip(r, 1 - epsilon_low, 1 + epsilon_high) * A) + beta * k3(logps, ref_logps)
+        ratio = exp(logps - old_logps)
+        loss = -min(ratio * A, ratio.clip(1 - epsilon_low, 1 + epsilon_high) * A)
+        loss = loss + beta * (exp(d) - d - 1)
         loss = mean over sequences of the mean over their unmasked tokens
 
     Args:
-        hidden: (B, T, H) or packed (N, H); hidden[b, t] is the state that predicts completion_ids[b, t].
-            bf16, fp16, fp32; fp64 on the torch backend.
+        hidden: (B, T, H) or packed (N, H); hidden[b, t] is the state that predicts
+            completion_ids[b, t]. bf16, fp16, fp32; fp64 on the torch backend.
         weight: (V, H), in hidden's dtype or fp32.
         completion_ids: (B, T) or (N,) int64 in [0, V) where unmasked.
-        completion_mask: bool. Masked positions may hold anything in every tensor, NaN and ids out of
-            range too: they change neither the loss nor any gradient.
+        completion_mask: bool. Masked positions may hold anything in every tensor, NaN and ids out
+            of range too: they change neither the loss nor any gradient.
         advantages: (B,) fp32 or per token.
         old_logps: log-probs when the completions were sampled; None: on-policy, the ratio is 1 in
             value and has its gradient.
         ref_logps: log-probs of the reference policy, required if config.beta > 0.
         sampler_logps: log-probs that the inference engine reported: they feed the metrics.
         cu_seqlens: (B + 1,) int32 bounds of packed sequences, from 0 to N.
-        normalizer: the denominator itself, counted over the whole optimizer step: tokens for a mean over
-            tokens, sequences for a mean over sequences, B * max_completion_length for the fixed length
-            (`count_normalizer`). Where gradients are averaged over ranks, divide it by their number.
-            None: counted in this call.
+        normalizer: the denominator itself, counted over the whole optimizer step: tokens for a mean
+            over tokens, sequences for a mean over sequences, B * max_completion_length for the
+            fixed length (`count_normalizer`). Where gradients are averaged over ranks, divide it by
+            their number. None: counted in this call.
         config: a preset's name or a `LossConfig`.
         bias, temperature, logit_scale, softcap, workspace_mb, backend: as in `linear_logps`.
         sparsity, seed: reserved for the sparse backward; anything but the defaults raises.
 
-    Metrics: kl (to the reference), ratio_mean, clip_low, clip_high, approx_kl (to old_logps), live_rows
-    (share of tokens with a gradient), entropy if computed, sampler_kl if sampler_logps is given.
+    Metrics: kl (to the reference), ratio_mean, clip_low, clip_high, approx_kl (to old_logps),
+    live_rows (share of tokens with a gradient), entropy if computed, sampler_kl if sampler_logps is
+    given.
 
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value, and for options
@@ -98,7 +100,8 @@ def grpo_loss(
     if isinstance(normalizer, (int, float)):
         normalizer = torch.full((), float(normalizer), device=hidden.device)
     policy_args = (
-        batch.cu_seqlens, batch.advantages, batch.old_logps, batch.ref_logps, normalizer, config.key,
+        batch.cu_seqlens, batch.advantages, batch.old_logps, batch.ref_logps, normalizer,
+        config.key,
     )  # fmt: skip
     if config.entropy == "differentiable":
         # Gradients of the entropy that the caller sends back can only be made in the backward.

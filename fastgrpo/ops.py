@@ -5,8 +5,8 @@
     grpo_loss          the whole loss; its gradients are made here, in the forward
     policy_loss        the loss from given log-probs
 
-All of them take rows (N, ...) with a mask. Masked rows are dropped before anything is computed, so that
-their content never matters. What is not asked for comes back as an empty tensor.
+All of them take rows (N, ...) with a mask. Masked rows are dropped before anything is computed, so
+that their content never matters. What is not asked for comes back as an empty tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.library import custom_op
 
 from fastgrpo import checks
 from fastgrpo.backend import resolve
-from fastgrpo.chunked import Grads, Head, Logps, Needs, Rows, Upstream, logps_bwd, logps_fwd, plan
+from fastgrpo.chunked import Head, Logps, Needs, Rows, Upstream, logps_bwd, logps_fwd, plan
 from fastgrpo.config import LossConfig, config_from_key
 from fastgrpo.fused import logps_and_jacobian, loss_and_grads
 from fastgrpo.packing import Index, Sequences, live_first, spread, unmasked
@@ -195,8 +195,8 @@ def grpo_loss(
     workspace_mb: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss (), logps (N,), entropy (N,), sums of `METRICS` with the token count last, and the
-    gradients of hidden, weight and bias, in their dtypes (fp32 for fp16)."""
+    """Return loss (), logps (N,), entropy (N,), sums of `METRICS` with the token count last, and
+    the gradients of hidden, weight and bias, in their dtypes (fp32 for fp16)."""
     config, needs = config_from_key(config_key), Needs(need_hidden, need_weight, need_bias)
     head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
     owner = Sequences.of(cu_seqlens, mask)
@@ -361,13 +361,13 @@ def _policy_rows(
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
-    """fp16 gradients stay in fp32 until the upstream gradient, a loss scaler's, has been applied."""
+    """Return fp32 for fp16, whose gradients are rounded only once a loss scaler has lifted them."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    # Out of place, for a second backward. Where looking costs nothing, a factor of 1 saves the copy;
-    # a tracer's tensors (subclasses) hold no value to look at.
+    # Out of place, for a second backward. Where looking costs nothing, a factor of 1 saves the
+    # copy; a tracer's tensors (subclasses) hold no value to look at.
     if type(by) is Tensor and by.device.type == "cpu" and by.item() == 1:
         return grad.to(dtype)
     return (grad * by).to(dtype)

@@ -79,7 +79,7 @@ def token_weights(
     normalizer: Tensor | None,  # ()
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return each row's weight (n,): the aggregation, divided by `normalizer` or its local count."""
+    """Return each row's weight (n,): its share of the loss, over `normalizer` or a local count."""
     if config.aggregation == "token_mean":
         local = lengths.sum().clamp(min=1)
     elif config.aggregation == "sequence_mean":

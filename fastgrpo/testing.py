@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: inputs with realistic logits, error measures, memory observers."""
+"""What tests and benchmarks share: inputs with realistic logits, error measures, observers."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
+from fastgrpo_kernels.runtime import INTERPRETED
 
 BACKENDS = ["triton"] if INTERPRETED else ["torch"]
 

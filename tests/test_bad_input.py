@@ -41,9 +41,7 @@ LOSS = {
     "hidden: expected a tensor, got list": dict(hidden=[1.0]),
     r"weight: expected shape \(V, 4\).* got \(5, 3\)": dict(weight=torch.randn(V, 3)),
     r"weight: expected shape .* got \(0,\) .*shard": dict(weight=torch.randn(0)),
-    "weight: expected dtype float32, got torch.bfloat16": dict(
-        weight=torch.randn(V, H).bfloat16()
-    ),
+    "weight: expected dtype float32, got torch.bfloat16": dict(weight=torch.randn(V, H).bfloat16()),
     "weight: expected a tensor on cpu, got one on meta": dict(weight=torch.randn(V, H).to("meta")),
     r"completion_ids: expected shape \(2, 3\), got \(2, 4\)": dict(
         completion_ids=torch.zeros(B, 4, dtype=torch.int64)
@@ -64,9 +62,7 @@ LOSS = {
     r"old_logps: expected shape \(2, 3\), got \(2,\)": dict(old_logps=torch.ones(B)),
     "ref_logps: expected a tensor": dict(ref_logps=[0.0]),
     "sampler_logps: expected dtype": dict(sampler_logps=torch.ones(B, T, dtype=torch.int64)),
-    "ref_logps: expected log-probs as beta is 0.1, got None": dict(
-        config=LossConfig(beta=0.1)
-    ),
+    "ref_logps: expected log-probs as beta is 0.1, got None": dict(config=LossConfig(beta=0.1)),
     "config: expected one of .* got 'ppo2'": dict(config="ppo2"),
     "config: expected a preset's name or a LossConfig": dict(config=3),
     "max_completion_length: expected a length .* or a normalizer": dict(config="dr_grpo"),
@@ -94,9 +90,7 @@ PACKED = {
     r"cu_seqlens: .* got \[0, 7, 6\]": dict(cu_seqlens=bounds(0, 7, 6)),
     "cu_seqlens: expected dtype": dict(cu_seqlens=torch.tensor([0.0, 2.0, 6.0])),
     r"cu_seqlens: expected shape \(B \+ 1,\)": dict(cu_seqlens=bounds(0, 2, 6)[None]),
-    r"advantages: expected shape \(3,\) or \(6,\), got \(2,\)": dict(
-        cu_seqlens=bounds(0, 2, 4, 6)
-    ),
+    r"advantages: expected shape \(3,\) or \(6,\), got \(2,\)": dict(cu_seqlens=bounds(0, 2, 4, 6)),
 }
 
 

@@ -149,9 +149,7 @@ def test_bias_gradient(backend):
     )
     (wanted,) = torch.autograd.grad(loss, bias)
     ours = bias.detach().float().requires_grad_()
-    out = fastgrpo.grpo_loss(
-        *batch[:4], batch.advantages, bias=ours, backend=backend
-    )
+    out = fastgrpo.grpo_loss(*batch[:4], batch.advantages, bias=ours, backend=backend)
     out.loss.backward()
     assert relative_error(ours.grad, wanted) <= 1e-5
 

@@ -39,12 +39,10 @@ def exact(hidden, weight, ids, options, upstream, upstream_entropy=None):
     if "bias" in options:
         leaves["bias"] = options["bias"]
     leaves = {k: v.detach().double().requires_grad_() for k, v in leaves.items()}
-    options = {
-        k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()
-    } | {k: v for k, v in leaves.items() if k == "bias"}
-    logps, entropy, lse = reference.token_logps(
-        leaves["hidden"], leaves["weight"], ids, **options
-    )
+    options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()} | {
+        k: v for k, v in leaves.items() if k == "bias"
+    }
+    logps, entropy, lse = reference.token_logps(leaves["hidden"], leaves["weight"], ids, **options)
     total = (logps * upstream).sum()
     if upstream_entropy is not None:
         total = total + (entropy * upstream_entropy).sum()
@@ -153,9 +151,7 @@ def test_extreme_logits_stay_finite_and_right(backend, offset):
     hidden, weight, ids, _ = operands(logit_std=1.0)
     options = {"bias": torch.full((weight.shape[0],), offset)}
     wanted, _, _, _ = exact(hidden, weight, ids, options, torch.ones(ids.shape))
-    out = fastgrpo.linear_logps(
-        hidden, weight, ids, entropy="detached", backend=backend, **options
-    )
+    out = fastgrpo.linear_logps(hidden, weight, ids, entropy="detached", backend=backend, **options)
     # Half an ulp of 1e4 is 5e-4: that is what an fp32 logit can hold.
     assert (out.logps - wanted).abs().max() <= 2e-3 and out.entropy.isfinite().all()
 
@@ -165,9 +161,7 @@ def test_minus_infinity_masks_vocabulary(backend):
     bias = torch.zeros(weight.shape[0])
     bias[~torch.isin(torch.arange(len(bias)), ids)] = -torch.inf
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    out = fastgrpo.linear_logps(
-        *leaves, ids, bias=bias, entropy="differentiable", backend=backend
-    )
+    out = fastgrpo.linear_logps(*leaves, ids, bias=bias, entropy="differentiable", backend=backend)
     kept = bias == 0
     small = torch.cumsum(kept, 0)[ids] - 1
     wanted, entropy, _ = reference.token_logps(hidden.double(), weight.double()[kept], small)

@@ -139,7 +139,7 @@ print(run(1024, 32000, 256, sys.argv[1], dtype))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", ["grpo", "gspo"])
 def test_the_peak_of_a_process(config, dtype):
-    """Gradients, workspace and O(N H): no logits (125 MiB), no second dweight, no fp32 copy of it."""
+    """Gradients, workspace, O(N H): no logits (125 MiB), no second dweight, no fp32 copy of it."""
     rows, vocab, hidden_size = 1024, 32000, 256
     size = getattr(torch, dtype).itemsize
     gradients = (vocab + rows) * hidden_size * size / 2**20
