@@ -113,7 +113,7 @@ class Plan(NamedTuple):
     def new_tile(self, impl: ModuleType, rows: Rows, width: int) -> Tensor:
         """Return an uninitialised tile of logits (len(rows), width)."""
         n = len(rows.ids)
-        if getattr(impl, "ROW_MAJOR_TILES", True):
+        if impl.ROW_MAJOR_TILES:
             return rows.hidden.new_empty((n, width), dtype=self.accumulator)
         return rows.hidden.new_empty((width, n), dtype=self.accumulator).t()
 
@@ -129,7 +129,7 @@ class Plan(NamedTuple):
 def default_workspace_mb(vocab: int, device_type: str) -> float:
     """Return the default budget in MiB for the logits tile.
 
-    256 rows of fp32 logits on a CPU; on a GPU 8192 rows of an fp32 and a 16-bit tile, at most 2 GiB.
+    A CPU gets 256 rows of fp32 logits, a GPU 8192 rows of an fp32 and a 16-bit tile, at most 2 GiB.
     """
     if device_type == "cpu":
         return CPU_CHUNK_ROWS * vocab * 4 / MIB

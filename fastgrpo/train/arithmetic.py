@@ -1,0 +1,72 @@
+"""The embedded task: add. No download: tokenizer, model and data are made here."""
+
+from __future__ import annotations
+
+import random
+
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from .tasks import Example, Task
+
+MOST_SLIPS = 0.7
+
+
+def arithmetic_task(seed: int, eval_size: int) -> Task:
+    """Return sums such as 347+8; those held out are neither demonstrated nor trained on.
+
+    The demonstrations come from a careless teacher, who counts on and loses one the more often the
+    further it counts. A model that imitates it gets most sums wrong, but now and then the right
+    answer is among its samples: that is what reinforcement learning has to find.
+    """
+    rng = random.Random(seed)
+    pairs = [(a, b) for a in range(100, 1000) for b in range(10)]
+    rng.shuffle(pairs)
+    examples = [Example(f"{a}+{b}=", str(a + b)) for a, b in pairs]
+    taught = [
+        Example(f"{a}+{b}=", str(a + b - (rng.random() < min(0.2 * b, MOST_SLIPS))))
+        for a, b in pairs
+    ]
+    return Task(
+        train=examples[eval_size:],
+        held_out=examples[:eval_size],
+        reward=lambda completion, answer: float(completion == answer),
+        is_correct=str.__eq__,
+        demonstrations=taught[eval_size:],
+    )
+
+
+def character_tokenizer(alphabet: str = "0123456789+=") -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token a character of ``alphabet`` and two special ones."""
+    # The end is called as in Qwen2, whose tokenizer class AutoTokenizer takes for a checkpoint of
+    # tiny_model.
+    vocab = {token: i for i, token in enumerate(["<pad>", "<|endoftext|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<|endoftext|>",
+        padding_side="left",
+    )
+
+
+def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Return a Qwen2-shaped model of 0.4M parameters, drawn from torch's global generator."""
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+            # Wider than the usual 0.02: so small a model learns several times faster.
+            initializer_range=0.05,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )

@@ -1,0 +1,127 @@
+"""Grade-school math, answered in tags: a reward for the answer and one for the tags."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from .tasks import Example, Task
+
+SYSTEM_PROMPT = """Solve the problem. Write your reply in exactly this form:
+<reasoning>
+the steps that lead to the result
+</reasoning>
+<answer>
+the result, a number and nothing else
+</answer>"""
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?")
+
+
+def numbers(text: str) -> list[Decimal]:
+    """Return the decimal numbers in ``text``, as in -3, 0.5, .5 and 1,250."""
+    return [
+        Decimal(found.replace(",", "")) for found in _NUMBER.findall(text) if found not in ("", "-")
+    ]
+
+
+def extract_answer(completion: str) -> str | None:
+    """Return what the last answer tag encloses; None when that is nothing or was not closed."""
+    _, opened, rest = completion.rpartition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
+    answer = answer.strip()
+    return answer if opened and closed and answer not in ("", "...") else None
+
+
+def correctness_reward(completion: str, answer: str) -> float:
+    """Return 2.0 for the very answer, 1.5 for a text whose only number equals it, else 0."""
+    extracted = extract_answer(completion)
+    if extracted is None:
+        return 0.0
+    if extracted == answer:
+        return 2.0
+    found, expected = numbers(extracted), numbers(answer)
+    return 1.5 if len(found) == len(expected) == 1 and found == expected else 0.0
+
+
+def format_reward(completion: str) -> float:
+    """Return 0.2 for each of the four tags that occurs."""
+    return 0.2 * sum(tag in completion for tag in TAGS)
+
+
+def reward(completion: str, answer: str) -> float:
+    """Return the sum of both rewards, between 0 and 2.8."""
+    return correctness_reward(completion, answer) + format_reward(completion)
+
+
+def is_correct(completion: str, answer: str) -> bool:
+    """Return whether the enclosed answer, or the last number in it, equals ``answer``."""
+    if correctness_reward(completion, answer) > 0:
+        return True
+    found, expected = numbers(extract_answer(completion) or ""), numbers(answer)
+    return bool(found and expected) and found[-1] == expected[-1]
+
+
+def build_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """Return system prompt and question in the chat template, joined plainly without one."""
+    system, user = (
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": question},
+    )
+    joined = f"{SYSTEM_PROMPT}\n\n{question}\n"
+    if tokenizer.chat_template is None:
+        return joined
+    try:
+        return tokenizer.apply_chat_template(
+            [system, user], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError:  # some templates, Gemma's among them, refuse a system message
+        user["content"] = joined
+        return tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+
+
+def read_examples(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Read a JSONL file: ``question`` and ``answer`` (the result follows ####) on every line."""
+    examples = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            solution, mark, answer = row["answer"].partition("####")
+            if not mark:
+                raise ValueError("the answer has no '####'")
+            examples.append(
+                Example(build_prompt(tokenizer, row["question"].strip()), answer.strip())
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: expected {{"question": "...", "answer": "... #### 42"}}, '
+                f"got {error!r}"
+            ) from error
+    if not examples:
+        raise ValueError(f"{path}: expected at least one example, got an empty file")
+    return examples
+
+
+def gsm8k_task(
+    tokenizer: PreTrainedTokenizerBase, data: str, eval_data: str | None, eval_size: int
+) -> Task:
+    """Return the task; without ``eval_data`` the end of ``data`` (a tenth at most) is held out."""
+    train = read_examples(data, tokenizer)
+    if eval_data is None:
+        if len(train) < 2:
+            raise ValueError(
+                f"{data}: expected two examples or more to hold one out, or --eval-data"
+            )
+        count = max(1, min(eval_size or len(train), len(train) // 10))
+        train, held_out = train[:-count], train[-count:]
+    else:
+        held_out = read_examples(eval_data, tokenizer)
+        held_out = held_out[: eval_size or None]
+    return Task(
+        train=train, held_out=held_out, reward=reward, is_correct=is_correct, demonstrations=[]
+    )

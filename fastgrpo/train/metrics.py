@@ -1,0 +1,70 @@
+"""Numbers of a run: averages over micro-batches, one console line and one JSON line a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+CONSOLE = {  # metric -> (label, format)
+    "reward": ("reward", ".3f"),
+    "loss": ("loss", "+.4f"),
+    "kl": ("kl", ".4f"),
+    "entropy": ("entropy", ".3f"),
+    "completion_length": ("len", ".1f"),
+    "grad_norm": ("grad", ".2f"),
+    "tokens_per_s": ("tok/s", ".0f"),
+    "accuracy": ("held-out", ".3f"),
+}
+
+
+class Averages:
+    """Means over a step's micro-batches, each weighted by its own count; kept on the device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add the metrics of one grpo_loss call: every name with its ``<name>_count``."""
+        for name in [name for name in metrics if f"{name}_count" in metrics]:
+            count = metrics[f"{name}_count"]
+            self.sums[name] = self.sums.get(name, 0) + metrics[name] * count
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def means(self) -> dict[str, float]:
+        """Return the means as numbers (one host synchronisation each)."""
+        return {
+            name: (total / self.counts[name].clamp(min=1)).item()
+            for name, total in self.sums.items()
+        }
+
+
+class MetricsLog:
+    """Writes every step to a JSONL file, flushed, and to the console above the progress bar."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows: list[dict[str, float | None]] = []
+        self._file = path.open("w", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Log one step; a number that is not finite becomes null in the file."""
+        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self.rows.append(row)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        shown = [
+            f"{label} {metrics[key]:{form}}"
+            for key, (label, form) in CONSOLE.items()
+            if key in metrics
+        ]
+        tqdm.write(" | ".join([f"step {step}", *shown]), file=sys.stdout)
+        sys.stdout.flush()

@@ -1,0 +1,65 @@
+"""AdamW in fp32 over a model of any precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+RISING_STEPS = 20
+
+
+class MasterAdamW:
+    """AdamW on fp32 copies of 16-bit parameters; fp32 parameters are updated as they are.
+
+    A bf16 weight of 0.02 cannot move by less than 8e-5, so steps of a usual size (1e-6) would be
+    rounded away. Gradients of several backwards add up in fp32 as well. The learning rate rises
+    over the first steps, while Adam's averages are young, and then falls linearly to 0 at
+    ``total_steps``.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], learning_rate: float, total_steps: int
+    ) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters
+        ]
+        self.adamw = torch.optim.AdamW(
+            self.masters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adamw,
+            lambda step: max(0.0, min((step + 1) / RISING_STEPS, 1 - step / max(1, total_steps))),
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss`` to those gathered since the last step."""
+        loss.backward()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master and parameter.grad is not None:
+                grad, parameter.grad = parameter.grad.float(), None
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+
+    def step(self, loss: float, max_grad_norm: float) -> float:
+        """Clip, step, clear; return the norm before clipping.
+
+        A loss or a norm that is not finite: no step is taken, the gradients are cleared all the same.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.adamw.step()
+            self.schedule.step()
+            with torch.no_grad():
+                for parameter, master in zip(self.parameters, self.masters, strict=True):
+                    if parameter is not master:
+                        parameter.copy_(master)
+        self.adamw.zero_grad()
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The next step's learning rate."""
+        return self.schedule.get_last_lr()[0]

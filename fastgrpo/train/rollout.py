@@ -1,0 +1,122 @@
+"""Sampling: prompts in, groups of completions out, as tensors and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from .model import Policy
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B completions and what is known of them; prompts are padded left, completions right."""
+
+    prompt_ids: Tensor  # (B, P) int64
+    prompt_mask: Tensor  # (B, P) bool
+    completion_ids: Tensor  # (B, T) int64
+    completion_mask: Tensor  # (B, T) bool: through the end-of-sequence token, which counts
+    advantages: Tensor | None = None  # (B,) fp32
+    old_logps: Tensor | None = None  # (B, T) fp32
+    ref_logps: Tensor | None = None  # (B, T) fp32
+
+    def __len__(self) -> int:
+        return self.completion_ids.shape[0]
+
+    def __getitem__(self, rows: Tensor) -> Rollout:
+        """Return some of the completions, without the columns that only the others needed."""
+        picked = {
+            f.name: value[rows]
+            for f in fields(self)
+            if (value := getattr(self, f.name)) is not None
+        }
+        prompt = picked["prompt_mask"].sum(dim=1).max().item()
+        completion = picked["completion_mask"].sum(dim=1).max().item()
+        for name, value in picked.items():
+            if name.startswith("prompt"):
+                picked[name] = value[:, value.shape[1] - prompt :]
+            elif value.dim() == 2:
+                picked[name] = value[:, :completion]
+        return Rollout(**picked)
+
+    def micro_batches(self, size: int) -> Iterator[Tensor]:
+        """Yield the rows of each micro-batch; completions of like length go together."""
+        yield from self.completion_mask.sum(dim=1).argsort(stable=True).split(size)
+
+
+def encode(policy: Policy, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return ids (B, P) int64 and mask (B, P) bool, padded on the left."""
+    tokenizer = policy.tokenizer
+    # A chat template has written the special tokens already.
+    encoded = tokenizer(
+        list(prompts),
+        padding=True,
+        return_tensors="pt",
+        add_special_tokens=tokenizer.chat_template is None,
+    )
+    device = policy.head.weight.device
+    return encoded["input_ids"].to(device), encoded["attention_mask"].bool().to(device)
+
+
+def ends_at(ids: Tensor, eos_token_ids: Tensor) -> Tensor:
+    """Return a (B, T) bool mask: True through the first end-of-sequence token of each row."""
+    is_end = torch.isin(ids, eos_token_ids)
+    return (is_end.cumsum(dim=1) - is_end.long()) == 0
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy, prompts: Sequence[str], max_length: int, temperature: float
+) -> Rollout:
+    """Return one completion of each prompt; temperature 0 decodes greedily."""
+    prompt_ids, prompt_mask = encode(policy, prompts)
+    defaults = policy.model.generation_config
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    generation = GenerationConfig(
+        max_new_tokens=max_length,
+        do_sample=temperature > 0,
+        pad_token_id=defaults.pad_token_id,
+        eos_token_id=defaults.eos_token_id,
+        **sampling,
+    )
+    learning = policy.model.training
+    policy.model.eval()
+    sequences = policy.model.generate(
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask.long(),
+        generation_config=generation,
+    )
+    policy.model.train(learning)
+    completion_ids = sequences[:, prompt_ids.shape[1] :]
+    eos_token_ids = torch.tensor(defaults.eos_token_id, device=completion_ids.device)
+    completion_mask = ends_at(completion_ids, eos_token_ids)
+    return Rollout(prompt_ids, prompt_mask, completion_ids, completion_mask)
+
+
+def texts(policy: Policy, rollout: Rollout) -> list[str]:
+    """Return the completions as text, without special tokens."""
+    ids = [
+        row[mask].tolist()
+        for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+    ]
+    return policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def demonstrate(policy: Policy, prompts: list[str], completions: list[str]) -> Rollout:
+    """Return given texts as if they had been sampled, each ended by the end-of-sequence token."""
+    prompt_ids, prompt_mask = encode(policy, prompts)
+    tokenizer = policy.tokenizer
+    rows = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        for text in completions
+    ]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    return Rollout(prompt_ids, prompt_mask, ids.to(prompt_ids.device), mask.to(prompt_ids.device))

@@ -1,0 +1,94 @@
+"""A run from its folder to its report: progress, evaluations, Ctrl-C, what is saved."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from tqdm import tqdm
+
+from .checkpoint import save_checkpoint
+from .config import TrainConfig
+from .evaluation import Evaluation, evaluate
+from .interrupt import Interrupt
+from .metrics import MetricsLog
+from .model import Policy
+from .report import new_run_folder, write_report
+from .tasks import Task
+
+
+class Run:
+    """Context of a run. Leaving it saves checkpoint and report, after Ctrl-C or SIGTERM too."""
+
+    def __init__(self, config: TrainConfig, policy: Policy, task: Task) -> None:
+        self.config, self.policy, self.task = config, policy, task
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+        self.interrupt = Interrupt()
+
+    def __enter__(self) -> Run:
+        self._start = time.perf_counter()
+        self.folder = new_run_folder(self.config)
+        self._log = MetricsLog(self.folder / "metrics.jsonl")
+        self.interrupt.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        self._log.close()
+        if error is None or interrupted:
+            self._save(interrupted)
+        self.interrupt.__exit__(kind, error, trace)
+        return interrupted
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the number of the signal that ended the run."""
+        return 128 + self.interrupt.signum if self.interrupt.signum else 0
+
+    def steps(self, count: int, title: str) -> Iterator[int]:
+        """Yield 1 to ``count`` under a progress bar; a step that has begun is finished."""
+        for step in tqdm(range(1, count + 1), desc=title):
+            self.interrupt.safe_point()
+            self._began = time.perf_counter()
+            yield step
+
+    def evaluate(self) -> Evaluation:
+        """Return greedy accuracy on the held-out prompts."""
+        batch_size = self.config.num_prompts * self.config.num_generations
+        length = self.config.max_completion_length
+        return evaluate(self.policy, self.task, batch_size, length, self.interrupt.safe_point)
+
+    def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
+        """Write the step's line, with its speed, and every so often held-out accuracy."""
+        metrics = metrics | {"tokens_per_s": tokens / (time.perf_counter() - self._began)}
+        if self.config.eval_every and step % self.config.eval_every == 0:
+            metrics["accuracy"] = self.evaluate().accuracy
+        self._log.write(step, metrics)
+
+    def _save(self, interrupted: bool) -> None:
+        save_checkpoint(self.policy, self.folder / "checkpoint")
+        seconds = time.perf_counter() - self._start
+        write_report(
+            self.folder,
+            self.config,
+            self._log.rows,
+            self.before,
+            self.after,
+            seconds=seconds,
+            interrupted=interrupted,
+        )
+        if self.before and self.after:
+            print(
+                f"held-out accuracy before {self.before.accuracy:.3f}, "
+                f"after {self.after.accuracy:.3f} ({seconds:.0f} s)"
+            )
+        print(f"{'interrupted, saved' if interrupted else 'saved'} in {self.folder}")
+        sys.stdout.flush()

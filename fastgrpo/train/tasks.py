@@ -1,0 +1,66 @@
+"""What to learn: prompts, their answers, and how a completion is rewarded."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer that its completions are judged by."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training and held-out examples with the functions that judge a completion of one of them.
+
+    ``reward`` may raise or return None or NaN for a completion that it cannot score. ``is_correct``
+    is what accuracy counts. ``demonstrations`` are worked examples for a supervised warm-up (none:
+    no warm-up).
+    """
+
+    train: list[Example]
+    held_out: list[Example]
+    reward: Callable[[str, str], float | None]  # (completion, answer) -> reward
+    is_correct: Callable[[str, str], bool]  # (completion, answer) -> counts as solved
+    demonstrations: list[Example]
+
+
+def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Example]]:
+    """Yield batches for ever: every example once before any twice, in a new order each time."""
+    if not examples:
+        raise ValueError("examples: expected at least one to train on, got none")
+    rng, queue = random.Random(seed), []
+    while True:
+        while len(queue) < size:
+            queue += rng.sample(examples, len(examples))
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def score(
+    reward: Callable[[str, str], float | None], completions: list[str], answers: list[str]
+) -> Tensor:
+    """Return one fp32 reward per completion; NaN marks one that could not be scored."""
+    return torch.tensor(
+        [_score_one(reward, *pair) for pair in zip(completions, answers, strict=True)]
+    )
+
+
+def _score_one(reward: Callable[[str, str], float | None], completion: str, answer: str) -> float:
+    try:
+        value = reward(completion, answer)
+        return float("nan") if value is None or abs(value) == float("inf") else float(value)
+    except Exception as error:  # the user's code: one bad completion must not end a long run
+        kind = type(error).__name__
+        warnings.warn(f"the reward raised {kind}: the completion is unscorable", stacklevel=3)
+        return float("nan")

@@ -1,0 +1,41 @@
+"""The supervised start: imitate demonstrations, so that there is something to reinforce."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+import fastgrpo
+
+from .config import TrainConfig
+from .model import Policy
+from .optimizer import MasterAdamW
+from .rollout import demonstrate
+from .tasks import Task, batches
+
+BATCH_SIZE, LEARNING_RATE, MAX_GRAD_NORM = 64, 3e-3, 1.0
+
+
+def warm_up(policy: Policy, task: Task, steps: Iterable[int], config: TrainConfig) -> None:
+    """Take one supervised optimizer step for each of ``steps``.
+
+    REINFORCE with advantage 1 on a given text is cross-entropy.
+    """
+    optimizer = MasterAdamW(policy.model.parameters(), LEARNING_RATE, config.warmup_steps)
+    demonstrations = batches(task.demonstrations, BATCH_SIZE, config.seed)
+    for _ in steps:
+        examples = next(demonstrations)
+        batch = demonstrate(policy, [e.prompt for e in examples], [e.answer for e in examples])
+        out = fastgrpo.grpo_loss(
+            policy.completion_hidden(batch),
+            policy.head.weight,
+            batch.completion_ids,
+            batch.completion_mask,
+            torch.ones(len(batch), device=batch.completion_ids.device),
+            config="reinforce",
+            backend=config.backend,
+            **policy.head.options(),
+        )
+        optimizer.backward(out.loss)
+        optimizer.step(out.loss.item(), MAX_GRAD_NORM)

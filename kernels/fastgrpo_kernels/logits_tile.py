@@ -1,0 +1,282 @@
+"""Passes over one tile of logits that a GEMM has written: statistics, gradient, target rows.
+
+The tile holds z0 = h W^T for n rows and a slice of the vocabulary, fp32. Chaining tiles through a
+RowState gives the whole row's softmax; `tile_grad` then turns a tile into dz0, in place if asked.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .logit_math import merge_stats, one_minus_exp, slice_index, softmax_stats, transform_logits
+from .runtime import INTERPRETED, architecture, device_of, jit, launch_for, tl
+
+
+class RowState(NamedTuple):
+    """Running softmax statistics of each row, fp32 (n,), over the slices seen so far.
+
+    Start with max -inf, sum 0, dot 0. Then lse = max + log(sum), logp = (target - max) - log(sum),
+    entropy = log(sum) - dot / sum.
+    """
+
+    max: Tensor  # of z
+    sum: Tensor  # of exp(z - max)
+    dot: Tensor  # of exp(z - max) * (z - max); only kept where entropy is asked for
+    target: Tensor  # z at the row's id; left alone until the slice with that id comes
+
+
+@jit
+def _load_logits(
+    z_ptr, bias_ptr, offs_v, Vs, logit_scale, softcap, inv_temperature, SOFTCAP: tl.constexpr
+):
+    """z and dz/dz0 of one block of columns, (1, BLOCK_V); padding is -inf."""
+    inside = offs_v[None, :] < Vs
+    z0 = tl.load(z_ptr + offs_v[None, :], mask=inside, other=0.0)
+    if bias_ptr is not None:
+        z0 += tl.load(bias_ptr + offs_v[None, :], mask=inside, other=0.0).to(tl.float32)
+    z, slope = transform_logits(z0, logit_scale, softcap, inv_temperature, SOFTCAP)
+    return tl.where(inside, z, float("-inf")), slope
+
+
+@jit(do_not_specialize=["vocab_start"])
+def _tile_stats_kernel(
+    # inputs: (n, Vs) fp32, (n,) int64, (Vs,) or None, (n,) fp32 or None
+    z_ptr,
+    ids_ptr,
+    bias_ptr,
+    inv_temperature_ptr,
+    # in and out, (n,) fp32
+    max_ptr,
+    sum_ptr,
+    dot_ptr,
+    target_ptr,
+    Vs,
+    stride_z,
+    vocab_start,
+    logit_scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One row: merge each block of its columns into the running statistics."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    inv_temperature = 1.0
+    if inv_temperature_ptr is not None:
+        inv_temperature = tl.load(inv_temperature_ptr + row)[:, None]
+    index = slice_index(tl.load(ids_ptr + row), vocab_start, Vs)
+    m = tl.load(max_ptr + row)
+    s = tl.load(sum_ptr + row)
+    d = tl.zeros_like(s)
+    if WITH_ENTROPY:
+        d = tl.load(dot_ptr + row)
+    target = tl.zeros_like(s)
+    z_ptr += tl.program_id(0).to(tl.int64) * stride_z
+    for start in range(0, Vs, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z, _ = _load_logits(
+            z_ptr, bias_ptr, offs_v, Vs, logit_scale, softcap, inv_temperature, SOFTCAP
+        )
+        target += tl.sum(tl.where(offs_v[None, :] == index[:, None], z, 0.0), 1)
+        m2, s2, d2 = softmax_stats(z, WITH_ENTROPY)
+        m, s, d = merge_stats(m, s, d, m2, s2, d2)
+    tl.store(max_ptr + row, m)
+    tl.store(sum_ptr + row, s)
+    if WITH_ENTROPY:
+        tl.store(dot_ptr + row, d)
+    tl.store(target_ptr + row, target, mask=index >= 0)
+
+
+def tile_stats(
+    z: Tensor,  # (n, Vs) fp32: h W[vocab_start : vocab_start + Vs]^T; not changed
+    ids: Tensor,  # (n,) int64
+    vocab_start: int,
+    bias_slice: Tensor | None,  # (Vs,)
+    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
+    logit_scale: float,
+    softcap: float,  # 0.0: off
+    state: RowState,
+    with_entropy: bool,
+) -> None:
+    """Update `state` in place with one slice of the vocabulary."""
+    n, size = z.shape
+    assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
+    launch = launch_for("tile_stats", 0, architecture(z.device))
+    with device_of(z):
+        if n:
+            _tile_stats_kernel[(n,)](
+                *(z, ids, bias_slice, inv_temperature, *state),
+                *(size, z.stride(0), vocab_start, logit_scale, softcap),
+                SOFTCAP=softcap != 0.0,
+                WITH_ENTROPY=with_entropy,
+                **launch.kwargs(),
+            )
+
+
+@jit(do_not_specialize=["vocab_start"])
+def _tile_grad_kernel(
+    # inputs: (n, Vs) fp32, (n,) int64, (Vs,) or None, (n,) fp32
+    z_ptr,
+    ids_ptr,
+    bias_ptr,
+    inv_temperature_ptr,  # or None
+    lse_ptr,
+    entropy_ptr,
+    dlogps_ptr,
+    dentropy_ptr,  # or None
+    # outputs: (n, Vs), may be z; (n,) fp32 or None
+    out_ptr,
+    dtarget_ptr,
+    Vs,
+    stride_z,
+    stride_out,
+    vocab_start,
+    logit_scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One row: dz0 = (dlogp ([v = id] - p) - dentropy p (z - lse + entropy)) dz/dz0."""
+    row = tl.program_id(0).to(tl.int64)
+    inv_temperature = 1.0
+    if inv_temperature_ptr is not None:
+        inv_temperature = tl.load(inv_temperature_ptr + row)
+    index = slice_index(tl.load(ids_ptr + row), vocab_start, Vs)
+    lse = tl.load(lse_ptr + row)
+    dlogp = tl.load(dlogps_ptr + row)
+    z_ptr += row * stride_z
+    out_ptr += row * stride_out
+    for start in range(0, Vs, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z, slope = _load_logits(
+            z_ptr, bias_ptr, offs_v, Vs, logit_scale, softcap, inv_temperature, SOFTCAP
+        )
+        is_target = offs_v[None, :] == index
+        logp = z - lse
+        p = tl.exp(logp)
+        dz = dlogp * tl.where(is_target, one_minus_exp(logp), -p)
+        if dentropy_ptr is not None:
+            dentropy = tl.load(dentropy_ptr + row)
+            surprise = tl.where(z == float("-inf"), 0.0, logp + tl.load(entropy_ptr + row))
+            dz -= dentropy * p * surprise
+        dz *= slope
+        if dtarget_ptr is not None:
+            tl.store(dtarget_ptr + row + tl.zeros_like(offs_v)[None, :], dz, mask=is_target)
+            dz = tl.where(is_target, 0.0, dz)
+        dz = dz.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs_v[None, :], dz, mask=offs_v[None, :] < Vs)
+
+
+def tile_grad(
+    z: Tensor,  # (n, Vs) fp32: h W[vocab_start : vocab_start + Vs]^T
+    ids: Tensor,  # (n,) int64
+    vocab_start: int,
+    bias_slice: Tensor | None,  # (Vs,)
+    inv_temperature: Tensor | None,  # (n,) fp32 like every tensor of rows below; None: 1
+    logit_scale: float,
+    softcap: float,  # 0.0: off
+    lse: Tensor,
+    entropy: Tensor | None,  # needed with dentropy
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    out: Tensor,  # (n, Vs): z itself, or a buffer of any floating dtype
+    dtarget: Tensor | None,
+) -> None:
+    """Write the gradient of the raw logits to `out`.
+
+    With `dtarget` the target entry of `out` is 0 and its fp32 value goes to `dtarget`, for the rows
+    whose id lies in this slice; the other rows of `dtarget` are left alone.
+    """
+    n, size = z.shape
+    assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
+    assert out.shape == z.shape and out.stride(1) == 1, "out: shaped like z"
+    assert dentropy is None or entropy is not None, "dentropy needs entropy"
+    launch = launch_for("tile_grad", 0, architecture(z.device))
+    # Triton's interpreter truncates where hardware rounds to nearest: PyTorch rounds for it.
+    target = torch.empty_like(z) if INTERPRETED and out.dtype == torch.bfloat16 else out
+    with device_of(z):
+        if n:
+            _tile_grad_kernel[(n,)](
+                *(z, ids, bias_slice, inv_temperature, lse, entropy, dlogps, dentropy),
+                *(target, dtarget),
+                *(size, z.stride(0), target.stride(0), vocab_start, logit_scale, softcap),
+                SOFTCAP=softcap != 0.0,
+                **launch.kwargs(),
+            )
+    if target is not out:
+        out.copy_(target)
+
+
+@jit(do_not_specialize=["vocab_start"])
+def _scatter_rows_kernel(
+    # in and out: (Vs, H) fp32
+    acc_ptr,
+    # inputs: (n,) int64, (n,) int64, (n,) fp32, (n, H)
+    ids_ptr,
+    order_ptr,
+    coef_ptr,
+    rows_ptr,
+    n,
+    Vs,
+    H,
+    stride_acc,
+    stride_rows,
+    vocab_start,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The run of equal ids that starts at this program's position, if one does, in its order."""
+    first = tl.program_id(0).to(tl.int64)
+    id_ = tl.load(ids_ptr + first)
+    previous = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
+    index = slice_index(id_, vocab_start, Vs)
+    if (id_ != previous) & (index >= 0):
+        offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        inside = offs_h < H
+        acc_ptrs = acc_ptr + index.to(tl.int64) * stride_acc + offs_h
+        total = tl.load(acc_ptrs, mask=inside, other=0.0)
+        position = first
+        running = True
+        while running:
+            offs = position + tl.arange(0, BLOCK_R)
+            member = tl.load(ids_ptr + offs, mask=offs < n, other=-1) == id_
+            order = tl.load(order_ptr + offs, mask=member, other=0)
+            coef = tl.load(coef_ptr + order, mask=member, other=0.0)
+            rows = tl.load(
+                rows_ptr + order[:, None] * stride_rows + offs_h[None, :],
+                mask=member[:, None] & inside[None, :],
+                other=0.0,
+            )
+            total += tl.sum(coef[:, None] * rows.to(tl.float32), 0)
+            position += BLOCK_R
+            running = tl.load(ids_ptr + position, mask=position < n, other=-1) == id_
+        tl.store(acc_ptrs, total, mask=inside)
+
+
+def scatter_rows(
+    acc: Tensor,  # (Vs, H) fp32
+    ids: Tensor,  # (n,) int64, ascending
+    order: Tensor,  # (n,) int64: the row of `coef` and `rows` that each id belongs to
+    coef: Tensor,  # (n,) fp32
+    rows: Tensor,  # (n, H)
+    vocab_start: int,
+) -> None:
+    """Add coef[order[i]] * rows[order[i]] to acc[ids[i] - vocab_start] for ids in the slice.
+
+    Deterministic: one program per run of equal ids and block of columns, in the order given.
+    """
+    n, hidden_size = rows.shape
+    assert acc.dtype == torch.float32 and acc.stride(1) == 1, "acc: fp32, adjacent columns"
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    launch = launch_for("scatter_rows", 0, architecture(acc.device))
+    with device_of(acc):
+        if n:
+            grid = (n, -(-hidden_size // launch.blocks["BLOCK_H"]))
+            _scatter_rows_kernel[grid](
+                *(acc, ids, order, coef, rows),
+                *(n, acc.shape[0], hidden_size, acc.stride(0), rows.stride(0), vocab_start),
+                **launch.kwargs(),
+            )

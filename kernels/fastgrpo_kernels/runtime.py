@@ -1,0 +1,167 @@
+"""Triton's front door: the only module here that survives its absence, and every launch setting.
+
+Other modules write `from .runtime import jit, tl`. Without Triton `jit` returns the plain function,
+so that the package imports, `surrogates` still serves the torch backend, and launchers raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    # Triton decides while it decorates whether a kernel is compiled or interpreted. This reads the
+    # same setting at the same moment, so both agree for as long as the process lives.
+    INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+except ImportError:
+    triton = tl = None
+    HAS_TRITON = INTERPRETED = False
+
+
+def jit(fn: Callable | None = None, **options: Any) -> Callable:
+    """`triton.jit`, or the function itself where Triton is absent."""
+    if fn is None:
+        return lambda decorated: jit(decorated, **options)
+    return triton.jit(fn, **options) if HAS_TRITON else fn
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Block sizes of one kernel, with the warps and pipeline stages they were chosen for."""
+
+    blocks: dict[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 1  # only loops around `tl.dot` are pipelined
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of a launch: block sizes and compiler options."""
+        # Triton's default for fused multiply-adds is about to flip: results must not move with it.
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.blocks, **options, "enable_fp_fusion": True}
+
+
+def _gemm(rows: int, vocab: int, hidden: int, num_warps: int, num_stages: int) -> Launch:
+    blocks = {"BLOCK_N": rows, "BLOCK_V": vocab, "BLOCK_H": hidden, "SPLIT_V": 4096, "GROUP_N": 16}
+    return Launch(blocks, num_warps, num_stages)
+
+
+# Large enough that the interpreter is bearable, and small enough that small shapes have several
+# blocks and splits.
+_INTERPRETED_GEMM = Launch(
+    {"BLOCK_N": 64, "BLOCK_V": 256, "BLOCK_H": 64, "SPLIT_V": 512, "GROUP_N": 2}
+)
+
+# Kernel -> (bits of the dot operands, architecture class) -> launch, with 0 bits where the kernel
+# has no dot and "any" where the architecture does not matter. No entry depends on the number of
+# rows: a row's bits would depend on the batch around it.
+LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
+    "linear_logps": {
+        # 144 KiB of the 227: the widest accumulator that leaves the epilogue its registers.
+        (16, "sm_90"): _gemm(128, 256, 64, num_warps=8, num_stages=3),
+        # The accumulator has its own memory, but the epilogue reads it into registers at once.
+        (16, "sm_100"): _gemm(128, 128, 64, num_warps=8, num_stages=4),
+        # mma.sync takes its operands from registers too: half the width of Hopper's tile.
+        (16, "sm_80"): _gemm(128, 128, 64, num_warps=8, num_stages=4),
+        # 96 KiB, of the 99 that a block has on these parts.
+        (16, "sm_86"): _gemm(128, 128, 64, num_warps=8, num_stages=4),
+        # 32 KiB of the 64: one stage in LDS, the next one in registers.
+        (16, "hip"): _gemm(128, 128, 64, num_warps=8, num_stages=2),
+        # fp32 dots are plain multiply-adds, operands in registers: the largest tile that fits on
+        # every part and with every supported Triton.
+        (32, "any"): _gemm(64, 32, 32, num_warps=4, num_stages=2),
+        (16, "interpreter"): _INTERPRETED_GEMM,
+        (32, "interpreter"): _INTERPRETED_GEMM,
+    },
+    # Masks in the inner loop need registers that the wide tiles do not leave. H is a multiple of
+    # 64 in the models in use: one entry that fits everywhere.
+    "linear_logps_ragged_h": {
+        (16, "any"): _gemm(128, 128, 32, num_warps=8, num_stages=3),
+        (32, "any"): _gemm(64, 32, 32, num_warps=4, num_stages=2),
+        (16, "interpreter"): _INTERPRETED_GEMM,
+        (32, "interpreter"): _INTERPRETED_GEMM,
+    },
+    # Three floats per row and split: bound by latency, so few rows per program.
+    "merge_splits": {(0, "any"): Launch({"BLOCK_N": 128})},
+    # Bound by memory, 16 bytes per lane and load: 2048 columns keep two loads of each lane in
+    # flight, and several programs per multiprocessor hide the reductions.
+    "tile_stats": {
+        (0, "any"): Launch({"BLOCK_V": 2048}),
+        (0, "interpreter"): Launch({"BLOCK_V": 512}),
+    },
+    "tile_grad": {
+        (0, "any"): Launch({"BLOCK_V": 2048}),
+        (0, "interpreter"): Launch({"BLOCK_V": 512}),
+    },
+    # 8 rows of 256 columns per step: enough loads in flight for runs of a frequent token.
+    "scatter_rows": {
+        (0, "any"): Launch({"BLOCK_R": 8, "BLOCK_H": 256}),
+        (0, "interpreter"): Launch({"BLOCK_R": 4, "BLOCK_H": 64}),
+    },
+    "token_loss": {
+        (0, "any"): Launch({"BLOCK_N": 512}),
+        (0, "interpreter"): Launch({"BLOCK_N": 128}),
+    },
+    # Sequences of a few hundred to some thousand tokens, one program each.
+    "segment_mean": {
+        (0, "any"): Launch({"BLOCK_N": 1024}),
+        (0, "interpreter"): Launch({"BLOCK_N": 32}),
+    },
+    # Groups of 4 to 64 completions; larger ones loop.
+    "group_advantages": {
+        (0, "any"): Launch({"BLOCK_G": 64}, num_warps=1),
+        (0, "interpreter"): Launch({"BLOCK_G": 8}),
+    },
+}
+
+
+def architecture(device: torch.device) -> str:
+    """Architecture class of a device: "sm_80", "sm_86", "sm_90", "sm_100", "hip", "interpreter".
+
+    "sm_86" stands for every part whose blocks have 99 KiB of shared memory: 8.6, 8.9 and 12.x.
+    Raises RuntimeError where no kernel can run.
+    """
+    if not HAS_TRITON:
+        raise RuntimeError("the Triton kernels need the package `triton`; backend='torch' does not")
+    if INTERPRETED:
+        return "interpreter"
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"the Triton kernels got a tensor on {device}: they run on CUDA or ROCm devices, or"
+            " anywhere when TRITON_INTERPRET=1 is set before the first import"
+        )
+    if torch.version.hip:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
+        )
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_86"
+    return {9: "sm_90", 12: "sm_86"}.get(major, "sm_100")
+
+
+def launch_for(kernel: str, bits: int, arch: str) -> Launch:
+    """The table's entry for a kernel, the bits of its dot operands (0: no dot) and a class."""
+    table = LAUNCHES[kernel]
+    return table.get((bits, arch)) or table[bits, "any"]
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's device the current one: Triton launches there, wherever pointers are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def dot_precision(bits: int) -> str:
+    """`input_precision` of `tl.dot`: TF32 only for fp32 operands and where PyTorch was told so."""
+    asked = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
+    return "tf32" if bits == 32 and asked else "ieee"

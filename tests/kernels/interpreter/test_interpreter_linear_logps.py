@@ -1,0 +1,193 @@
+"""`linear_logps_fwd` against plain fp64 formulas on the same inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastgrpo_kernels import linear_logps_fwd
+from fastgrpo_kernels.runtime import launch_for
+
+BLOCKS = launch_for("linear_logps", 16, "interpreter").blocks
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def problem(n, vocab, hidden_size, dtype, weight_dtype=None, spread=4.0, seed=0):
+    """Rows whose logits have a standard deviation of `spread` nats, half of the targets likely."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, hidden_size, generator=g).to(dtype)
+    weight = torch.randn(vocab, hidden_size, generator=g) * spread / hidden_size**0.5
+    weight = weight.to(weight_dtype or dtype)
+    ids = torch.randint(0, vocab, (n,), generator=g)
+    if n:
+        ids[::2] = (hidden.double() @ weight.double().T).argmax(1)[::2]
+    return hidden, weight, ids
+
+
+def oracle(hidden, weight, ids, bias=None, inv_temperature=None, logit_scale=1.0, softcap=0.0):
+    """fp64 logps, lse and entropy; -inf logits count for nothing."""
+    z = hidden.double() @ weight.double().T
+    z = z if bias is None else z + bias.double()
+    z = z * logit_scale
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    z = z if inv_temperature is None else z * inv_temperature.double()[:, None]
+    logps = z.log_softmax(1)
+    entropy = -torch.where(logps == -torch.inf, 0.0, logps.exp() * logps).sum(1)
+    return logps.gather(1, ids[:, None])[:, 0], z.logsumexp(1), entropy
+
+
+def assert_accurate(actual, expected, *, atol=2e-5, rms=1e-5):
+    """The accuracy bars: at most 2e-5 nats for any row, 1e-5 over the rows."""
+    for name, a, e in zip(("logps", "lse", "entropy"), actual, expected, strict=True):
+        error = (a.double() - e).abs()
+        assert a.dtype == torch.float32
+        assert error.max() <= atol, (name, error.max())
+        assert error.square().mean().sqrt() <= rms, (name, error.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n, vocab, hidden_size",
+    [
+        (1, 1009, 40),  # one row; H below one block
+        (70, 1009, 72),  # no dimension a multiple of its block, V prime, two splits
+        (3, 517, 128),  # the last split holds 5 columns; H is whole blocks
+        (2, 7, 16),  # everything below one block
+    ],
+)
+def test_shapes_and_dtypes(n, vocab, hidden_size, dtype):
+    hidden, weight, ids = problem(n, vocab, hidden_size, dtype)
+    actual = linear_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, True)
+    assert_accurate(actual, oracle(hidden, weight, ids))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logit_scale, softcap", [(0.25, 0.0), (1.0, 30.0), (2.0, 5.0)])
+def test_logit_transform(logit_scale, softcap, dtype):
+    hidden, weight, ids = problem(9, 601, 48, dtype, spread=8.0)
+    bias = torch.randn(601, generator=torch.Generator().manual_seed(1)).to(dtype)
+    inv_temperature = torch.linspace(0.5, 2.0, 9)
+    options = (bias, inv_temperature, logit_scale, softcap)
+    actual = linear_logps_fwd(hidden, weight, ids, *options, True)
+    assert_accurate(actual, oracle(hidden, weight, ids, *options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_weight_under_16_bit_hidden(dtype):
+    """Both count in fp32: rounding the weight first would cost 1e-2 nats."""
+    hidden, weight, ids = problem(5, 601, 40, dtype, weight_dtype=torch.float32)
+    bias = torch.linspace(-1, 1, 601)
+    actual = linear_logps_fwd(hidden, weight, ids, bias, None, 1.0, 0.0, True)
+    assert_accurate(actual, oracle(hidden, weight, ids, bias))
+
+
+def test_without_entropy_is_bitwise_the_same():
+    hidden, weight, ids = problem(5, 601, 40, torch.bfloat16)
+    with_entropy = linear_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, True)
+    without = linear_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, False)
+    assert without[2] is None
+    assert torch.equal(with_entropy[0], without[0]) and torch.equal(with_entropy[1], without[1])
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    """Bitwise: alone, in another place, among other rows, in another group of blocks.
+
+    Small integers, whose dot products are exact in any order: the order inside one block is that of
+    the interpreter's BLAS, which depends on the place, and not of the kernel.
+    """
+    n = 5 * BLOCKS["BLOCK_N"] + 3
+    hidden, weight, ids = problem(n, 601, 40, torch.float32)
+    hidden, weight = (hidden * 2).round().bfloat16(), (weight * 4).round().bfloat16() / 8
+    whole = linear_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, True)
+    for row in (0, 1, BLOCKS["BLOCK_N"] + 7, n - 1):
+        alone = linear_logps_fwd(
+            hidden[row : row + 1], weight, ids[row : row + 1], None, None, 1.0, 0.0, True
+        )
+        assert all(torch.equal(a[0], w[row]) for a, w in zip(alone, whole, strict=True)), row
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(3))
+    moved = linear_logps_fwd(hidden[order], weight, ids[order], None, None, 1.0, 0.0, True)
+    assert all(torch.equal(m, w[order]) for m, w in zip(moved, whole, strict=True))
+
+
+def test_layouts():
+    """Strided rows, an offset that is not 16-byte aligned, columns that are not adjacent."""
+    hidden, weight, ids = problem(6, 601, 40, torch.bfloat16)
+    expected = linear_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, True)
+    wide_hidden, wide_weight = torch.randn(6, 61).bfloat16(), torch.randn(601, 43).bfloat16()
+    wide_hidden[:, 3:43], wide_weight[:, 1:41] = hidden, weight
+    variants = {
+        "strided": (wide_hidden[:, 3:43], wide_weight[:, 1:41]),
+        "transposed": (hidden.T.contiguous().T, weight.T.contiguous().T),
+    }
+    for name, (h, w) in variants.items():
+        actual = linear_logps_fwd(h, w, ids, None, None, 1.0, 0.0, True)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True)), name
+
+
+def test_id_outside_the_vocabulary_is_nan_for_that_row_only():
+    vocab = 601  # 602 .. 768 are padding columns of the last block
+    hidden, weight, ids = problem(8, vocab, 40, torch.float32)
+    expected = oracle(hidden, weight, ids)
+    bad = {1: -1, 3: vocab, 4: vocab + 60, 6: 2**40 + 5}
+    broken = ids.clone()
+    for row, id_ in bad.items():
+        broken[row] = id_
+    logps, lse, entropy = linear_logps_fwd(hidden, weight, broken, None, None, 1.0, 0.0, True)
+    good = [row for row in range(8) if row not in bad]
+    assert logps[list(bad)].isnan().all()
+    assert_accurate((logps[good], lse, entropy), (expected[0][good], *expected[1:]))
+
+
+def test_minus_infinity_logits_count_for_nothing():
+    """Through the bias: single columns, a whole block, a whole split; then a target among them."""
+    hidden, weight, ids = problem(6, 1100, 40, torch.float32)
+    bias = torch.zeros(1100)
+    bias[::7] = -torch.inf
+    bias[512:1024] = -torch.inf
+    ids[:] = torch.tensor([1, 2, 3, 1030, 1031, 4])
+    options = (bias, None, 1.0, 0.0)
+    assert_accurate(
+        linear_logps_fwd(hidden, weight, ids, *options, True), oracle(hidden, weight, ids, *options)
+    )
+    ids[0] = 7
+    logps, lse, entropy = linear_logps_fwd(hidden, weight, ids, *options, True)
+    assert logps[0] == -torch.inf and lse.isfinite().all() and entropy.isfinite().all()
+    assert logps[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("level", [1e4, -1e4])
+def test_large_logits(level):
+    """All logits near +-1e4: as accurate as fp32 logits of that size can be (1e-3 per logit)."""
+    hidden, weight, ids = problem(4, 601, 40, torch.float32)
+    bias = torch.full((601,), level)
+    actual = linear_logps_fwd(hidden, weight, ids, bias, None, 1.0, 0.0, True)
+    assert_accurate(actual, oracle(hidden, weight, ids, bias), atol=3e-3, rms=2e-3)
+    assert (actual[0] <= 0).all()
+
+
+def test_certain_and_impossible_tokens():
+    """p = 1 to the last bit is never above 0; log-probs below fp32's exp are still right."""
+    weight = torch.zeros(601, 40)
+    weight[5, 0], weight[7, 0] = 60.0, -60.0
+    hidden = torch.zeros(2, 40)
+    hidden[:, 0] = 1.0
+    ids = torch.tensor([5, 7])
+    logps, _, entropy = linear_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, True)
+    assert logps[0] == 0 and abs(logps[1] + 120) < 2e-5
+    assert 0 <= entropy.min() and entropy.max() < 1e-20
+
+
+def test_nan_stays_in_its_row():
+    hidden, weight, ids = problem(4, 601, 40, torch.float32)
+    hidden[2, 3] = torch.nan
+    actual = linear_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, True)
+    expected = oracle(hidden, weight, ids)
+    keep = [0, 1, 3]
+    assert all(a[2].isnan() for a in actual)
+    assert_accurate([a[keep] for a in actual], [e[keep] for e in expected])
+
+
+def test_no_rows():
+    hidden, weight, ids = problem(0, 33, 16, torch.float32)
+    actual = linear_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, True)
+    assert [a.shape for a in actual] == [(0,)] * 3
