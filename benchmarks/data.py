@@ -1,0 +1,104 @@
+"""Make the batches that every provider is given: one seed, one set of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The inputs of one GRPO loss: token mean, epsilon 0.2, beta 0."""
+
+    hidden: Tensor  # (B, T, H), leaf that requires grad
+    weight: Tensor  # (V, H), leaf; requires grad unless the head is frozen
+    completion_ids: Tensor  # (B, T) int64
+    completion_mask: Tensor  # (B, T) bool
+    advantages: Tensor  # (B,) fp32
+    old_logps: Tensor  # (B, T) fp32, nats
+
+    def to(self, dtype: torch.dtype, *, frozen: bool = False) -> Batch:
+        """Return the batch with fresh leaves in `dtype`; values are rounded if it is narrower."""
+        return dataclasses.replace(
+            self,
+            hidden=self.hidden.detach().to(dtype).requires_grad_(),
+            weight=self.weight.detach().to(dtype).requires_grad_(not frozen),
+        )
+
+    def sequences(self, chosen: slice) -> Batch:
+        """Return the batch of these completions, hidden states as a new leaf, the same weight."""
+        return dataclasses.replace(
+            self,
+            hidden=self.hidden.detach()[chosen].clone().requires_grad_(),
+            completion_ids=self.completion_ids[chosen],
+            completion_mask=self.completion_mask[chosen],
+            advantages=self.advantages[chosen],
+            old_logps=self.old_logps[chosen],
+        )
+
+
+def random_batch(
+    shape: Shape, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+) -> Batch:
+    """Return a dense batch: every row is live, no ratio is clipped, every gradient is needed.
+
+    The hidden states lean towards their target's classifier row, so that the targets'
+    probabilities spread from about exp(-12) to almost 1 instead of all being 1/V.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    sequences, length = shape.sequences, shape.rows // shape.sequences
+    weight = normal(shape.vocab, shape.hidden).div_(math.sqrt(shape.hidden)).to(dtype)
+    ids = torch.randint(shape.vocab, (shape.rows,), generator=generator, device=device)
+    lean = (
+        torch.rand(shape.rows, 1, generator=generator, device=device) * 1.5 * math.log(shape.vocab)
+    )
+    hidden = (normal(shape.rows, shape.hidden) + lean * weight[ids].float()).to(dtype)
+    advantages = normal(sequences)
+    # Inside the clip range (log 0.8, log 1.2) by more than the noise that bf16 logits add.
+    drift = (torch.rand(shape.rows, generator=generator, device=device) - 0.5) * 0.2
+    old_logps = _logps(hidden, weight, ids) + drift
+    return Batch(
+        hidden=hidden.view(sequences, length, shape.hidden).requires_grad_(),
+        weight=weight.requires_grad_(),
+        completion_ids=ids.view(sequences, length),
+        completion_mask=torch.ones(sequences, length, dtype=torch.bool, device=device),
+        # No advantage so small that rounding decides whether its rows count as live.
+        advantages=advantages + 0.25 * advantages.sign(),
+        old_logps=old_logps.view(sequences, length),
+    )
+
+
+def rl_batch(batch: Batch, zero_advantage: float = 0.5, padding: float = 0.0) -> Batch:
+    """Return `batch` as reinforcement learning meets it.
+
+    The first `zero_advantage` of the completions, to a whole number, belong to groups whose rewards
+    are all equal; at least one completion counts. Lengths fall evenly from T to
+    (1 - 2 * padding) * T, so that the share `padding` of all positions is padding.
+    """
+    sequences, length = batch.completion_ids.shape
+    advantages = batch.advantages.clone()
+    advantages[: min(round(zero_advantage * sequences), sequences - 1)] = 0.0
+    steps = torch.arange(sequences, device=advantages.device) / max(sequences - 1, 1)
+    lengths = (length * (1 - 2 * padding * steps)).round().long()
+    mask = torch.arange(length, device=advantages.device) < lengths[:, None]
+    return dataclasses.replace(batch, advantages=advantages, completion_mask=mask)
+
+
+@torch.no_grad()
+def _logps(hidden: Tensor, weight: Tensor, ids: Tensor, rows: int = 512) -> Tensor:
+    """Return fp32 log-probs of `ids`, a block of rows at a time."""
+    blocks = []
+    for start in range(0, hidden.shape[0], rows):
+        logits = hidden[start : start + rows].float() @ weight.float().T
+        target = logits.gather(1, ids[start : start + rows, None])[:, 0]
+        blocks.append(target - logits.logsumexp(-1))
+    return torch.cat(blocks)

@@ -1,0 +1,143 @@
+"""Run a provider in one of the modes, and hold what it computed against an fp64 oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.data import Batch
+from benchmarks.providers import Provider, plain_logits, policy_loss
+
+
+class Mode(NamedTuple):
+    """What one call does; `gemms` is the number of N x V x H products that it cannot avoid."""
+
+    gemms: int
+    frozen: bool = False
+    zero_advantage: float = 0.0  # share of the completions
+    padding: float = 0.0  # share of the positions
+
+
+MODES = {
+    "logps": Mode(gemms=1),  # log-probs, no gradient
+    "loss": Mode(gemms=3),  # GRPO loss, forward and backward
+    "token_logps": Mode(gemms=3),  # per-token log-probs and any upstream gradient
+    "frozen": Mode(gemms=2, frozen=True),  # GRPO loss, no gradient for the head
+    "half_zero": Mode(gemms=3, zero_advantage=0.5),
+    "skip_90": Mode(gemms=3, zero_advantage=0.9),
+    "rl": Mode(gemms=3, zero_advantage=0.5, padding=0.25),
+}
+
+
+class Outcome(NamedTuple):
+    """What a call computed: log-probs and loss are None where the mode has none."""
+
+    logps: Tensor | None  # (B, T)
+    loss: Tensor | None  # ()
+    dhidden: Tensor | None  # (B, T, H)
+    dweight: Tensor | None  # (V, H)
+
+
+def run(provider: Provider, mode: str, batch: Batch) -> Outcome:
+    """Run one call from cleared gradients."""
+    batch.hidden.grad = batch.weight.grad = None
+    if mode == "logps":
+        with torch.no_grad():
+            return Outcome(provider.token_logps(batch), None, None, None)
+    if mode == "token_logps":
+        logps = provider.token_logps(batch)
+        # Any upstream gradient will do; this one is already there, and as varied as one likes.
+        logps.backward(batch.old_logps.to(logps.dtype) / batch.old_logps.numel())
+        return Outcome(logps.detach(), None, batch.hidden.grad, batch.weight.grad)
+    loss = provider.loss(batch)
+    loss.backward()
+    return Outcome(None, loss.detach(), batch.hidden.grad, batch.weight.grad)
+
+
+def oracle(mode: str, batch: Batch, block: int = 256) -> Outcome:
+    """Return `run` of plain logits in fp64 from the same rounded inputs, in blocks of rows."""
+    exact = batch.to(torch.float64, frozen=not batch.weight.requires_grad)
+    token_logps = plain_logits().token_logps
+    count = batch.completion_mask.sum()
+    length = batch.completion_ids.shape[1]
+    loss = torch.zeros((), dtype=torch.float64, device=batch.hidden.device)
+    logps = torch.zeros(batch.completion_ids.shape, dtype=torch.float64, device=loss.device)
+    sequences = max(1, block // length)
+    for start in range(0, batch.completion_ids.shape[0], sequences):
+        rows = slice(start, start + sequences)
+        part = dataclasses.replace(
+            exact,
+            hidden=exact.hidden[rows],
+            completion_ids=exact.completion_ids[rows],
+            completion_mask=exact.completion_mask[rows],
+            advantages=exact.advantages[rows],
+            old_logps=exact.old_logps[rows],
+        )
+        with torch.set_grad_enabled(mode != "logps"):
+            part_logps = token_logps(part)
+        logps[rows] = part_logps.detach()
+        if mode == "token_logps":
+            part_logps.backward(part.old_logps.double() / exact.old_logps.numel())
+        elif mode != "logps":
+            part_loss = policy_loss(part_logps, part, normalizer=count)
+            part_loss.backward()
+            loss += part_loss.detach()
+    return Outcome(logps, loss, exact.hidden.grad, exact.weight.grad)
+
+
+class Errors(NamedTuple):
+    """Distances from the oracle; None where the mode does not have the quantity."""
+
+    logps_rms: float | None = None  # nats
+    logps_max: float | None = None  # nats
+    loss: float | None = None  # absolute
+    dhidden: float | None = None  # relative L2
+    dweight: float | None = None  # relative L2
+
+
+def errors(outcome: Outcome, exact: Outcome, mask: Tensor) -> Errors:
+    def relative(value: Tensor | None, truth: Tensor | None) -> float | None:
+        if value is None or truth is None:
+            return None
+        return ((value.double() - truth).norm() / truth.norm()).item()
+
+    rms = largest = loss = None
+    if outcome.logps is not None:
+        distance = (outcome.logps.double() - exact.logps)[mask]
+        rms, largest = distance.pow(2).mean().sqrt().item(), distance.abs().max().item()
+    if outcome.loss is not None:
+        loss = (outcome.loss.double() - exact.loss).abs().item()
+    return Errors(
+        rms,
+        largest,
+        loss,
+        relative(outcome.dhidden, exact.dhidden),
+        relative(outcome.dweight, exact.dweight),
+    )
+
+
+class Bar(NamedTuple):
+    """The largest errors with which a result still counts as the same function."""
+
+    logps_rms: float
+    gradient: float
+
+
+# What fastgrpo promises, and what rounding the logits to 16 bits costs a peer, with a margin.
+OWN_BARS = {torch.float32: Bar(1e-5, 1e-5), torch.bfloat16: Bar(1e-5, 4e-3)}
+PEER_BARS = {torch.float32: Bar(1e-4, 1e-3), torch.bfloat16: Bar(0.1, 0.1)}
+
+
+def check(provider: Provider, found: Errors, dtype: torch.dtype) -> None:
+    """Raise AssertionError, naming provider, quantity, error and bar, if `found` is too far off."""
+    bar = (OWN_BARS if provider.name.startswith("fastgrpo") else PEER_BARS)[dtype]
+    bars = Errors(bar.logps_rms, None, bar.logps_rms, bar.gradient, bar.gradient)
+    for name, error, limit in zip(Errors._fields, found, bars, strict=True):
+        # Written so that NaN fails.
+        if error is not None and limit is not None and not error <= limit:
+            raise AssertionError(
+                f"{provider.name}: {name} error {error:.2e} > {limit:.0e}, {dtype}"
+            )

@@ -1,0 +1,231 @@
+"""Put every implementation that is compared behind one signature.
+
+A provider computes per-token log-probs, or a whole GRPO loss, from the same batch. One that only
+has log-probs gets its loss from `policy_loss`, which is also the oracle's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.data import Batch
+
+EPSILON = 0.2
+
+LogpsFn = Callable[[Batch], Tensor]  # -> (B, T), nats, differentiable
+LossFn = Callable[[Batch], Tensor]  # -> (), differentiable
+
+
+class Provider(NamedTuple):
+    """An implementation; `fused_loss` is None where the loss is composed from `token_logps`."""
+
+    name: str
+    token_logps: LogpsFn
+    fused_loss: LossFn | None = None
+
+    def loss(self, batch: Batch) -> Tensor:
+        if self.fused_loss is not None:
+            return self.fused_loss(batch)
+        return policy_loss(self.token_logps(batch), batch)
+
+
+def policy_loss(logps: Tensor, batch: Batch, normalizer: Tensor | None = None) -> Tensor:
+    """Return the clipped-ratio loss averaged over tokens, in the dtype of `logps`."""
+    advantages = batch.advantages[:, None]
+    # Before the exponential: whatever stands at a masked position must not become inf * 0.
+    log_ratio = torch.where(batch.completion_mask, logps - batch.old_logps, 0.0)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON)
+    loss = -torch.min(ratio * advantages, clipped * advantages)
+    count = batch.completion_mask.sum() if normalizer is None else normalizer
+    return torch.where(batch.completion_mask, loss, 0.0).sum() / count
+
+
+def plain_logits() -> Provider:
+    """Full logits in the model's dtype, log-softmax in fp32: what a Hugging Face model does."""
+
+    def token_logps(batch: Batch) -> Tensor:
+        logits = F.linear(batch.hidden, batch.weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.log_softmax(-1).gather(-1, batch.completion_ids[..., None])[..., 0]
+
+    return Provider("plain logits", token_logps)
+
+
+def compiled_logits() -> Provider:
+    if not torch.cuda.is_available():
+        raise ImportError("compared on CUDA only")
+    plain = plain_logits()
+    compiled = partial(torch.compile, dynamic=False)
+    return Provider("torch.compile", compiled(plain.token_logps), compiled(plain.loss))
+
+
+def trl_chunked() -> Provider:
+    from trl.kernels import ChunkedLogProbFunction
+
+    vocabulary_chunk = 32768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, None, ids, 1.0, vocabulary_chunk, None, 1.0, ()
+        )[0]
+
+    # TRL drops masked rows where its Triton kernels run, and scores every row elsewhere.
+    return Provider("TRL chunked", by_rows(rows, compact=torch.cuda.is_available()))
+
+
+def liger_grpo() -> Provider:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    module = LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        compiled=False,
+        use_ref_model=False,
+        epsilon_low=EPSILON,
+        epsilon_high=EPSILON,
+        loss_type="bnpo",
+    )
+
+    def fused_loss(batch: Batch) -> Tensor:
+        return module(
+            batch.hidden,
+            batch.weight,
+            batch.completion_ids,
+            batch.completion_mask,
+            batch.advantages,
+            old_per_token_logps=batch.old_logps,
+        )[0]
+
+    def token_logps(batch: Batch) -> Tensor:
+        return LigerFusedLinearPPOBase.chunk_forward(
+            batch.hidden, batch.weight, batch.completion_ids
+        )
+
+    return Provider("Liger GRPO", token_logps, fused_loss)
+
+
+def liger_scaled_cross_entropy() -> Provider:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    def rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, ids)
+
+    return Provider("Liger scaled CE", by_rows(rows))
+
+
+def torch_linear_cross_entropy() -> Provider:
+    try:
+        from torch.nn import LinearCrossEntropyOptions
+    except ImportError as error:
+        raise ImportError("needs torch >= 2.13") from error
+
+    def rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        options = LinearCrossEntropyOptions()
+        return -F.linear_cross_entropy(hidden, weight, ids, reduction="none", options=options)
+
+    return Provider("F.linear_cross_entropy", by_rows(rows))
+
+
+def apple_cce(exact: bool) -> Provider:
+    if not torch.cuda.is_available():
+        raise ImportError("needs CUDA")
+    from cut_cross_entropy import linear_cross_entropy
+
+    # The default leaves out gradients below 2**-12, the exact form does not.
+    kind = "cce_exact" if exact else "cce"
+
+    def rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return -linear_cross_entropy(hidden, weight, ids, reduction="none", impl=kind)
+
+    return Provider("Apple CCE exact" if exact else "Apple CCE", by_rows(rows))
+
+
+def verl_kernel() -> Provider:
+    if not torch.cuda.is_available():
+        raise ImportError("needs CUDA")
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    def rows(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, ids, 1.0, "none")[0]
+
+    return Provider("verl kernel", by_rows(rows))
+
+
+def quack() -> Provider:
+    raise ImportError("has a scalar cross-entropy only: no per-token log-probs, no policy loss")
+
+
+def fastgrpo(backend: str) -> Provider:
+    import fastgrpo
+
+    if backend == "triton" and not torch.cuda.is_available():
+        raise ImportError("needs CUDA; the interpreter is not timed")
+    config = fastgrpo.LossConfig.preset("dapo", epsilon_low=EPSILON, epsilon_high=EPSILON)
+
+    def token_logps(batch: Batch) -> Tensor:
+        ids = batch.completion_ids.masked_fill(~batch.completion_mask, -100)
+        return fastgrpo.linear_logps(batch.hidden, batch.weight, ids, backend=backend).logps
+
+    def fused_loss(batch: Batch) -> Tensor:
+        return fastgrpo.grpo_loss(
+            batch.hidden,
+            batch.weight,
+            batch.completion_ids,
+            batch.completion_mask,
+            batch.advantages,
+            old_logps=batch.old_logps,
+            config=config,
+            backend=backend,
+        ).loss
+
+    return Provider(f"fastgrpo {backend}", token_logps, fused_loss)
+
+
+def by_rows(rows: Callable[[Tensor, Tensor, Tensor], Tensor], *, compact: bool = False) -> LogpsFn:
+    """Wrap a function of (N, H), (V, H), (N,); `compact` drops the masked rows first."""
+
+    def token_logps(batch: Batch) -> Tensor:
+        ids, mask = batch.completion_ids, batch.completion_mask
+        if not compact:
+            return rows(batch.hidden.flatten(0, 1), batch.weight, ids.flatten()).view(ids.shape)
+        logps = rows(batch.hidden[mask], batch.weight, ids[mask])
+        return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logps.float())
+
+    return token_logps
+
+
+LOADERS: dict[str, Callable[[], Provider]] = {
+    "plain logits": plain_logits,
+    "torch.compile": compiled_logits,
+    "TRL chunked": trl_chunked,
+    "Liger GRPO": liger_grpo,
+    "Liger scaled CE": liger_scaled_cross_entropy,
+    "F.linear_cross_entropy": torch_linear_cross_entropy,
+    "Apple CCE": lambda: apple_cce(exact=False),
+    "Apple CCE exact": lambda: apple_cce(exact=True),
+    "verl kernel": verl_kernel,
+    "QuACK": quack,
+    "fastgrpo torch": lambda: fastgrpo("torch"),
+    "fastgrpo triton": lambda: fastgrpo("triton"),
+}
+
+
+def load(names: tuple[str, ...] = tuple(LOADERS)) -> tuple[list[Provider], dict[str, str]]:
+    """Return the providers that work here, and for each of the others why it does not."""
+    available, missing = [], {}
+    for name in names:
+        try:
+            available.append(LOADERS[name]())
+        # A broken peer (a CUDA library that does not load, say) is reported like a missing one.
+        except Exception as error:  # noqa: BLE001
+            if name == "fastgrpo torch":  # works everywhere, or is broken
+                raise
+            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return available, missing

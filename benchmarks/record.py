@@ -1,0 +1,214 @@
+"""Measure this machine and leave a record: `python -m benchmarks.record`.
+
+The record, benchmarks/results/<device>-<date>.json, is written after every stage, so that whatever
+ends the run leaves what was measured up to there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cases, environment, providers
+from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, TINY_SHAPES, Shape
+from benchmarks.timing import describe, time_once
+
+RESULTS = Path(__file__).parent / "results"
+SECTIONS = ("accuracy", "speed", "memory")
+
+# What a CPU user has; `pytest benchmarks/` compares the others too, at tiny shapes.
+CPU_PROVIDERS = (
+    "plain logits",
+    "TRL chunked",
+    "Liger GRPO",
+    "F.linear_cross_entropy",
+    "fastgrpo torch",
+)
+# Where 16-bit GEMMs are emulated a peer's call takes minutes: everyone gets these rows instead.
+FEWER_ROWS = {"32k": 256, "152k": 64}
+# Not timed: one call would eat the budget. Their memory is measured all the same.
+MINUTES_A_CALL = {"152k": ("F.linear_cross_entropy",)}
+
+Stage = tuple[str, str, float, Callable[[], list[dict[str, Any]]]]  # section, label, seconds, work
+
+
+class Record:
+    """A record file in the making."""
+
+    def __init__(self, path: Path, budget: float) -> None:
+        self.path = path
+        self.budget = budget
+        self.begun = time.monotonic()
+        self.content: dict[str, Any] = {
+            "device": environment.device_name(),
+            "date": now().isoformat(timespec="seconds"),
+            "commit": environment.commit(),
+            "versions": environment.versions(),
+            "threads": torch.get_num_threads(),
+            # At the start and now: shares measured on a busy machine are worth little.
+            "load_average": [os.getloadavg()[0]] * 2,
+            "gpu": environment.gpu_state(),
+            "command": " ".join(["python -m benchmarks.record", *sys.argv[1:]]),
+            "missing": {},
+            "skipped": {},
+            "tests": [],
+            **{section: [] for section in SECTIONS},
+        }
+
+    def remaining(self) -> float:
+        return self.budget - (time.monotonic() - self.begun)
+
+    def stage(self, section: str, label: str, needs: float, work: Callable[[], list]) -> None:
+        """Add the rows that `work` returns; skip it by name if `needs` seconds are not left."""
+        print(f"{self.remaining():5.0f} s left | {section} | {label}", flush=True)
+        if self.remaining() < needs:
+            self.content["skipped"][f"{section}, {label}"] = "no time left"
+        else:
+            try:
+                self.content[section] += work()
+            except Exception as error:  # noqa: BLE001  the run goes on with the next stage
+                self.content["skipped"][f"{section}, {label}"] = describe(error)
+        self.content["seconds"] = round(time.monotonic() - self.begun)
+        self.content["load_average"][1] = os.getloadavg()[0]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def cpu_stages(available: list[providers.Provider], record: Record, quick: bool) -> list[Stage]:
+    """Return the stages of a CPU record: the two shapes, forward and backward, fp32 and bf16."""
+    device = torch.device("cpu")
+    shapes = TINY_SHAPES if quick else CPU_SHAPES
+    own = [provider for provider in available if provider.name.startswith("fastgrpo")]
+    stages: list[Stage] = []
+
+    def add(section: str, work: Callable, who: list, shape: Shape, dtype: torch.dtype) -> None:
+        label = f"{shape.label} {dtype}, {', '.join(provider.name for provider in who)}"
+        stages.append((section, label, 10, partial(work, who, shape, dtype, "loss")))
+
+    def add_case(who: list, shape: Shape, dtype: torch.dtype) -> None:
+        share = 0.1 * record.budget
+        add("accuracy", partial(cases.accuracy, device=device), who, shape, dtype)
+        add(
+            "speed", partial(cases.speed, device=device, rounds=9, seconds=share), who, shape, dtype
+        )
+
+    def add_memory(who: list, shape: Shape, dtype: torch.dtype) -> None:
+        for provider in who:
+            timeout = max(0.1 * record.budget, 30)
+            add("memory", partial(cases.memory, timeout=timeout), [provider], shape, dtype)
+
+    for shape in shapes:
+        timed = [p for p in available if p.name not in MINUTES_A_CALL.get(shape.name, ())]
+        add_case(timed, shape, torch.float32)
+        add_memory(available, shape, torch.float32)
+    reduced = emulates_16_bit_gemms()
+    for shape in shapes:
+        rows = FEWER_ROWS.get(shape.name, shape.rows) if reduced else shape.rows
+        add_case(available, shape._replace(rows=rows), torch.bfloat16)
+        if rows < shape.rows:
+            add_case(own, shape, torch.bfloat16)
+        add_memory(available, shape, torch.bfloat16)
+    return stages
+
+
+def cuda_stages(available: list[providers.Provider], record: Record, quick: bool) -> list[Stage]:
+    """Return the stages of a GPU record, what matters most first."""
+    device = torch.device("cuda")
+    shapes = [shape for shape in CUDA_SHAPES if not quick or shape.rows == 4096]
+    own = [provider for provider in available if provider.name.startswith("fastgrpo")]
+    stages: list[Stage] = [
+        ("tests", "gpu tests", 60, partial(gpu_tests, timeout=0.25 * record.budget))
+    ]
+    rounds, seconds = (5, 3.0) if quick else (30, 12.0)
+
+    def add_accuracy(who: list, shape: Shape, dtype: torch.dtype, mode: str) -> None:
+        work = partial(cases.accuracy, who, shape, dtype, mode, device)
+        stages.append(("accuracy", f"{shape.label} {dtype} {mode}", 10, work))
+
+    def add_speed(shape: Shape, mode: str) -> None:
+        work = partial(
+            cases.speed,
+            available,
+            shape,
+            torch.bfloat16,
+            mode,
+            device,
+            rounds=rounds,
+            seconds=seconds,
+        )
+        stages.append(("speed", f"{shape.label} {mode}", 10, work))
+
+    heads = [shape for shape in shapes if shape.rows == 4096]
+    for shape in heads:  # the oracle's logits are fp64: a slice of the rows
+        part = shape._replace(rows=1024, sequences=2)
+        add_accuracy(available, part, torch.bfloat16, "loss")
+        add_speed(shape, "loss")
+    for mode in ("logps", "frozen", "token_logps"):
+        add_accuracy(own, heads[0]._replace(rows=1024, sequences=2), torch.bfloat16, mode)
+    for mode in ("logps", "loss"):
+        add_accuracy(own, heads[0]._replace(rows=1024, sequences=2), torch.float32, mode)
+    for mode in ("logps", "frozen", "half_zero", "skip_90", "token_logps", "rl"):
+        for shape in heads:
+            add_speed(shape, mode)
+    for shape in shapes:
+        if shape.rows > 4096:
+            for mode in ("loss", "logps", "frozen"):
+                add_speed(shape, mode)
+    return stages
+
+
+def gpu_tests(timeout: float) -> list[dict[str, Any]]:
+    """Run the tests that need a GPU; return how they ended."""
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--no-header"]
+    try:
+        done = subprocess.run(
+            command, cwd=environment.ROOT, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return [{"command": " ".join(command[1:]), "failure": f"did not finish in {timeout:.0f} s"}]
+    tail = done.stdout.strip().splitlines()[-20:]
+    return [{"command": " ".join(command[1:]), "exit_code": done.returncode, "tail": tail}]
+
+
+def emulates_16_bit_gemms() -> bool:
+    """Return whether a bf16 gradient product takes more than four times as long as an fp32 one."""
+    grad, weight = torch.randn(64, 4096), torch.randn(4096, 256)
+    exact = min(time_once(partial(torch.mm, grad, weight)) for _ in range(3))
+    grad, weight = grad.bfloat16(), weight.bfloat16()
+    return min(time_once(partial(torch.mm, grad, weight)) for _ in range(3)) > 4 * exact
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds (default: 540)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes on a CPU, few on a GPU")
+    parser.add_argument("--output", type=Path, help="the record file")
+    options = parser.parse_args(arguments)
+    name = f"{environment.slug(environment.device_name())}-{now():%Y-%m-%d}.json"
+    record = Record(options.output or RESULTS / name, options.budget)
+    on_gpu = torch.cuda.is_available()
+    available, missing = providers.load(tuple(providers.LOADERS) if on_gpu else CPU_PROVIDERS)
+    record.content["missing"] = missing
+    for stage in (cuda_stages if on_gpu else cpu_stages)(available, record, options.quick):
+        record.stage(*stage)
+    print(f"wrote {record.path}")
+    return record.path
+
+
+if __name__ == "__main__":
+    main()
