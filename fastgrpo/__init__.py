@@ -2,10 +2,10 @@
 
 from fastgrpo.advantages import count_normalizer, group_advantages
 from fastgrpo.checks import checked
-from fastgrpo.chunked import default_workspace_mb
 from fastgrpo.config import LossConfig
 from fastgrpo.logps import TokenLogps, linear_logps
 from fastgrpo.loss import FusedGRPOLoss, GRPOLoss, grpo_loss
+from fastgrpo.tiles import default_workspace_mb
 
 __version__ = "0.1.0"
 

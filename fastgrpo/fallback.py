@@ -17,12 +17,14 @@ __all__ = [
     "STATS",
     "RowState",
     "tile_stats",
+    "tile_exp",
+    "tile_exp_grad",
     "tile_grad",
     "scatter_rows",
     "token_loss",
     "segment_mean",
+    "group_advantages",
 ]
-__all__ += ["group_advantages"]
 
 ROW_MAJOR_TILES = False  # CPU GEMMs write a tile faster column by column
 
@@ -40,19 +42,56 @@ def tile_stats(
 ) -> None:
     """Fold one tile of logits into the running softmax statistics of its rows."""
     z = _scaled_logits(z, bias, inv_temperature, logit_scale, softcap)
-    new_max = torch.maximum(state.max, z.amax(1))
-    # A row of -inf so far has no maximum to subtract: any finite anchor keeps exp() at 0.
-    anchor = new_max.masked_fill(new_max == -torch.inf, 0.0)
+    anchor, moved = _move_maximum(z, ids, vocab_start, state)
     e = (z - anchor[:, None]).exp_()
-    decay = (state.max - anchor).exp_()
     if with_entropy:
         # sum e*(z - max): moving the maximum by d adds d to every exponent seen so far.
-        moved = torch.where(decay > 0, (state.max - anchor) * state.sum, 0.0)
-        state.dot.add_(moved).mul_(decay).sub_(torch.special.entr(e).sum(1))
-    state.sum.mul_(decay).add_(e.sum(1))
-    state.max.copy_(new_max)
-    rows, columns = _targets(ids, vocab_start, z.shape[1])
-    state.target[rows] = z[rows, columns]
+        shift = torch.where(moved > -torch.inf, moved * state.sum, 0.0)
+        state.dot.add_(shift).mul_(moved.exp()).sub_(torch.special.entr(e).sum(1))
+    state.sum.mul_(moved.exp()).add_(e.sum(1))
+
+
+def tile_exp(
+    z: Tensor,  # (n, Vs) fp32 | fp64 raw logits of the slice; exp(z - anchor) afterwards
+    ids: Tensor,  # (n,) int64
+    vocab_start: int,
+    bias: Tensor | None,  # (Vs,)
+    inv_temperature: Tensor | None,  # (n,), None = 1
+    logit_scale: float,
+    state: RowState,
+) -> Tensor:
+    """Fold one tile like `tile_stats`, leave its exponentials in it and return their anchor (n,).
+
+    Without softcap and entropy the gradient is a multiple of them: half of the work is saved.
+    """
+    if bias is not None:
+        z.add_(bias)
+    slope = _slope(inv_temperature, logit_scale)
+    if slope is not None:
+        z.mul_(slope)
+    anchor, moved = _move_maximum(z, ids, vocab_start, state)
+    state.sum.mul_(moved.exp()).add_(z.sub_(anchor[:, None]).exp_().sum(1))
+    return anchor
+
+
+def tile_exp_grad(
+    e: Tensor,  # (n, Vs) as `tile_exp` left it; the gradient afterwards
+    ids: Tensor,  # (n,) int64
+    vocab_start: int,
+    inv_temperature: Tensor | None,  # (n,), None = 1
+    logit_scale: float,
+    anchor: Tensor,  # (n,)
+    lse: Tensor,  # (n,)
+    dlogps: Tensor,  # (n,)
+) -> None:
+    """Turn exponentials into the gradient with respect to the raw logits."""
+    slope = _slope(inv_temperature, logit_scale)
+    upstream = dlogps if slope is None else dlogps * slope[..., 0]
+    log_scale = anchor - lse
+    rows, columns = _targets(ids, vocab_start, e.shape[1])
+    coef = -torch.expm1(e[rows, columns].log() + log_scale[rows]) * upstream[rows]
+    e.mul_((-upstream * log_scale.exp())[:, None])
+    e[rows, columns] = coef
 
 
 def tile_grad(
@@ -91,19 +130,13 @@ def tile_grad(
         log_p = log_p.masked_fill_(p == 0, 0.0).add_(entropy[:, None]).mul_(dentropy[:, None])
         coef.sub_(p[rows, columns] * log_p[rows, columns])
         dz = p.mul_(log_p.add_(dlogps[:, None]).neg_())
-    factor = None if inv_temperature is None else inv_temperature
-    if logit_scale != 1.0:
-        factor = logit_scale if factor is None else factor * logit_scale
-    if isinstance(factor, Tensor):
-        dz.mul_(factor[:, None])
-        coef.mul_(factor[rows])
-    elif factor is not None:
-        dz.mul_(factor)
-        coef.mul_(factor)
+    slope = _slope(inv_temperature, logit_scale)
     if capped is not None:
-        slope = 1 - capped.square()
+        uncapped = 1 - capped.square()
+        slope = uncapped if slope is None else uncapped.mul_(slope)
+    if slope is not None:
         dz.mul_(slope)
-        coef.mul_(slope[rows, columns])
+        coef.mul_(slope.expand_as(dz)[rows, columns])
     if dtarget is None:
         dz[rows, columns] = coef
     else:
@@ -206,6 +239,30 @@ def _scaled_logits(
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     return z if inv_temperature is None else z * inv_temperature[:, None]
+
+
+def _slope(inv_temperature: Tensor | None, logit_scale: float) -> Tensor | None:
+    """Return dz/dz0 without a softcap, (n or 1, 1); None for 1."""
+    if inv_temperature is None:
+        return None if logit_scale == 1.0 else torch.tensor([[logit_scale]])
+    return inv_temperature[:, None] * logit_scale
+
+
+def _move_maximum(
+    z: Tensor, ids: Tensor, vocab_start: int, state: RowState
+) -> tuple[Tensor, Tensor]:
+    """Bring the running maximum and target of the rows up to date with a tile of logits.
+
+    Return the anchor to subtract before exp(), and by how much the old maximum lies below it.
+    """
+    new_max = torch.maximum(state.max, z.amax(1))
+    # A row of -inf so far has no maximum to subtract: any finite anchor keeps exp() at 0.
+    anchor = new_max.masked_fill(new_max == -torch.inf, 0.0)
+    moved = state.max - anchor
+    state.max.copy_(new_max)
+    rows, columns = _targets(ids, vocab_start, z.shape[1])
+    state.target[rows] = z[rows, columns]
+    return anchor, moved
 
 
 def _targets(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:

@@ -12,22 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastgrpo.chunked import (
-    Grads,
-    Head,
-    Logps,
-    Needs,
-    Plan,
-    Rows,
-    Upstream,
-    logps_and_grads,
-    logps_bwd,
-    logps_fwd,
-    take,
-)
+from fastgrpo.chunked import logps_and_grads, logps_bwd, logps_fwd
 from fastgrpo.config import LossConfig
 from fastgrpo.packing import spread
 from fastgrpo.policy import PolicyLoss, PolicyRows, policy_loss
+from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream, take
 
 HIDDEN_ONLY = Needs(hidden=True, weight=False, bias=False)
 

@@ -20,11 +20,12 @@ from torch.library import custom_op
 
 from fastgrpo import checks
 from fastgrpo.backend import resolve
-from fastgrpo.chunked import Head, Logps, Needs, Rows, Upstream, logps_bwd, logps_fwd, plan
+from fastgrpo.chunked import logps_bwd, logps_fwd
 from fastgrpo.config import LossConfig, config_from_key
 from fastgrpo.fused import logps_and_jacobian, loss_and_grads
 from fastgrpo.packing import Index, Sequences, live_first, spread, unmasked
 from fastgrpo.policy import METRICS, PolicyRows, policy_loss, token_weights
+from fastgrpo.tiles import Head, Logps, Needs, Rows, Upstream, plan
 
 
 def _without_autocast(fn: Callable) -> Callable:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.chunked import Logps, Upstream
 from fastgrpo.config import LossConfig
+from fastgrpo.tiles import Logps, Upstream
 
 
 class PolicyRows(NamedTuple):

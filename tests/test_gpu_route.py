@@ -1,6 +1,6 @@
 """The loops as a GPU runs them: 16-bit GEMM operands, fp32 results, target entries kept apart.
 
-CPUs cannot multiply 16-bit operands into fp32, so `_matmul` is emulated; the rest is the real code.
+CPUs cannot multiply 16-bit operands into fp32, so `matmul` is emulated; the rest is the real code.
 On the torch backend, and in a process with TRITON_INTERPRET=1 on the kernels.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgrpo import LossConfig, chunked, linear_logps, ops, reference
+from fastgrpo import LossConfig, chunked, gradients, linear_logps, ops, reference, tiles
 from fastgrpo.testing import make_batch, relative_error, rms
 from tests.test_grpo_loss import exact
 from tests.test_grpo_loss import fused as run
@@ -17,7 +17,7 @@ from tests.test_grpo_loss import fused as run
 
 @pytest.fixture(autouse=True)
 def gpu_route(monkeypatch):
-    real_plan, tiles = chunked.plan, []
+    real_plan, operands = tiles.plan, []
 
     def plan(hidden, weight, workspace_mb):
         chosen = real_plan(hidden, weight, workspace_mb)
@@ -25,16 +25,17 @@ def gpu_route(monkeypatch):
 
     def matmul(out, a, b, accumulate=False):
         if a.dtype != out.dtype:
-            tiles.append(a.dtype)
+            operands.append(a.dtype)
         product = a.to(out.dtype) @ b.to(out.dtype)
         out.add_(product) if accumulate else out.copy_(product)
 
     monkeypatch.setattr(ops, "plan", plan)
-    monkeypatch.setattr(chunked, "_matmul", matmul)
+    for module in (chunked, gradients):
+        monkeypatch.setattr(module, "matmul", matmul)
     # A GPU takes one pass over several chunks as well.
-    monkeypatch.setattr(chunked.Plan, "one_pass", lambda *_: True)
+    monkeypatch.setattr(tiles.Plan, "one_pass", lambda *_: True)
     yield
-    assert torch.bfloat16 in tiles
+    assert torch.bfloat16 in operands
 
 
 CHUNKS = {"one chunk": None, "several chunks": 53 * 6 * 5.5 / 2**20}

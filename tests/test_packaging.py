@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"config"},
     {"fallback", "backend", "checks"},
-    {"chunked", "packing"},
-    {"policy"},
+    {"tiles", "packing"},
+    {"gradients", "policy"},
+    {"chunked"},
     {"fused"},
     {"ops"},
     {"logps", "advantages"},

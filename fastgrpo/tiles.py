@@ -1,0 +1,166 @@
+"""The vocabulary of the loops: what a row is, what the head does, how a budget becomes tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastgrpo_kernels import RowState
+
+MIB = 2**20
+# Columns of a tile that holds some of the logits: on a CPU what its cache keeps between the GEMM
+# and the elementwise steps, on a GPU what keeps GEMMs efficient.
+SLICE = {"cpu": 8192, "cuda": 32768}
+# Rows of a CPU's tiles: with all logits, and with a slice of them. More make no GEMM faster there.
+CPU_CHUNK_ROWS = 256
+CPU_SLICE_ROWS = 256
+
+
+class Head(NamedTuple):
+    """The lm_head: z = softcap(logit_scale * (h @ weight.T + bias)) / temperature."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float  # 0 = off
+
+
+class Rows(NamedTuple):
+    """The positions to score."""
+
+    hidden: Tensor  # (n, H)
+    ids: Tensor  # (n,) int64
+    inv_temperature: Tensor | None  # (n,), None = 1
+
+    def __getitem__(self, index: slice | Tensor) -> Rows:  # type: ignore[override]
+        temperature = self.inv_temperature
+        return Rows(
+            self.hidden[index], self.ids[index], None if temperature is None else temperature[index]
+        )
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Grads(NamedTuple):
+    hidden: Tensor | None  # (n, H) accumulation dtype
+    weight: Tensor | None  # (V, H) weight's dtype; fp32 for fp16
+    bias: Tensor | None  # (V,) accumulation dtype
+
+
+class Logps(NamedTuple):
+    logps: Tensor  # (n,)
+    lse: Tensor  # (n,)
+    entropy: Tensor | None  # (n,)
+
+
+class Upstream(NamedTuple):
+    """Gradients of the loss with respect to what a row gives."""
+
+    dlogps: Tensor  # (n,)
+    dentropy: Tensor | None  # (n,)
+
+    def live(self) -> Tensor:
+        """Return the indices of the rows with a gradient: the others cost nothing."""
+        live = self.dlogps != 0
+        return (live if self.dentropy is None else live | (self.dentropy != 0)).nonzero()[:, 0]
+
+
+class Plan(NamedTuple):
+    """How a workspace budget is spent."""
+
+    operand: torch.dtype  # of the GEMMs' inputs
+    accumulator: torch.dtype  # of their results
+    chunk: int  # rows of a tile that holds all logits of its rows
+    slice_width: int  # columns of a tile that holds some logits
+    slice_rows: int  # and its rows
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the GEMMs turn 16-bit operands into fp32 results."""
+        return self.operand != self.accumulator
+
+    def one_pass(self, n: int, head: Head, needs: Needs) -> bool:
+        """Whether `logps_and_grads` suits: not where only two phases keep their memory promise.
+
+        Over several chunks a 16-bit dweight needs an fp32 accumulator of its size, which GPUs
+        spend for 6NVH instead of 8NVH, and CPUs, where fp32 operands are copies as well, do not.
+        """
+        by_slice = needs.weight and head.weight.dtype != self.accumulator
+        return n <= self.chunk or not by_slice or head.weight.is_cuda
+
+    def new_tile(self, impl: ModuleType, rows: Rows, width: int) -> Tensor:
+        """Return an uninitialised tile of logits (len(rows), width)."""
+        n = len(rows.ids)
+        if impl.ROW_MAJOR_TILES:
+            return rows.hidden.new_empty((n, width), dtype=self.accumulator)
+        return rows.hidden.new_empty((width, n), dtype=self.accumulator).t()
+
+    def slices(self, head: Head) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield the vocabulary in slices: weight in the operands' dtype, bias in the results'."""
+        weight, bias = head.weight, head.bias
+        for start in range(0, weight.shape[0], self.slice_width):
+            v = slice(start, min(start + self.slice_width, weight.shape[0]))
+            b = None if bias is None else bias[v].to(self.accumulator)
+            yield v, weight[v].to(self.operand), b
+
+
+def default_workspace_mb(vocab: int, device_type: str) -> float:
+    """Return the default budget in MiB for the logits tile.
+
+    A CPU gets 256 rows of fp32 logits, a GPU 8192 rows of an fp32 and a 16-bit tile, at most 2 GiB.
+    """
+    if device_type == "cpu":
+        return CPU_CHUNK_ROWS * vocab * 4 / MIB
+    return min(2048.0, 8192 * vocab * 6 / MIB)
+
+
+def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
+    """Divide the budget into tiles. Raises ValueError if it holds not even one row of logits."""
+    vocab = weight.shape[0]
+    accumulator = torch.promote_types(hidden.dtype, torch.float32)
+    # cuBLAS multiplies 16-bit operands into fp32 results. CPUs cannot (and without AMX their bf16
+    # GEMMs are slower than fp32 ones by orders of magnitude): they get fp32 operands, slice by
+    # slice.
+    native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == weight.dtype
+    operand = hidden.dtype if native else accumulator
+    per_logit = accumulator.itemsize + (operand.itemsize if operand != accumulator else 0)
+    default = default_workspace_mb(vocab, hidden.device.type) * accumulator.itemsize / 4
+    budget = int((default if workspace_mb is None else workspace_mb) * MIB)
+    if budget < vocab * per_logit:
+        need = vocab * per_logit / MIB
+        raise ValueError(
+            f"workspace_mb: expected at least {need:.3g} MiB, one row of {vocab} logits; "
+            f"got {workspace_mb}"
+        )
+    width = min(vocab, SLICE.get(hidden.device.type, SLICE["cpu"]))
+    slice_rows = budget // (width * per_logit)
+    return Plan(
+        operand=operand,
+        accumulator=accumulator,
+        chunk=budget // (vocab * per_logit),
+        slice_width=width,
+        slice_rows=slice_rows if hidden.is_cuda else min(slice_rows, CPU_SLICE_ROWS),
+    )
+
+
+def chunks(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+T = TypeVar("T", Logps, Upstream, RowState)
+
+
+def take(rows: T, index: slice | Tensor) -> T:
+    """Return some rows of a tuple of per-row tensors."""
+    return type(rows)(*(None if x is None else x[index] for x in rows))
