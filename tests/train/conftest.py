@@ -1,0 +1,98 @@
+"""Small policies and rollouts for the tests of the training loop."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from fastgrpo.train.arithmetic import arithmetic_task
+from fastgrpo.train.config import TrainConfig
+from fastgrpo.train.model import Policy, load_policy
+from fastgrpo.train.rollout import Rollout, generate
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "grpo_train.py"
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    """The training script, imported."""
+    spec = importlib.util.spec_from_file_location("grpo_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the script: models as small as these only wait for more."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture
+def config() -> TrainConfig:
+    return TrainConfig(device="cpu", backend="torch", num_prompts=3, num_generations=4)
+
+
+@pytest.fixture
+def policy(config: TrainConfig) -> Policy:
+    """An untrained policy, whose completions differ in length."""
+    torch.manual_seed(0)
+    return load_policy(config)
+
+
+@pytest.fixture
+def rollout(policy: Policy, config: TrainConfig) -> Rollout:
+    """Twelve completions with advantages, of prompts that need padding."""
+    torch.manual_seed(1)
+    prompts = ["1+2="] * 4 + ["34+56="] * 4 + ["7+10="] * 4
+    rollout = generate(policy, prompts, 8, temperature=1.3)
+    return Rollout(**{**vars(rollout), "advantages": torch.randn(12)})
+
+
+@pytest.fixture
+def task():
+    return arithmetic_task(seed=0, eval_size=20)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 model with a byte tokenizer and no chat template, saved in a folder."""
+    folder = tmp_path_factory.mktemp("tiny-qwen2")
+    vocab = {"<pad>": 0, "<|endoftext|>": 1}
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[symbol] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|endoftext|>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(vocab),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    )
+    # Qwen's own folders come with sampling defaults that the loop must not inherit.
+    model.generation_config.update(repetition_penalty=1.5, top_k=3, do_sample=True)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,296 @@
+"""Whole runs: what they leave behind, how they end, and what must not change the result."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastgrpo
+from fastgrpo.train.arithmetic import character_tokenizer
+from fastgrpo.train.config import TrainConfig
+from fastgrpo.train.optimizer import MasterAdamW
+
+from .conftest import ROOT, SCRIPT
+
+TINY_RUN = {
+    "device": "cpu",
+    "backend": "torch",
+    "max_steps": 3,
+    "warmup_steps": 2,
+    "eval_size": 8,
+    "num_prompts": 4,
+    "num_generations": 4,
+    "micro_batch_size": 6,
+    "eval_every": 2,
+}
+PROMISED = {
+    "step", "reward", "loss", "kl", "entropy", "completion_length", "tokens_per_s", "learning_rate",
+    "grad_norm", "clip_low", "clip_high", "live_rows", "unscorable",
+}  # fmt: skip
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(*arguments: object) -> tuple[list[str], dict[str, str]]:
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return [sys.executable, str(SCRIPT), *map(str, arguments)], environment
+
+
+def test_a_run_leaves_every_file_with_its_keys(script, tmp_path) -> None:
+    assert script.main(TrainConfig(**TINY_RUN, output_dir=str(tmp_path))) == 0
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row.keys() >= PROMISED
+        assert all(math.isfinite(row[key]) for key in PROMISED), row
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {"accuracy_before", "accuracy_after", "seconds", "seed", "config"} <= result.keys()
+    assert (
+        0 <= result["accuracy_before"] <= 1 and result["steps"] == 3 and not result["interrupted"]
+    )
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert "## After" in (tmp_path / "samples.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    assert (
+        model.vocab_size == len(tokenizer)
+        and (tmp_path / "checkpoint" / "model.safetensors").exists()
+    )
+    ids = character_tokenizer()("12+34=")["input_ids"]
+    assert tokenizer("12+34=")["input_ids"] == ids and tokenizer.decode(ids) == "12+34="
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint", "metrics.jsonl", "result.json", "reward.png", "samples.md"
+    ]  # fmt: skip
+
+
+def test_a_seed_gives_the_same_run_again(script, tmp_path) -> None:
+    kept = [key for key in PROMISED if key != "tokens_per_s"]
+    runs = []
+    for name in ("a", "b"):
+        script.main(TrainConfig(**TINY_RUN, num_iterations=2, output_dir=str(tmp_path / name)))
+        runs.append([[row[key] for key in kept] for row in read_metrics(tmp_path / name)])
+    assert runs[0] == runs[1]
+
+
+def test_learning_rate_0_leaves_the_weights_as_they_were(script, tmp_path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        states = []
+        for name, steps in (("start", 0), ("end", 3)):
+            folder = tmp_path / dtype / name
+            script.main(
+                TrainConfig(
+                    **TINY_RUN | {"max_steps": steps},
+                    learning_rate=0.0,
+                    dtype=dtype,
+                    output_dir=str(folder),
+                )
+            )
+            states.append(
+                AutoModelForCausalLM.from_pretrained(
+                    folder / "checkpoint", dtype="auto"
+                ).state_dict()
+            )
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
+def test_micro_batches_do_not_change_the_gradient(
+    script, policy, rollout, config, loss: str
+) -> None:
+    config = dataclasses.replace(config, loss=loss, beta=0.04, max_grad_norm=1e9)
+    old = policy.logps(rollout, 12, 1.0, "torch") + 0.1 * torch.randn(rollout.completion_ids.shape)
+    rollout = dataclasses.replace(rollout, old_logps=old, ref_logps=old - 0.1)
+    results = []
+    for size in (12, 5, 1):
+        learner = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+        learner = dataclasses.replace(
+            learner,
+            head=dataclasses.replace(
+                policy.head, weight=learner.model.get_output_embeddings().weight
+            ),
+        )
+        optimizer = MasterAdamW(learner.model.parameters(), 0.0, 10)
+        grads = []
+        optimizer.step = lambda *_, o=optimizer, g=grads: (
+            g.extend(p.grad.clone() for p in o.masters) or 0.0
+        )
+        metrics = script.update(
+            learner,
+            optimizer,
+            rollout,
+            dataclasses.replace(config, micro_batch_size=size),
+        )
+        results.append((grads, metrics))
+    for grads, metrics in results[1:]:
+        for grad, whole in zip(grads, results[0][0], strict=True):
+            torch.testing.assert_close(
+                grad, whole, atol=1e-6 * whole.abs().max().item() + 1e-8, rtol=2e-5
+            )
+        assert metrics == pytest.approx(results[0][1], rel=1e-4, abs=1e-6)
+
+
+def test_a_step_makes_better_completions_likelier(script, policy, rollout, config) -> None:
+    on_policy = dataclasses.replace(config, beta=0.0)
+    before = policy.logps(rollout, 12, 1.0, "torch").sum(dim=1)
+    optimizer = MasterAdamW(policy.model.parameters(), 2e-3, 10**6)
+    script.update(policy, optimizer, rollout, on_policy)
+    change = policy.logps(rollout, 12, 1.0, "torch").sum(dim=1) - before
+    assert (change * rollout.advantages).sum() > 0
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(script, policy, rollout, config) -> None:
+    on_policy = dataclasses.replace(config, beta=0.0)
+    before = copy.deepcopy(policy.model.state_dict())
+    optimizer = MasterAdamW(policy.model.parameters(), 1e-2, 10**6)
+    poisoned = dataclasses.replace(
+        rollout, advantages=rollout.advantages.index_fill(0, torch.tensor(3), math.inf)
+    )
+    metrics = script.update(policy, optimizer, poisoned, on_policy)
+    assert metrics["skipped"] == 1
+    assert all(
+        torch.equal(before[name], value) for name, value in policy.model.state_dict().items()
+    )
+    metrics = script.update(policy, optimizer, rollout, on_policy)
+    assert metrics["skipped"] == 0
+    assert all(value.isfinite().all() for value in policy.model.state_dict().values())
+
+
+def test_unscorable_completions_are_counted_and_the_run_goes_on(
+    script, tmp_path, monkeypatch
+) -> None:
+    calls = iter(range(10**6))
+
+    def reward(completion: str, answer: str) -> float | None:
+        return (0.0, 1.0, math.nan, None, 1 / (next(calls) % 2))[next(calls) % 5]
+
+    task = script.arithmetic_task(0, 8)
+    monkeypatch.setattr(
+        script, "arithmetic_task", lambda *_: dataclasses.replace(task, reward=reward)
+    )
+    with pytest.warns(UserWarning, match="unscorable"):
+        assert script.main(TrainConfig(**TINY_RUN, output_dir=str(tmp_path))) == 0
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 3 and all(
+        0 < row["unscorable"] <= 16 and math.isfinite(row["loss"]) for row in rows
+    )
+
+
+def test_nothing_scorable_is_no_gradient_and_no_crash(script, tmp_path, monkeypatch) -> None:
+    task = dataclasses.replace(script.arithmetic_task(0, 8), reward=lambda completion, answer: None)
+    monkeypatch.setattr(script, "arithmetic_task", lambda *_: task)
+    assert (
+        script.main(TrainConfig(**TINY_RUN | {"max_steps": 1}, beta=0.0, output_dir=str(tmp_path)))
+        == 0
+    )
+    (row,) = read_metrics(tmp_path)
+    assert row["reward"] is None and row["unscorable"] == 16 and row["grad_norm"] == 0.0
+
+
+def test_bf16_weights_follow_fp32_masters() -> None:
+    """Steps of 1e-5 are far below what a bf16 weight of 1 can show, and add up all the same."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([weight], 1e-4, 10**6)
+    for _ in range(200):
+        for _ in range(2):
+            optimizer.backward(weight.float().sum() * 0.5)
+        norm = optimizer.step(0.0, 1e9)
+    assert norm == pytest.approx(2.0)
+    assert weight.grad is None
+    torch.testing.assert_close(weight.float(), torch.full((4,), 1 - 0.019), atol=0.004, rtol=0)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_an_interrupted_run_saves_before_it_exits(tmp_path, signum: signal.Signals) -> None:
+    flags = [(f"--{name}", value) for name, value in (TINY_RUN | {"max_steps": 10**6}).items()]
+    arguments, environment = command(
+        *[part for flag in flags for part in flag], "--output_dir", tmp_path
+    )
+    with subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not ((tmp_path / "metrics.jsonl").exists() and read_metrics(tmp_path)):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signum)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, output.decode()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["interrupted"] and result["accuracy_after"] is None
+    assert result["steps"] == len(read_metrics(tmp_path)) >= 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_gsm8k_from_the_command_line(tmp_path, model_folder) -> None:
+    data = tmp_path / "train.jsonl"
+    rows = [
+        {"question": f"What is {i} + {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"}
+        for i in range(12)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "run"
+    arguments, environment = command(
+        "--task", "gsm8k", "--data", data, "--eval-data", data, "--model", model_folder,
+        "--output-dir", out, "--max-steps", 3, "--num-prompts", 2, "--num-generations", 3,
+        "--micro-batch-size", 4, "--eval-size", 4, "--max-completion-length", 12,
+        "--num-iterations", 2, "--learning-rate", "1e-4", "--backend", "torch", "--device", "cpu",
+        "--gradient-checkpointing",
+    )  # fmt: skip
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "step 3 | reward" in done.stdout and "| tok/s" in done.stdout
+    metrics = read_metrics(out)
+    assert len(metrics) == 3 and all(row["unscorable"] == 0 for row in metrics)
+    assert json.loads((out / "result.json").read_text())["config"]["num_iterations"] == 2
+    assert "<reasoning>" in (out / "samples.md").read_text()
+    trained = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    assert trained.config.vocab_size == 258
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task": "poetry"}, "task: expected one of"),
+        ({"loss": "grop"}, "expected one of"),
+        ({"num_generations": 0}, "num_generations: expected at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature: expected a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected at least 0"),
+        ({"task": "gsm8k"}, "expected data .* and model"),
+        ({"data": "train.jsonl"}, "takes no data"),
+        (
+            {"task": "gsm8k", "data": "x", "model": "y", "warmup_steps": 9},
+            "warmup_steps: no effect",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_settings_are_named(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+def test_defaults_depend_on_the_task() -> None:
+    real = TrainConfig(task="gsm8k", data="x", model="y")
+    assert (real.num_generations, real.beta, real.learning_rate) == (16, 0.04, 1e-6)
+    assert real.loss_config() == fastgrpo.LossConfig.preset("grpo", beta=0.04, entropy="detached")
+    assert TrainConfig(loss="dr_grpo").loss_config().max_completion_length == 5

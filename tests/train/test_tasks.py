@@ -1,0 +1,185 @@
+"""Rewards, answers and what becomes of examples that cannot be read or scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import Decimal
+
+import pytest
+import torch
+
+from fastgrpo import group_advantages
+from fastgrpo.train import gsm8k
+from fastgrpo.train.arithmetic import arithmetic_task, character_tokenizer
+from fastgrpo.train.tasks import Example, batches, score
+
+from .conftest import ROOT
+
+
+def tagged(answer: str) -> str:
+    return f"<reasoning>\nsteps\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "correctness", "tags"),
+    [
+        (tagged("18"), "18", 2.0, 0.8),
+        (tagged("18.0"), "18", 1.5, 0.8),
+        (tagged("$18"), "18", 1.5, 0.8),
+        (tagged("1,250 dollars"), "1250", 1.5, 0.8),
+        (tagged("1250"), "1,250", 1.5, 0.8),
+        (tagged("-3"), "-3", 2.0, 0.8),
+        (tagged("3"), "-3", 0.0, 0.8),
+        (tagged(".5"), "0.5", 1.5, 0.8),
+        (tagged("9 + 9 = 18"), "18", 0.0, 0.8),  # three numbers: which one is meant?
+        (tagged("eighteen"), "18", 0.0, 0.8),
+        (tagged("..."), "...", 0.0, 0.8),  # the form repeated, not an answer
+        (tagged(""), "18", 0.0, 0.8),
+        ("<answer>7</answer> no: <answer>18</answer>", "18", 2.0, 0.4),  # the last one counts
+        ("<answer>18", "18", 0.0, 0.2),
+        ("18</answer>", "18", 0.0, 0.2),
+        ("</answer>18<answer>", "18", 0.0, 0.4),
+        ("<Answer>18</Answer>", "18", 0.0, 0.0),
+        ("18", "18", 0.0, 0.0),
+        ("", "18", 0.0, 0.0),
+        (tagged("__import__('os').getcwd()"), "18", 0.0, 0.8),
+        (tagged("9" * 9999), "8" * 9999, 0.0, 0.8),  # both are inf as floats
+    ],
+)
+def test_gsm8k_rewards(completion: str, answer: str, correctness: float, tags: float) -> None:
+    assert gsm8k.correctness_reward(completion, answer) == correctness
+    assert gsm8k.format_reward(completion) == pytest.approx(tags)
+    assert gsm8k.reward(completion, answer) == pytest.approx(correctness + tags)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("a - b", []),
+        ("3-4", ["3", "-4"]),
+        ("1,250,000.75", ["1250000.75"]),
+        ("1,2,3", ["1", "2", "3"]),
+        ("1,2345", ["1", "2345"]),
+        ("18.", ["18"]),
+        ("1e9", ["1", "9"]),
+        ("٣", []),
+    ],
+)
+def test_numbers(text: str, expected: list[str]) -> None:
+    assert gsm8k.numbers(text) == [Decimal(n) for n in expected]
+
+
+@pytest.mark.parametrize(
+    ("completion", "correct"),
+    [
+        (tagged("18.00"), True),
+        (tagged("9 + 9 = 18"), True),
+        (tagged("18 + 9"), False),
+        ("18", False),
+    ],
+)
+def test_gsm8k_accuracy_counts_the_last_number(completion: str, correct: bool) -> None:
+    assert gsm8k.is_correct(completion, "18") is correct
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "at least one example"),
+        ('{"question": "a", "answer": "b #### 1"}\nnot json', "line 2"),
+        ('{"question": "a"}', "line 1.*answer"),
+        ('{"question": "a", "answer": "1"}', "line 1.*####"),
+        ('{"question": 3, "answer": "#### 1"}', "line 1"),
+        ("[]", "line 1"),
+    ],
+)
+def test_malformed_data_names_the_line(tmp_path, content: str, message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        gsm8k.read_examples(str(path), character_tokenizer())
+
+
+def test_gsm8k_prompts_and_split(tmp_path) -> None:
+    path, tokenizer = tmp_path / "data.jsonl", character_tokenizer()
+    path.write_text(
+        "".join(
+            json.dumps({"question": f" q{i} ", "answer": f"a\n#### {i}"}) + "\n" for i in range(30)
+        )
+    )
+    task = gsm8k.gsm8k_task(tokenizer, str(path), None, eval_size=256)
+    assert len(task.train) == 27 and len(task.held_out) == 3
+    assert task.held_out[0] == Example(f"{gsm8k.SYSTEM_PROMPT}\n\nq27\n", "27")
+
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    )
+    assert gsm8k.build_prompt(tokenizer, "q") == f"[system]{gsm8k.SYSTEM_PROMPT}[user]q[assistant]"
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "[user]{{ messages[0].content }}"
+    )
+    assert gsm8k.build_prompt(tokenizer, "q") == f"[user]{gsm8k.SYSTEM_PROMPT}\n\nq\n"
+
+
+def test_the_dataset_itself_is_read_whole() -> None:
+    folder = ROOT.parent / "shared" / "data" / "gsm8k"
+    if not folder.exists():
+        pytest.skip("no GSM8K files beside the repository")
+    tokenizer = character_tokenizer()
+    for name, count in (("train.jsonl", 7473), ("test.jsonl", 1319)):
+        examples = gsm8k.read_examples(str(folder / name), tokenizer)
+        assert len(examples) == count
+        assert all(len(gsm8k.numbers(e.answer)) == 1 for e in examples)
+
+
+def test_arithmetic_holds_out_what_it_does_not_train_on() -> None:
+    task, other = arithmetic_task(0, 512), arithmetic_task(1, 512)
+    prompts = {e.prompt for e in task.held_out}
+    assert len(prompts) == 512 and task.held_out != other.held_out
+    assert not prompts & {e.prompt for e in task.train + task.demonstrations}
+    a, b = task.train[0].prompt[:-1].split("+")
+    assert task.reward(str(int(a) + int(b)), task.train[0].answer) == 1.0
+    for wrong in ("", "7", f"{int(a) + int(b)} ", f"0{int(a) + int(b)}"):
+        assert task.reward(wrong, task.train[0].answer) == 0.0
+
+
+def test_the_teacher_of_arithmetic_is_careless_but_not_always() -> None:
+    task = arithmetic_task(0, 512)
+    right: dict[str, list[bool]] = {}
+    for shown, known in zip(task.demonstrations, task.train, strict=True):
+        assert shown.prompt == known.prompt
+        assert int(known.answer) - int(shown.answer) in (0, 1)
+        right.setdefault(shown.prompt[-2], []).append(shown.answer == known.answer)
+    shares = {digit: sum(flags) / len(flags) for digit, flags in right.items()}
+    assert shares["0"] == 1.0
+    assert all(0.5 < shares[digit] < 0.9 for digit in "12")  # imitated greedily: right
+    assert all(0.2 < shares[digit] < 0.5 for digit in "3456789")  # imitated greedily: wrong
+
+
+def test_batches_visit_everything_before_repeating() -> None:
+    examples = [Example(str(i), "") for i in range(10)]
+    stream = batches(examples, 4, seed=0)
+    seen = [e.prompt for _ in range(5) for e in next(stream)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(e.prompt for e in examples)
+    assert seen[:10] != seen[10:]
+    assert [e.prompt for e in next(batches(examples, 4, seed=0))] == seen[:4]
+    with pytest.raises(ValueError, match="at least one"):
+        next(batches([], 4, seed=0))
+
+
+def test_unscorable_completions_do_not_reach_the_group() -> None:
+    def reward(completion: str, answer: str) -> float | None:
+        return {"raise": lambda: 1 / 0, "none": lambda: None, "inf": lambda: math.inf}.get(
+            completion, lambda: float(completion)
+        )()
+
+    completions = ["1", "raise", "0", "none", "nan", "inf", "junk", "1"]
+    with pytest.warns(UserWarning, match="unscorable"):
+        rewards = score(reward, completions, [""] * 8)
+    assert rewards.isnan().tolist() == [False, True, False, True, True, True, True, False]
+    advantages = group_advantages(rewards, 4)
+    assert torch.equal(advantages[:4].sign(), torch.tensor([1.0, 0.0, -1.0, 0.0]))
+    assert not advantages[4:].any()  # one scored completion alone has nothing to be compared with
