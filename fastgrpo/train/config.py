@@ -21,7 +21,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "beta": 0.001,
         "warmup_steps": 400,
         "eval_size": 512,
-        "eval_every": 20,
+        "eval_every": 10,
     },
     "gsm8k": {
         "num_prompts": 4,
@@ -41,6 +41,11 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def _by_task(name: str, text: str) -> Any:
+    values = ", ".join(f"{task}: {known[name]}" for task, known in TASK_DEFAULTS.items())
+    return field(default=None, metadata={"help": f"{text} By default {values}."})
 
 
 @dataclass
@@ -68,30 +73,38 @@ class TrainConfig:
     loss: str = _flag(
         "grpo", "A preset of fastgrpo.LossConfig: grpo, dapo, dr_grpo, cispo, gspo, ..."
     )
-    beta: float | None = _flag(
-        None, "Weight of the KL to the starting model; 0 = no reference model."
+    beta: float | None = _by_task(
+        "beta", "Weight of the KL to the starting model; 0 = no reference model."
     )
     temperature: float = _flag(1.0, "Of sampling and of the loss, which must agree.")
-    num_prompts: int | None = _flag(None, "Prompts (groups) a step.")
-    num_generations: int | None = _flag(None, "Completions of each prompt: the group.")
-    num_iterations: int = _flag(1, "Optimizer steps on each batch of completions (mu).")
-    micro_batch_size: int | None = _flag(
-        None, "Completions in one forward; no effect on the result."
+    num_prompts: int | None = _by_task("num_prompts", "Prompts (groups) a step.")
+    num_generations: int | None = _by_task(
+        "num_generations", "Completions of each prompt: the group."
     )
-    max_completion_length: int | None = _flag(None, "Tokens a completion may have.")
-    max_steps: int | None = _flag(None, "Batches of completions.")
-    learning_rate: float | None = _flag(None, "Highest of AdamW; it falls linearly to 0.")
-    max_grad_norm: float | None = _flag(None, "Gradients are scaled down to this norm.")
+    num_iterations: int = _flag(1, "Optimizer steps on each batch of completions (mu).")
+    micro_batch_size: int | None = _by_task(
+        "micro_batch_size", "Completions in one forward; no effect on the result."
+    )
+    max_completion_length: int | None = _by_task(
+        "max_completion_length", "Tokens a completion may have."
+    )
+    max_steps: int | None = _by_task("max_steps", "Batches of completions.")
+    learning_rate: float | None = _by_task(
+        "learning_rate", "Highest of AdamW; it falls linearly to 0."
+    )
+    max_grad_norm: float | None = _by_task(
+        "max_grad_norm", "Gradients are scaled down to this norm."
+    )
     gradient_checkpointing: bool = _flag(
         False, "Recompute activations in the backward: less memory, slower."
     )
 
-    warmup_steps: int | None = _flag(None, "Supervised steps before (arithmetic).")
-    eval_size: int | None = _flag(
-        None, "Held-out prompts, the same before and after; 0 = all of --eval-data."
+    warmup_steps: int | None = _by_task("warmup_steps", "Supervised steps before (arithmetic).")
+    eval_size: int | None = _by_task(
+        "eval_size", "Held-out prompts, the same before and after; 0 = all of --eval-data."
     )
-    eval_every: int | None = _flag(
-        None, "Steps between held-out evaluations; 0 = only before and after."
+    eval_every: int | None = _by_task(
+        "eval_every", "Steps between held-out evaluations; 0 = only before and after."
     )
 
     def __post_init__(self) -> None:

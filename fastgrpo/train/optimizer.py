@@ -46,7 +46,7 @@ class MasterAdamW:
     def step(self, loss: float, max_grad_norm: float) -> float:
         """Clip, step, clear; return the norm before clipping.
 
-        A loss or a norm that is not finite: no step is taken, the gradients are cleared all the same.
+        A loss or a norm that is not finite: no step; the gradients are cleared all the same.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
         if math.isfinite(loss) and math.isfinite(norm):
