@@ -12,12 +12,10 @@ from torch import Tensor
 from fastgrpo_kernels import RowState
 
 MIB = 2**20
-# Columns of a tile that holds some of the logits: on a CPU what its cache keeps between the GEMM
-# and the elementwise steps, on a GPU what keeps GEMMs efficient.
-SLICE = {"cpu": 8192, "cuda": 32768}
-# Rows of a CPU's tiles: with all logits, and with a slice of them. More make no GEMM faster there.
-CPU_CHUNK_ROWS = 256
-CPU_SLICE_ROWS = 256
+CPU_CHUNK_ROWS = 256  # of a CPU's tile that holds all logits of its rows
+GPU_CHUNK_ROWS = 8192
+SLICE = 8192  # columns of a tile that holds some of the logits
+CPU_SLICE_BYTES = 16 * MIB  # of such a tile: what stays in cache between its GEMM and the rest
 
 
 class Head(NamedTuple):
@@ -115,22 +113,21 @@ class Plan(NamedTuple):
 
 
 def default_workspace_mb(vocab: int, device_type: str) -> float:
-    """Return the default budget in MiB for the logits tile.
+    """Return the default budget in MiB for the logits tiles.
 
     A CPU gets 256 rows of fp32 logits, a GPU 8192 rows of an fp32 and a 16-bit tile, at most 2 GiB.
     """
     if device_type == "cpu":
         return CPU_CHUNK_ROWS * vocab * 4 / MIB
-    return min(2048.0, 8192 * vocab * 6 / MIB)
+    return min(2048.0, GPU_CHUNK_ROWS * vocab * 6 / MIB)
 
 
 def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
     """Divide the budget into tiles. Raises ValueError if it holds not even one row of logits."""
-    vocab = weight.shape[0]
+    vocab, hidden_size = weight.shape
     accumulator = torch.promote_types(hidden.dtype, torch.float32)
-    # cuBLAS multiplies 16-bit operands into fp32 results. CPUs cannot (and without AMX their bf16
-    # GEMMs are slower than fp32 ones by orders of magnitude): they get fp32 operands, slice by
-    # slice.
+    # cuBLAS multiplies 16-bit operands into fp32 results. CPUs cannot, and without AMX their bf16
+    # GEMMs are slower by orders of magnitude: they get fp32 operands, converted slice by slice.
     native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == weight.dtype
     operand = hidden.dtype if native else accumulator
     per_logit = accumulator.itemsize + (operand.itemsize if operand != accumulator else 0)
@@ -142,14 +139,18 @@ def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
             f"workspace_mb: expected at least {need:.3g} MiB, one row of {vocab} logits; "
             f"got {workspace_mb}"
         )
-    width = min(vocab, SLICE.get(hidden.device.type, SLICE["cpu"]))
-    slice_rows = budget // (width * per_logit)
+    width = min(vocab, SLICE)
+    if weight.dtype != accumulator:
+        # A slice of the weight and one of its gradient, both in fp32, may take half of the budget.
+        width = max(1, min(width, budget // (4 * accumulator.itemsize * hidden_size)))
+    # The other half: a tile, and its exponentials.
+    tile = budget // 4 if hidden.is_cuda else min(budget // 4, CPU_SLICE_BYTES)
     return Plan(
         operand=operand,
         accumulator=accumulator,
         chunk=budget // (vocab * per_logit),
         slice_width=width,
-        slice_rows=slice_rows if hidden.is_cuda else min(slice_rows, CPU_SLICE_ROWS),
+        slice_rows=max(1, tile // (width * per_logit)),
     )
 
 
