@@ -8,11 +8,15 @@ RUN := $(VENV)/bin/python
 train: $(VENV)/.train  ## embedded default: about four minutes on two cores
 	$(RUN) examples/grpo_train.py
 
-# Interpreted and compiled kernels need processes of their own: Triton decides at import.
+# Interpreted and compiled kernels need processes of their own: Triton decides at import. They run
+# side by side, a thread each.
 test: $(VENV)/.test  ## the whole suite, without a GPU
-	$(RUN) -m pytest tests
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels tests/test_linear_logps.py \
-	    tests/test_grpo_loss.py tests/test_gpu_route.py
+	@log=$$(mktemp); failed=; export OMP_NUM_THREADS=1; \
+	TRITON_INTERPRET=1 $(RUN) -m pytest -W ignore tests/kernels tests/test_linear_logps.py \
+	    tests/test_grpo_loss.py tests/test_gpu_route.py > $$log 2>&1 & interpreter=$$!; \
+	$(RUN) -m pytest tests || failed=1; \
+	wait $$interpreter || failed=1; \
+	echo "TRITON_INTERPRET=1:"; cat $$log; rm $$log; test -z "$$failed"
 	$(RUN) -m pytest benchmarks --benchmark-only
 
 bench: $(VENV)/.test  ## compare with the peers that are installed

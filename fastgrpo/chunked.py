@@ -39,7 +39,7 @@ def logps_fwd(impl: ModuleType, rows: Rows, head: Head, plan: Plan, with_entropy
         return Logps(*scored)
     state = _new_state(rows, plan)
     hidden = rows.hidden.to(plan.operand)
-    for v, weight, bias in plan.slices(head):
+    for v, weight, bias in plan.slices(head, plan.slice_width):
         for c in chunks(len(rows.ids), plan.slice_rows):
             z = plan.new_tile(impl, rows[c], v.stop - v.start)
             matmul(z, hidden[c], weight.t())
@@ -70,7 +70,7 @@ def logps_and_grads(
         part, tile = rows[c], buffer[: c.stop - c.start]
         hidden = part.hidden.to(plan.operand)
         anchors = []
-        for v, weight, bias in plan.slices(head):
+        for v, weight, bias in plan.slices(head, plan.chunk_width):
             matmul(tile[:, v], hidden, weight.t())
             if keeps_exp:
                 anchors += [impl.tile_exp(tile[:, v], part.ids, v.start, bias, part.inv_temperature,
@@ -87,7 +87,7 @@ def logps_and_grads(
             anchors = [anchor[live] for anchor in anchors]
         targets = Targets.of(part, plan)
         dhidden = sums.rows(c, live)
-        for i, (v, weight, bias) in enumerate(plan.slices(head)):
+        for i, (v, weight, bias) in enumerate(plan.slices(head, plan.chunk_width)):
             z = tile[:, v] if live is None else tile[:, v].index_select(0, live)
             if keeps_exp:
                 impl.tile_exp_grad(z, part.ids, v.start, part.inv_temperature, head.logit_scale,
@@ -118,7 +118,7 @@ def logps_bwd(
     hidden = rows.hidden.to(plan.operand)
     parts = list(chunks(len(rows.ids), plan.slice_rows))
     targets = [Targets.of(rows[c], plan) for c in parts]
-    for v, weight, bias in plan.slices(head):
+    for v, weight, bias in plan.slices(head, plan.slice_width):
         for c, chunk_targets in zip(parts, targets, strict=True):
             z = plan.new_tile(impl, rows[c], v.stop - v.start)
             matmul(z, hidden[c], weight.t())

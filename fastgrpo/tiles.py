@@ -15,6 +15,7 @@ MIB = 2**20
 CPU_CHUNK_ROWS = 256  # of a CPU's tile that holds all logits of its rows
 GPU_CHUNK_ROWS = 8192
 SLICE = 8192  # columns of a tile that holds some of the logits
+CPU_CHUNK_SLICE = 32768  # columns of one that holds all of them and is worked on where it lies
 CPU_SLICE_BYTES = 16 * MIB  # of such a tile: what stays in cache between its GEMM and the rest
 
 
@@ -79,6 +80,7 @@ class Plan(NamedTuple):
     operand: torch.dtype  # of the GEMMs' inputs
     accumulator: torch.dtype  # of their results
     chunk: int  # rows of a tile that holds all logits of its rows
+    chunk_width: int  # columns of it that one step works on
     slice_width: int  # columns of a tile that holds some logits
     slice_rows: int  # and its rows
 
@@ -103,11 +105,10 @@ class Plan(NamedTuple):
             return rows.hidden.new_empty((n, width), dtype=self.accumulator)
         return rows.hidden.new_empty((width, n), dtype=self.accumulator).t()
 
-    def slices(self, head: Head) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    def slices(self, head: Head, width: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Yield the vocabulary in slices: weight in the operands' dtype, bias in the results'."""
         weight, bias = head.weight, head.bias
-        for start in range(0, weight.shape[0], self.slice_width):
-            v = slice(start, min(start + self.slice_width, weight.shape[0]))
+        for v in chunks(len(weight), width):
             b = None if bias is None else bias[v].to(self.accumulator)
             yield v, weight[v].to(self.operand), b
 
@@ -140,7 +141,8 @@ def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
             f"got {workspace_mb}"
         )
     width = min(vocab, SLICE)
-    if weight.dtype != accumulator:
+    copied = weight.dtype != accumulator
+    if copied:
         # A slice of the weight and one of its gradient, both in fp32, may take half of the budget.
         width = max(1, min(width, budget // (4 * accumulator.itemsize * hidden_size)))
     # The other half: a tile, and its exponentials.
@@ -149,6 +151,7 @@ def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
         operand=operand,
         accumulator=accumulator,
         chunk=budget // (vocab * per_logit),
+        chunk_width=width if hidden.is_cuda or copied else CPU_CHUNK_SLICE,
         slice_width=width,
         slice_rows=max(1, tile // (width * per_logit)),
     )

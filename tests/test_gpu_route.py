@@ -22,7 +22,7 @@ def gpu_route(monkeypatch):
 
     def plan(hidden, weight, workspace_mb):
         chosen = real_plan(hidden, weight, workspace_mb)
-        return chosen._replace(operand=hidden.dtype, slice_width=32)
+        return chosen._replace(operand=hidden.dtype, slice_width=32, chunk_width=32)
 
     def matmul(out, a, b, accumulate=False):
         if a.dtype != out.dtype:
