@@ -28,7 +28,7 @@ def live_first(mask: Tensor, inert: Tensor | None) -> tuple[Index, int]:
         rows = unmasked(mask)
         return rows, len(mask) if isinstance(rows, slice) else len(rows)
     rank = torch.where(mask, inert.to(torch.uint8), 2)
-    live, rest, _ = torch.bincount(rank, minlength=3).tolist()
+    live, rest = torch.stack([(rank == 0).sum(), (rank == 1).sum()]).tolist()
     if live == len(mask):
         return slice(None), live
     return rank.argsort(stable=True)[: live + rest], live

@@ -1,0 +1,123 @@
+"""Every function launched on a GPU, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastgrpo
+from fastgrpo import LossConfig
+from fastgrpo.config import PRESETS
+from fastgrpo.testing import Batch, make_batch, relative_error, rms
+from tests.test_grpo_loss import config_of, exact, fused
+from tests.test_linear_logps import DTYPES, GRADIENT_BARS, TRANSFORMS, operands
+from tests.test_linear_logps import exact as exact_logps
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+SHAPES = {
+    "aligned": dict(sequences=8, length=128, hidden_size=256, vocab=4096),
+    "ragged": dict(sequences=5, length=37, hidden_size=200, vocab=5003),
+}
+
+
+def on_device(batch: Batch) -> Batch:
+    return Batch(*(x.to(DEVICE) for x in batch))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_log_probs(dtype, transform, shape):
+    hidden, weight, ids, options = operands(dtype, transform, **shape)
+    upstream = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
+    logps, entropy, lse, grads = exact_logps(hidden, weight, ids, options, upstream)
+    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    hidden, weight, ids = (x.to(DEVICE) for x in (hidden, weight, ids))
+    leaves = {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_()}
+    if "bias" in options:
+        leaves["bias"] = options["bias"].requires_grad_()
+    out = fastgrpo.linear_logps(hidden, weight, ids, entropy="detached", **options)
+    out.logps.backward(upstream.to(DEVICE))
+    for actual, wanted in zip(out, (logps, entropy, lse), strict=True):
+        assert (actual.cpu() - wanted).abs().max() <= 2e-5
+    assert rms(out.logps.cpu(), logps) <= 1e-5
+    for name, leaf in leaves.items():
+        assert relative_error(leaf.grad.cpu(), grads[name]) <= GRADIENT_BARS[dtype], name
+
+
+@pytest.mark.parametrize("workspace_mb", [None, 1.0], ids=["one chunk", "several chunks"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_losses(preset, dtype, frozen, workspace_mb):
+    batch = make_batch(**SHAPES["ragged"], dtype=dtype)
+    config = config_of(preset, beta=0.1, entropy_coef=0.0 if frozen else 0.1)
+    loss, dhidden, dweight = exact(batch, config)
+    out, *grads = fused(on_device(batch), config, frozen=frozen, workspace_mb=workspace_mb)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    for actual, wanted in zip(grads, (dhidden, dweight), strict=True):
+        assert actual is None or relative_error(actual.cpu(), wanted) <= GRADIENT_BARS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_row_has_the_same_bits_in_any_batch(dtype):
+    hidden, weight, ids, _ = operands(dtype, **SHAPES["aligned"])
+    hidden, ids = hidden.flatten(0, 1).to(DEVICE), ids.flatten().to(DEVICE)
+    weight = weight.to(DEVICE)
+    whole = fastgrpo.linear_logps(hidden, weight, ids).logps
+    for some in (torch.arange(7), torch.randperm(len(ids))[:300]):
+        some = some.to(DEVICE)
+        alone = fastgrpo.linear_logps(hidden[some], weight, ids[some]).logps
+        assert torch.equal(alone, whole[some])
+
+
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+def test_runs_repeat_bit_for_bit(preset):
+    batch = on_device(make_batch(**SHAPES["aligned"], dtype=torch.bfloat16))
+    first = fused(batch, LossConfig.preset(preset, beta=0.1))
+    for _ in range(4):
+        again = fused(batch, LossConfig.preset(preset, beta=0.1))
+        assert torch.equal(first[0].loss, again[0].loss)
+        assert all(torch.equal(a, b) for a, b in zip(first[1:], again[1:], strict=True))
+
+
+def test_advantages():
+    rewards = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    rewards[3] = torch.nan
+    ids = torch.arange(64) % 7
+    for groups in (8, ids):
+        wanted = fastgrpo.group_advantages(rewards, groups)
+        moved = groups.to(DEVICE) if isinstance(groups, torch.Tensor) else groups
+        actual = fastgrpo.group_advantages(rewards.to(DEVICE), moved)
+        assert torch.allclose(actual.cpu(), wanted, atol=1e-5)
+
+
+def test_more_logits_than_an_int32_counts():
+    """N * V and V * H beyond 2**31: addresses must be 64 bits wide."""
+    rows, vocab, hidden_size = 2**14, 2**18, 64
+    hidden = torch.randn(rows, hidden_size, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(vocab, hidden_size, device=DEVICE, dtype=torch.bfloat16) / 8
+    ids = torch.randint(vocab, (rows,), device=DEVICE)
+    logps = fastgrpo.linear_logps(hidden, weight, ids).logps
+    last = slice(rows - 4, rows)
+    z = hidden[last].double() @ weight.double().T
+    wanted = z.log_softmax(-1).gather(1, ids[last, None])[:, 0]
+    assert (logps[last] - wanted).abs().max() <= 2e-5
+
+
+def test_no_kernel_waits_for_the_host_more_than_once():
+    batch = on_device(make_batch(**SHAPES["aligned"], dtype=torch.bfloat16))
+    hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+
+    def run():
+        fastgrpo.grpo_loss(hidden, weight, *batch[2:5], old_logps=batch.old_logps).loss.backward()
+
+    run()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as waits:
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchronizing" in str(w.message)]) <= 1
