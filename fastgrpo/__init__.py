@@ -1,10 +1,11 @@
 """Exact fused GRPO losses from hidden states, without ever holding full-vocabulary logits."""
 
-from fastgrpo.advantages import count_normalizer, group_advantages
+from fastgrpo.advantages import group_advantages
 from fastgrpo.checks import checked
 from fastgrpo.config import LossConfig
 from fastgrpo.logps import TokenLogps, linear_logps
 from fastgrpo.loss import FusedGRPOLoss, GRPOLoss, grpo_loss
+from fastgrpo.normalizer import count_normalizer
 from fastgrpo.tiles import default_workspace_mb
 
 __version__ = "0.1.0"

@@ -1,8 +1,7 @@
-"""Group-relative advantages, and the denominators of losses that span micro-batches."""
+"""Advantages of grouped rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.backend import resolve
-from fastgrpo.config import LossConfig
 
 
 def group_advantages(
@@ -69,34 +67,3 @@ def group_advantages(
         )
     bounds = torch.arange(0, len(rewards) + 1, size, device=rewards.device)
     return impl.group_advantages(rewards, bounds, *options)
-
-
-def count_normalizer(
-    completion_masks: Tensor | Iterable[Tensor], config: str | LossConfig = "grpo"
-) -> Tensor:
-    """Return the denominator of one optimizer step, () int64: what `normalizer` takes.
-
-    Args:
-        completion_masks: the (B, T) bool masks of all micro-batches of the step (or one of them).
-        config: the loss; its aggregation decides whether tokens, sequences or
-            B * max_completion_length are counted.
-
-    Under data parallelism sum the result over ranks, and divide it by their number where the
-    framework averages gradients.
-    """
-    config = LossConfig.preset(config) if isinstance(config, str) else config
-    masks = [completion_masks] if isinstance(completion_masks, Tensor) else list(completion_masks)
-    if not masks:
-        raise ValueError("completion_masks: expected at least one mask, got none")
-    for mask in masks:
-        checks.tensor("completion_masks", mask, dtypes=(torch.bool,))
-        if mask.dim() != 2:
-            raise ValueError(f"completion_masks: expected shape (B, T), got {tuple(mask.shape)}")
-    if config.aggregation == "token_mean":
-        return torch.stack([mask.sum() for mask in masks]).sum().clamp(min=1)
-    sequences = torch.tensor(sum(len(mask) for mask in masks), device=masks[0].device)
-    if config.aggregation == "sequence_mean":
-        return sequences.clamp(min=1)
-    if config.max_completion_length is None:
-        raise ValueError("config: expected max_completion_length to be set for 'fixed_length'")
-    return sequences.clamp(min=1) * config.max_completion_length

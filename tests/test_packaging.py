@@ -17,7 +17,7 @@ LAYERS = [
     {"chunked"},
     {"fused"},
     {"ops"},
-    {"logps", "advantages"},
+    {"logps", "advantages", "rewards", "normalizer"},
     {"loss"},
     {"train"},
 ]
