@@ -1,69 +1,193 @@
-"""Advantages of grouped rewards."""
+"""Advantages of completions, and of tokens, without a critic."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastgrpo import checks
-from fastgrpo.backend import resolve
+from fastgrpo.estimators import (
+    ESTIMATORS,
+    Batch,
+    Groups,
+    check_lengths,
+    check_rewards,
+    whiten,
+)
 
 
 def group_advantages(
-    rewards: Tensor,  # (B,)
+    rewards: Tensor,  # (B,), or (B, K) for "gdpo"
     group_ids_or_size: int | Tensor,  # G, or (B,) int64
     *,
-    estimator: Literal["grpo", "dr_grpo"] = "grpo",
+    estimator: str = "grpo",
     ddof: int = 1,
     eps: float = 1e-4,
-) -> Tensor:
+    lengths: Tensor | None = None,  # (B,)
+    reward_weights: Sequence[float] | None = None,  # K
+    greedy_rewards: Tensor | None = None,  # (B,)
+    f_norm: float = 1.0,
+    return_live_groups: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return each completion's advantage over the other completions of its prompt, (B,) fp32.
 
-        grpo       (r - mean) / (std + eps)      Shao et al. 2024, arXiv 2402.03300
-        dr_grpo    r - mean                      Liu et al. 2025, arXiv 2503.20783
+    r is a completion's reward, n, mean and std are those of its group, and a prime means "of the
+    others in the group":
+
+        grpo           (r - mean) / (std + eps)                          arXiv 2402.03300
+        dr_grpo        r - mean                                          arXiv 2503.20783
+        grpo_batch     (r - mean) / (std of the batch + eps)             arXiv 2508.08221
+        grpo_loo       (r - mean') / (std' + eps), r - mean' if std' = 0 NeMo-RL's default
+        grpo_passk     (r - max') / (std + eps) for the best r, else 0   arXiv 2503.19595
+        rloo           r - mean'                                         arXiv 2402.14740
+        gpg            B / #(r != 0) * (r - mean) / f_norm               arXiv 2504.02546
+        opo            r - sum(length * r) / sum(length)                 arXiv 2505.23585
+        max_rl         (r - mean) / mean, 0 if mean <= 0                 arXiv 2602.02710
+        remax          r - greedy_rewards                                arXiv 2310.10505
+        gdpo           a / (std of a in the batch + eps), where          arXiv 2601.05242
+                       a = sum_k weight_k * grpo(r_k); whitened over tokens if lengths are given
+        reinforce_plus_plus_baseline
+                       r - mean, whitened over tokens                    arXiv 2501.03262
+
+    Whitening over tokens: (a - m) / sqrt(v + 1e-8), m and v weighing each completion by its length.
+    REINFORCE++ itself has one advantage per token: `reinforce_plus_plus`.
+
+    An unscored completion (NaN) always has advantage 0 and is in no mean, std, count or maximum.
+    A constant group, and a group with one scored member, have exactly 0, except under
+
+        remax                           r - greedy_rewards: the group plays no part
+        whitening over tokens           -m / sqrt(v + 1e-8), the same for all such groups
 
     Args:
-        rewards: (B,) fp32. NaN marks a completion that could not be scored: it is left out of its
-            group's mean and std, and its advantage is 0.
+        rewards: (B,) fp32, finite or NaN; (B, K) for "gdpo", where a completion is unscored if all
+            its K rewards are NaN, and a single NaN leaves it out of that reward's groups.
         group_ids_or_size: the group size G, the completions of a prompt being adjacent; or (B,)
             int64 ids, in any order, for groups of any size.
-        estimator: "grpo" or "dr_grpo".
-        ddof: the std divides by (scored members - ddof).
-        eps: added to the std.
+        estimator: a name of the table.
+        ddof: a variance divides by (number - ddof), over completions or, whitening, over tokens.
+        eps: added to a std.
+        lengths: (B,) int or fp32, tokens of each completion. Needed by "opo" and
+            "reinforce_plus_plus_baseline"; chooses whitening over tokens for "gdpo".
+        reward_weights: one weight for each of the K rewards of "gdpo"; None: 1 each.
+        greedy_rewards: (B,) fp32, for "remax": the reward of the prompt's greedy completion. Where
+            it is NaN the advantage is 0.
+        f_norm: the divisor of "gpg".
+        return_live_groups: return (advantages, live_groups) instead, live_groups () int64 on the
+            device: the number of groups with an advantage other than 0.
 
-    A constant group, and a group with one scored member, give exactly 0.
+    docs/advantages.md says which trainer uses which of them with which values.
 
     Raises:
-        ValueError: for a wrong shape, dtype or value, and for ddof or eps with "dr_grpo".
+        ValueError: for a wrong shape, dtype or value, for an option that the estimator needs and
+            that is missing, and for one that it ignores.
     """
-    checks.tensor("rewards", rewards, dtypes=(torch.float32,))
-    if rewards.dim() != 1:
-        raise ValueError(f"rewards: expected shape (B,), got {tuple(rewards.shape)}")
-    checks.one_of("estimator", estimator, ("grpo", "dr_grpo"))
-    if estimator == "dr_grpo" and (ddof, eps) != (1, 1e-4):
-        raise ValueError("ddof and eps have no effect with estimator='dr_grpo'")
+    checks.one_of("estimator", estimator, tuple(ESTIMATORS))
+    checks.tensor("rewards", rewards)
+    dims, shape = (2, "(B, K)") if estimator == "gdpo" else (1, "(B,)")
+    if rewards.dim() != dims:
+        raise ValueError(
+            f"rewards: expected shape {shape} for estimator={estimator!r}, got "
+            f"{tuple(rewards.shape)}"
+        )
+    check_rewards("rewards", rewards, tuple(rewards.shape))
+    options = dict(
+        ddof=ddof,
+        eps=eps,
+        lengths=lengths,
+        reward_weights=reward_weights,
+        greedy_rewards=greedy_rewards,
+        f_norm=f_norm,
+    )
+    _check_options(estimator, options, rewards)
+    groups = Groups(group_ids_or_size, rewards)
+    for name in ("lengths", "greedy_rewards"):
+        if options[name] is not None:
+            options[name] = groups.sort(options[name].detach().float())
+    batch = Batch(groups.sort(rewards.detach()), groups, options)
+    advantages = ESTIMATORS[estimator].formula(batch).where(batch.scored, 0.0)
+    result = groups.restore(advantages)
+    return (result, groups.live(advantages)) if return_live_groups else result
+
+
+def reinforce_plus_plus(
+    token_rewards: Tensor,  # (B, T)
+    completion_mask: Tensor,  # (B, T) bool
+    *,
+    gamma: float = 1.0,
+    ddof: int = 1,
+) -> Tensor:
+    """Return the whitened returns of each token, (B, T) fp32 (REINFORCE++, arXiv 2501.03262).
+
+    A token's return is the sum of the rewards from it on, each discounted by gamma for every
+    unmasked token in between. Returns are whitened over all unmasked tokens of the batch:
+    (return - mean) / sqrt(variance + 1e-8). There are no groups.
+
+    Args:
+        token_rewards: (B, T) fp32, such as `token_rewards` of `fastgrpo.rewards` minus a KL
+            penalty. Anything at masked tokens. A completion with NaN at an unmasked token counts as
+            unscored: it is left out, and its advantages are 0.
+        completion_mask: (B, T) bool; a masked token, such as a tool's, is skipped over: rewards
+            behind it reach the tokens before it undiscounted. Advantages are 0 there.
+        gamma: the discount, in [0, 1].
+        ddof: the variance divides by (tokens - ddof).
+
+    If all returns are equal, every advantage is exactly 0.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value.
+    """
+    checks.tensor("token_rewards", token_rewards)
+    if token_rewards.dim() != 2:
+        raise ValueError(f"token_rewards: expected shape (B, T), got {tuple(token_rewards.shape)}")
+    shape = tuple(token_rewards.shape)
+    checks.tensor("completion_mask", completion_mask, shape, token_rewards, (torch.bool,))
+    if not 0 <= checks.finite("gamma", gamma) <= 1:
+        raise ValueError(f"gamma: expected a number in [0, 1], got {gamma}")
+    _check_ddof(ddof)
+    returns = token_rewards.detach().masked_fill(~completion_mask, 0.0)
+    check_rewards("token_rewards", returns, shape)
+    counted = completion_mask & ~returns.isnan().any(1, keepdim=True)
+    returns = returns.where(counted, 0.0)
+    # R[t] = reward[t] + decay[t] * R[t + 1] over spans of 1, 2, 4, ... tokens: log T steps.
+    decay = torch.full_like(returns, gamma).where(completion_mask, 1.0)
+    span = 1
+    while span < shape[1]:
+        ahead = (0, span)
+        returns = returns + decay * torch.nn.functional.pad(returns[:, span:], ahead)
+        decay = decay * torch.nn.functional.pad(decay[:, span:], ahead)
+        span *= 2
+    return whiten(returns, counted.float(), ddof)
+
+
+def _check_options(estimator: str, options: dict[str, object], rewards: Tensor) -> None:
+    """Raise ValueError for an option that the estimator ignores or misses, or a wrong value."""
+    defaults = group_advantages.__kwdefaults__
+    for name, value in options.items():
+        given = isinstance(value, Tensor) or value != defaults[name]
+        if given and name not in ESTIMATORS[estimator].uses:
+            raise ValueError(f"{name} has no effect with estimator={estimator!r}")
+        if not given and name in ESTIMATORS[estimator].needs:
+            raise ValueError(f"{name}: expected shape (B,) for estimator={estimator!r}, got None")
+    _check_ddof(options["ddof"])
+    if checks.finite("eps", options["eps"]) < 0:
+        raise ValueError(f"eps: expected a number >= 0, got {options['eps']}")
+    if checks.finite("f_norm", options["f_norm"]) <= 0:
+        raise ValueError(f"f_norm: expected a number > 0, got {options['f_norm']}")
+    if options["lengths"] is not None:
+        check_lengths(options["lengths"], (len(rewards),), rewards)
+    if options["greedy_rewards"] is not None:
+        check_rewards("greedy_rewards", options["greedy_rewards"], (len(rewards),), rewards)
+    if (weights := options["reward_weights"]) is not None:
+        if not isinstance(weights, Sequence) or len(weights) != rewards.shape[1]:
+            raise ValueError(
+                f"reward_weights: expected {rewards.shape[1]} numbers, got {weights!r}"
+            )
+        for weight in weights:
+            checks.finite("reward_weights", weight)
+
+
+def _check_ddof(ddof: object) -> None:
     if ddof not in (0, 1):
         raise ValueError(f"ddof: expected 0 or 1, got {ddof!r}")
-    if checks.finite("eps", eps) < 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
-    rewards = rewards.detach()
-    impl = resolve(rewards.device, "auto")
-    options = (estimator == "grpo", ddof, float(eps))
-    if isinstance(group_ids_or_size, Tensor):
-        ids = group_ids_or_size
-        checks.tensor("group_ids_or_size", ids, tuple(rewards.shape), rewards, (torch.int64,))
-        _, order = ids.sort(stable=True)
-        sizes = torch.unique_consecutive(ids[order], return_counts=True)[1]
-        bounds = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-        result = impl.group_advantages(rewards[order], bounds, *options)
-        return torch.empty_like(result).scatter_(0, order, result)
-    size = group_ids_or_size
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1 or len(rewards) % size:
-        raise ValueError(
-            f"group_ids_or_size: expected a divisor of the {len(rewards)} rewards, or a tensor of "
-            f"ids; got {size!r}"
-        )
-    bounds = torch.arange(0, len(rewards) + 1, size, device=rewards.device)
-    return impl.group_advantages(rewards, bounds, *options)

@@ -127,25 +127,79 @@ def bounds_values(cu: Tensor, n: int) -> None:
         )
 
 
-def loss_options(config: object, ref_logps: object, normalizer: object, like: Tensor) -> None:
-    """Check what the loss needs from the call."""
+def loss_options(
+    config: object,
+    like: Tensor,
+    old_logps: object,
+    ref_logps: object,
+    sampler_logps: object,
+    groups: object,
+    entropy_threshold: object,
+    normalizer: object,
+    seed: object,
+) -> None:
+    """Check what the loss needs from the call, and that the call gives it nothing else."""
     if not isinstance(config, LossConfig):
         raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
     if config.beta and ref_logps is None:
         raise ValueError(f"ref_logps: expected log-probs as beta is {config.beta}, got None")
-    if isinstance(normalizer, Tensor):
-        tensor("normalizer", normalizer, (), like=like)
-    elif normalizer is not None and finite("normalizer", normalizer) <= 0:
+    for name, value in (("correction", config.correction), ("rejection", config.rejection)):
+        if value != "none" and sampler_logps is None:
+            raise ValueError(f"sampler_logps: expected log-probs as {name} is {value!r}, got None")
+    if config.off_policy_mask_threshold is not None and old_logps is sampler_logps is None:
+        raise ValueError("off_policy_mask_threshold has no effect without old_logps, sampler_logps")
+    if (groups is None) == (config.aggregation == "prompt_mean"):
+        if groups is not None:
+            raise ValueError(
+                f"group_ids_or_size has no effect with aggregation={config.aggregation!r}"
+            )
+        raise ValueError(
+            "group_ids_or_size: expected ids or a size as aggregation is 'prompt_mean', got None"
+        )
+    scalar("entropy_threshold", entropy_threshold, like)
+    if entropy_threshold is not None and config.top_entropy_quantile == 1:
+        raise ValueError("entropy_threshold has no effect with top_entropy_quantile=1")
+    scalar("normalizer", normalizer, like)
+    if isinstance(normalizer, (int, float)) and normalizer <= 0:
         raise ValueError(f"normalizer: expected a number > 0, got {normalizer}")
+    if normalizer is not None and config.aggregation == "token_sum":
+        raise ValueError("normalizer has no effect with aggregation='token_sum'")
     if config.aggregation == "fixed_length" and normalizer is None:
         if config.max_completion_length is None:
             raise ValueError(
                 "max_completion_length: expected a length in the LossConfig, or a normalizer, for "
                 "aggregation='fixed_length'; got neither"
             )
+    if seed is not None and config.surrogate != "clip_cov":
+        raise ValueError(f"seed has no effect with sparsity=0.0, surrogate={config.surrogate!r}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ValueError(f"seed: expected an int, got {seed!r}")
 
 
-def dense_only(sparsity: float, seed: int | None, old_logps: Tensor | None = None) -> None:
+def scalar(name: str, value: object, like: Tensor) -> None:
+    """Check an optional number that may be a tensor ()."""
+    if isinstance(value, Tensor):
+        tensor(name, value, (), like=like)
+    elif value is not None:
+        finite(name, value)
+
+
+def groups(given: object, sequences: int, like: Tensor) -> Tensor | None:
+    """Return the group (B,) int64 of each sequence, given ids or the size of adjacent groups."""
+    if given is None:
+        return None
+    if isinstance(given, Tensor):
+        tensor("group_ids_or_size", given, (sequences,), like=like, dtypes=(torch.int64,))
+        return given
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1 or sequences % given:
+        raise ValueError(
+            f"group_ids_or_size: expected a divisor of the {sequences} completions, or a tensor of "
+            f"ids; got {given!r}"
+        )
+    return torch.arange(sequences, device=like.device) // given
+
+
+def dense_only(sparsity: float, seed: int | None = None, old_logps: Tensor | None = None) -> None:
     if sparsity != 0.0:
         raise ValueError(f"sparsity: expected 0.0, the only value supported so far; got {sparsity}")
     if seed is not None:

@@ -1,12 +1,12 @@
-"""What the loss is: a frozen `LossConfig` and the presets that carry the papers' names.
+"""What the loss is: a frozen `LossConfig` of independent choices, each checked against the others.
 
-A preset fixes three independent choices. The *surrogate* is the loss of one token, the *ratio
-level* says which log-ratio it sees (the token's own or its sequence's mean), and the *aggregation*
-weighs tokens:
+    surrogate      the policy loss of one token      `fastgrpo_kernels.surrogates`
+    ratio level    which log-ratio it sees           `RATIO_LEVELS`
+    correction     constants on the policy loss      `fastgrpo.corrections`
+    kl, entropy    what is added to it               `fastgrpo_kernels.kl_estimators`
+    aggregation    how tokens are weighed            `AGGREGATIONS`
 
-    token_mean       sum over tokens / number of tokens
-    sequence_mean    mean over sequences of the mean over their tokens
-    fixed_length     sum over tokens / (B * max_completion_length)
+Names for combinations are in `fastgrpo.presets`; docs/losses.md tabulates all of it.
 """
 
 from __future__ import annotations
@@ -18,58 +18,136 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from fastgrpo_kernels.surrogates import KL_ESTIMATORS, SURROGATES
+from fastgrpo.presets import PRESETS
+from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
+from fastgrpo_kernels.surrogates import RATIO_LEVELS, SURROGATES, Surrogate
 
-AGGREGATIONS = ("token_mean", "sequence_mean", "fixed_length")
+AGGREGATIONS = (
+    "token_mean",  # sum over tokens / number of tokens
+    "sequence_mean",  # mean over sequences of the mean over their tokens
+    "fixed_length",  # sum over tokens / (B * max_completion_length)
+    "token_sum",  # sum over tokens
+    "sequence_sum",  # mean over sequences of the sum over their tokens
+    "prompt_mean",  # mean over prompts of the mean over the tokens of all their completions
+)
 ENTROPY_MODES = ("none", "detached", "differentiable")
+ANCHORS = ("old", "sampler")
 
-PRESETS: dict[str, dict[str, object]] = {
-    "reinforce": dict(surrogate="reinforce", ratio_level="none", aggregation="token_mean"),
-    "ppo": dict(aggregation="sequence_mean"),
-    "grpo": dict(aggregation="sequence_mean"),
-    "bnpo": dict(aggregation="token_mean"),
-    "dapo": dict(aggregation="token_mean", epsilon_high=0.28),
-    "dr_grpo": dict(aggregation="fixed_length"),
-    "cispo": dict(surrogate="cispo", aggregation="token_mean"),
-    "gspo": dict(
-        ratio_level="sequence",
-        aggregation="sequence_mean",
-        epsilon_low=3e-4,
-        epsilon_high=4e-4,
-    ),
+# Correction -> (is its decision one per sequence, its default bounds).
+CORRECTIONS: dict[str, tuple[bool, tuple[float, float]]] = {
+    "none": (False, (0.0, math.inf)),
+    "token_tis": (False, (0.0, 2.0)),
+    "icepop": (False, (0.5, 5.0)),
+    "sequence_tis": (True, (0.0, 2.0)),
+    "sequence_mis": (True, (0.0, 3.0)),
+    "seq_mask_tis": (True, (0.999, 1.002)),
 }
+REJECTIONS = ("none",) + tuple(
+    f"{level}_{k}"
+    for level in ("token", "seq_sum", "seq_mean", "seq_max")
+    for k in ("k1", "k2", "k3")
+    if (level, k) != ("seq_max", "k1")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """A loss of the GRPO family: GRPO by default; `LossConfig.preset(name)` gives the others.
 
-    Raises ValueError for an unknown field or value, and for a field that the surrogate or the
-    aggregation would ignore.
+    Raises ValueError for an unknown field or value, and for a field without effect in the
+    combination, naming both.
     """
 
     surrogate: str = "ppo_clip"
-    """Loss of one token: "ppo_clip", "cispo" or "reinforce" (`fastgrpo_kernels.surrogates`)."""
+    """Loss of one token: a key of `fastgrpo_kernels.surrogates.SURROGATES`."""
     ratio_level: str = "token"
-    """Which importance ratio it sees: "token", "sequence" (exp of the mean log-ratio) or "none"."""
+    """The log-ratio it sees: a "token"'s own; the mean over its "sequence"; that mean with the
+    token's gradient ("sequence_token"); the sum over the sequence ("sequence_sum"); or "none"."""
+    anchor: str = "old"
+    """What the ratio is to: "old" (old_logps), or "sampler" (sampler_logps; old_logps where none
+    are given)."""
     aggregation: str = "sequence_mean"
-    """How tokens are weighed: "token_mean", "sequence_mean" or "fixed_length"."""
+    """How tokens are weighed: one of `AGGREGATIONS`."""
+    max_completion_length: int | None = None
+    """L_max of "fixed_length"; may be left out when the call gives `normalizer`."""
+
     epsilon_low: float = 0.2
-    """The ratio is clipped below at 1 - epsilon_low."""
+    """Lower bound of the ratio at 1 - epsilon_low; "gmpo": of its logarithm at -epsilon_low; DPPO
+    and its kin: of the divergence."""
     epsilon_high: float = 0.2
-    """The ratio is clipped above at 1 + epsilon_high."""
+    """Upper bound of the ratio at 1 + epsilon_high; "gmpo": of its logarithm; DPPO and its kin: of
+    the divergence; "cispo_raw": of the ratio itself."""
     delta: float | None = None
-    """Two-sided clip: for negative advantages the ratio counts as at most delta. None = off."""
+    """Second upper bound of the ratio: where A < 0 ("ppo_clip" and its kin), or of the weight
+    (DPPO). None = off."""
+    log_ratio_clamp: float | None = None
+    """Token log-ratios stay within +-this, without gradient outside (verl, OpenRLHF: 20)."""
+    proximal_coef: float = 0.0
+    """proximal_coef / 2 * log_ratio^2 is added ("prime_dppo", "ipo", "dro")."""
+    sapo_temperature_pos: float = 1.0
+    """Steepness of the gate where A > 0."""
+    sapo_temperature_neg: float = 1.05
+    """Steepness of the gate elsewhere."""
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    """Shape of the weight w^k exp(lambda (1 - w)), by the sign of A."""
+    cov_ratio: float = 2e-4
+    """Share of the call's tokens that "clip_cov" drops and "kl_cov" penalises; at least one."""
+    cov_low: float = 1.0
+    """"clip_cov" draws among tokens whose covariance of A and logp is above this, and"""
+    cov_high: float = 5.0
+    """below this."""
+    kl_cov_coef: float = 0.1
+    """Weight of |log_ratio| on the tokens that "kl_cov" chooses."""
+    fipo_half_life: float = 32.0
+    """Tokens after which the log-ratio of a later token counts half."""
+    fipo_low: float = 1.0
+    """Lower bound of the influence weight."""
+    fipo_high: float = 1.2
+    """Upper bound of the influence weight."""
+    fipo_safety_ratio: float | None = 4.0
+    """Where A < 0 and the ratio is above this the influence weight stays in [0.8, 1]."""
+
+    correction: str = "none"
+    """Weight w = exp(old_logps - sampler_logps) on the policy loss: "token_tis" clips w,
+    "sequence_tis" its product over the sequence; "icepop" and "sequence_mis" zero what is out of
+    bounds; "seq_mask_tis" zeroes sequences whose geometric mean is."""
+    correction_min: float | None = None
+    """Lower bound of that weight. None = the correction's own."""
+    correction_max: float | None = None
+    """Upper bound of that weight. None = the correction's own."""
+    rejection: str = "none"
+    """Tokens or sequences too far from the sampler get no policy loss: "token", "seq_sum",
+    "seq_mean" or "seq_max", then "_k1", "_k2" or "_k3", as in `fastgrpo.rejection_mask`."""
+    rejection_min: float | None = None
+    """Lower bound, for k1: of sampler / old probability. None = 1 / rejection_max."""
+    rejection_max: float | None = None
+    """Upper bound of the divergence; k1: of sampler / old probability."""
+    off_policy_mask_threshold: float | None = None
+    """Sequences with A < 0 whose mean of sampler_logps (or old_logps) - logps is above this get no
+    policy loss (DeepSeek-V3.2). None = off."""
+    top_entropy_quantile: float = 1.0
+    """The policy loss and the entropy bonus act on this share of tokens, those of highest entropy
+    (arXiv 2506.01939); the denominator and the KL stay."""
+
     beta: float = 0.0
     """Weight of the per-token KL to the reference policy, added before aggregation."""
     kl: str = "k3"
-    """Estimator of that KL: "k3" = exp(ref - logp) - (ref - logp) - 1."""
+    """Its estimator: "k1", "k2", "k3" or "abs"."""
+    kl_gradient: str = "value"
+    """What is differentiated: the "value"; k2 under this value ("straight_through"); the ratio
+    times it ("importance"); or exp(logp - sg(logp)) times it ("score_function")."""
+    kl_input_clamp: float | None = None
+    """ref_logps - logps stay within +-this, without gradient outside (verl, NeMo-RL: 20)."""
+    kl_output_clamp: float | None = None
+    """The estimate stays within +-this, without gradient outside (verl, NeMo-RL: 10)."""
+
     entropy: str = "none"
     """What `GRPOLoss.entropy` holds: "none", "detached" or "differentiable" values."""
     entropy_coef: float = 0.0
     """Entropy bonus: the loss is lowered by this times the entropy, aggregated like the loss."""
-    max_completion_length: int | None = None
-    """L_max of "fixed_length"; may be left out when the call gives `normalizer`."""
 
     def __new__(cls, **given: object) -> LossConfig:
         known = [f.name for f in fields(cls)]
@@ -79,33 +157,116 @@ class LossConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        _one_of("surrogate", self.surrogate, tuple(SURROGATES))
-        _one_of("ratio_level", self.ratio_level, SURROGATES[self.surrogate].ratio_levels)
-        _one_of("aggregation", self.aggregation, AGGREGATIONS)
-        _one_of("kl", self.kl, tuple(KL_ESTIMATORS))
-        _one_of("entropy", self.entropy, ENTROPY_MODES)
-        _number("epsilon_low", self.epsilon_low, 0.0, 1.0)
-        _number("epsilon_high", self.epsilon_high, 0.0)
-        _number("beta", self.beta, 0.0)
-        _number("entropy_coef", self.entropy_coef)
-        if self.delta is not None and _number("delta", self.delta) <= 0:
-            raise ValueError(f"delta: expected a bound > 0 on the ratio, or None; got {self.delta}")
-        self._refuse_fields_without_effect()
+        self._check_names()
+        self._check_numbers()
+        self._check_combination()
 
-    def _refuse_fields_without_effect(self) -> None:
-        used = SURROGATES[self.surrogate].uses
-        defaults = {f.name: f.default for f in fields(self)}
-        for name in ("epsilon_low", "epsilon_high", "delta"):
-            if name not in used and getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} has no effect with surrogate={self.surrogate!r}")
-        length = self.max_completion_length
-        if length is not None:
-            if self.aggregation != "fixed_length":
+    def _check_names(self) -> None:
+        _one_of("surrogate", self.surrogate, tuple(SURROGATES))
+        _one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
+        _one_of("anchor", self.anchor, ANCHORS)
+        _one_of("aggregation", self.aggregation, AGGREGATIONS)
+        _one_of("correction", self.correction, tuple(CORRECTIONS))
+        _one_of("rejection", self.rejection, REJECTIONS)
+        _one_of("kl", self.kl, tuple(KL_ESTIMATORS))
+        _one_of("kl_gradient", self.kl_gradient, tuple(KL_GRADIENTS))
+        _one_of("entropy", self.entropy, ENTROPY_MODES)
+        levels = SURROGATES[self.surrogate].ratio_levels
+        if self.ratio_level not in levels:
+            raise ValueError(
+                f"ratio_level: expected one of {list(levels)} with surrogate={self.surrogate!r}, "
+                f"got {self.ratio_level!r}"
+            )
+
+    def _check_numbers(self) -> None:
+        ratio_is_offset = not {"gmpo", "cispo_raw"} & {self.surrogate}
+        _number("epsilon_low", self.epsilon_low, 0.0, 1.0 if ratio_is_offset else math.inf)
+        if self.surrogate == "cispo_raw" and _number("epsilon_high", self.epsilon_high) <= 1.0:
+            raise ValueError(
+                "epsilon_high: expected a bound > 1 on the ratio itself with "
+                f"surrogate='cispo_raw' (1 + epsilon, not epsilon), got {self.epsilon_high}"
+            )
+        for name in ("epsilon_high", "beta", "proximal_coef", "kl_cov_coef", "fipo_low"):
+            _number(name, getattr(self, name), 0.0)
+        for name in ("cov_low", "cov_high", "entropy_coef", "vespo_k_pos", "vespo_k_neg"):
+            _number(name, getattr(self, name))
+        for name in (
+            "sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg",
+            "fipo_half_life",
+        ):  # fmt: skip
+            _positive(name, getattr(self, name))
+        for name in (
+            "delta", "log_ratio_clamp", "fipo_safety_ratio", "correction_max", "rejection_min",
+            "rejection_max", "kl_input_clamp", "kl_output_clamp",
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        if self.off_policy_mask_threshold is not None:
+            _number("off_policy_mask_threshold", self.off_policy_mask_threshold)
+        if self.correction_min is not None:
+            _number("correction_min", self.correction_min, 0.0)
+        _share("cov_ratio", self.cov_ratio)
+        _share("top_entropy_quantile", self.top_entropy_quantile)
+        for low, high in (("cov_low", "cov_high"), ("fipo_low", "fipo_high")):
+            if getattr(self, low) >= _number(high, getattr(self, high)):
                 raise ValueError(
-                    f"max_completion_length has no effect with aggregation={self.aggregation!r}"
+                    f"{low}: expected less than {high}={getattr(self, high)}, "
+                    f"got {getattr(self, low)}"
                 )
-            if not isinstance(length, int) or length < 1:
-                raise ValueError(f"max_completion_length: expected an int >= 1, got {length!r}")
+        if self.correction_bounds[0] > self.correction_bounds[1]:
+            raise ValueError(
+                f"correction_min: expected at most correction_max={self.correction_bounds[1]}, "
+                f"got {self.correction_bounds[0]}"
+            )
+        length = self.max_completion_length
+        is_count = isinstance(length, int) and not isinstance(length, bool) and length >= 1
+        if length is not None and not is_count:
+            raise ValueError(f"max_completion_length: expected an int >= 1, got {length!r}")
+
+    def _check_combination(self) -> None:
+        """Refuse a field that differs from its default and would be ignored."""
+        used = {*self.rule.parameters, *self.rule.options}
+        of_some_surrogate = {n for s in SURROGATES.values() for n in (*s.parameters, *s.options)}
+        for name in sorted(of_some_surrogate - used):
+            self._needs(name, False, f"surrogate={self.surrogate!r}")
+        for name in ("anchor", "log_ratio_clamp", "off_policy_mask_threshold"):
+            self._needs(name, self.ratio_level != "none", "ratio_level='none'")
+        fixed = self.aggregation == "fixed_length"
+        self._needs("max_completion_length", fixed, f"aggregation={self.aggregation!r}")
+        for name in ("correction_min", "correction_max"):
+            self._needs(name, self.correction != "none", "correction='none'")
+        self._needs("rejection_max", self.rejection != "none", "rejection='none'")
+        k1 = self.rejection.endswith("k1")
+        self._needs("rejection_min", k1, f"rejection={self.rejection!r}")
+        for name in ("kl", "kl_gradient", "kl_input_clamp", "kl_output_clamp"):
+            self._needs(name, self.beta != 0, "beta=0")
+        if self.kl_gradient == "importance":
+            self._needs("kl_gradient", self.ratio_level != "none", "ratio_level='none'")
+        if self.kl_gradient == "straight_through":
+            self._needs("kl_gradient", self.kl != "k2", "kl='k2'")
+        if self.anchor == "sampler":
+            self._needs("correction", self.correction == "none", "anchor='sampler'")
+            self._needs("rejection", self.rejection == "none", "anchor='sampler'")
+        if self.rejection != "none" and self.rejection_max is None:
+            raise ValueError(
+                f"rejection_max: expected a bound as rejection is {self.rejection!r}, got None"
+            )
+        if self.rejection != "none" and self.rejection_bounds[0] > self.rejection_bounds[1]:
+            raise ValueError(
+                f"rejection_min: expected at most rejection_max={self.rejection_max}, "
+                f"got {self.rejection_bounds[0]}"
+            )
+        if self.folds_correction and CORRECTIONS[self.correction][0]:
+            raise ValueError(
+                f"correction: expected one of ['none', 'token_tis', 'icepop'] with "
+                f"surrogate={self.surrogate!r}, which multiplies it over the sequence; "
+                f"got {self.correction!r}"
+            )
+
+    def _needs(self, name: str, condition: bool, otherwise: str) -> None:
+        default = type(self).__dataclass_fields__[name].default
+        if not condition and getattr(self, name) != default:
+            raise ValueError(f"{name}={getattr(self, name)!r} has no effect with {otherwise}")
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> LossConfig:
@@ -114,14 +275,70 @@ class LossConfig:
         return cls(**{**PRESETS[name], **overrides})
 
     @property
+    def rule(self) -> Surrogate:
+        return SURROGATES[self.surrogate]
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """What the surrogate's function takes after its tensors; None is an infinite bound."""
+        values = (getattr(self, name) for name in self.rule.parameters)
+        return tuple(math.inf if value is None else float(value) for value in values)
+
+    @property
+    def correction_bounds(self) -> tuple[float, float]:
+        low, high = CORRECTIONS[self.correction][1]
+        low = low if self.correction_min is None else self.correction_min
+        return low, high if self.correction_max is None else self.correction_max
+
+    @property
+    def rejection_bounds(self) -> tuple[float, float]:
+        """Lower and upper bound: of the divergence, or of sampler / old probability for k1."""
+        if not self.rejection.endswith("k1"):
+            return 0.0, self.rejection_max
+        low = self.rejection_min
+        return 1.0 / self.rejection_max if low is None else low, self.rejection_max
+
+    @property
+    def folds_correction(self) -> bool:
+        """Whether the surrogate takes the correction into its own weight."""
+        return self.rule.context == "log_correction"
+
+    @property
+    def needs_sampler(self) -> bool:
+        return self.correction != "none" or self.rejection != "none"
+
+    @property
+    def separable(self) -> bool:
+        """Whether a token's gradient needs nothing of other tokens that depends on the policy.
+
+        Given old_logps: what compares them with sampler_logps is known beforehand.
+        """
+        return (
+            self.ratio_level in ("none", "token")
+            and self.rule.context is None
+            and self.off_policy_mask_threshold is None
+            and self.top_entropy_quantile == 1.0
+        )
+
+    @property
+    def corrects_sequences(self) -> bool:
+        """Whether a correction or rejection decides by sequence."""
+        return CORRECTIONS[self.correction][0] or self.rejection.startswith("seq")
+
+    @property
     def zero_advantage_is_inert(self) -> bool:
         """Whether a token with advantage 0 is known to have no gradient before it is scored."""
-        return self.ratio_level != "sequence" and self.beta == 0 and self.entropy_coef == 0
+        return self.separable and self.rule.inert and self.beta == 0 and self.entropy_coef == 0
 
     @cached_property
     def key(self) -> str:
         """The fields as JSON: how a config travels through `torch.library` ops."""
         return json.dumps(asdict(self))
+
+
+def needs_entropy(config: LossConfig) -> bool:
+    """Whether entropies are computed. A function, as `torch.compile` reads no property."""
+    return config.entropy != "none" or config.entropy_coef != 0 or config.top_entropy_quantile < 1
 
 
 @torch.compiler.assume_constant_result
@@ -146,3 +363,13 @@ def _number(name: str, value: object, low: float = -math.inf, high: float = math
     if not is_number or not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name}: expected a finite number in [{low}, {high}], got {value!r}")
     return float(value)
+
+
+def _positive(name: str, value: object) -> None:
+    if _number(name, value) <= 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+
+
+def _share(name: str, value: object) -> None:
+    if not 0 < _number(name, value) <= 1:
+        raise ValueError(f"{name}: expected a share in (0, 1], got {value!r}")

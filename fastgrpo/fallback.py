@@ -7,11 +7,16 @@ float64 is supported. Whatever is vocabulary-sized is handled by the caller in t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import STATS, RowState
-from fastgrpo_kernels.surrogates import KL_ESTIMATORS, SURROGATES, torch_twin
+from fastgrpo_kernels import STATS, GroupStats, RowState
+from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS, k3
+from fastgrpo_kernels.policy_loss import token_terms
+from fastgrpo_kernels.surrogates import SURROGATES
+from fastgrpo_kernels.twins import bounded_exp, torch_twin
 
 __all__ = [
     "STATS",
@@ -22,8 +27,8 @@ __all__ = [
     "tile_grad",
     "scatter_rows",
     "token_loss",
-    "segment_mean",
-    "group_advantages",
+    "segment_reduce",
+    "group_stats",
 ]
 
 ROW_MAJOR_TILES = False  # CPU GEMMs write a tile faster column by column
@@ -163,69 +168,108 @@ def scatter_rows(
 def token_loss(
     logps: Tensor,  # (n,)
     log_ratio: Tensor,  # (n,)
-    ref_logps: Tensor | None,  # (n,)
     advantages: Tensor,  # (n,)
     weights: Tensor,  # (n,)
+    multipliers: Tensor | None,  # (n,)
+    context: Tensor | None,  # (n,)
+    ref_logps: Tensor | None,  # (n,)
     surrogate: str,
+    parameters: tuple[float, ...],
     kl: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float,  # 0 = off
+    kl_gradient: str,
     beta: float,
+    kl_input_clamp: float = math.inf,
+    kl_output_clamp: float = math.inf,
+    separate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return weighted losses (n,), their derivatives (policy part, KL part) and `STATS`."""
-    policy = torch_twin(SURROGATES[surrogate].fn)
-    loss, dpolicy = policy(logps, log_ratio, advantages, epsilon_low, epsilon_high, delta)
-    loss, dpolicy, dkl = loss * weights, dpolicy * weights, None
-    kl_value = torch.zeros_like(logps)
-    if ref_logps is not None:
-        kl_value, kl_slope = torch_twin(KL_ESTIMATORS[kl].fn)(ref_logps - logps)
-    if beta:
-        loss = loss + weights * beta * kl_value
-        dkl = weights * beta * kl_slope
-    ratio = log_ratio.clamp(max=80).exp()
-    clip_low = (ratio < 1 - epsilon_low) & (advantages < 0)
-    clip_high = (ratio > 1 + epsilon_high) & (advantages > 0)
-    stats = (kl_value, ratio, clip_low, clip_high, (ratio - 1) - log_ratio)
-    return loss, dpolicy, dkl, torch.stack([s.sum(dtype=logps.dtype) for s in stats])
+    """Return weighted losses (n,), their derivatives by logp and by log-ratio, and `STATS`."""
+    zero = torch.zeros_like(logps)
+    x = zero if ref_logps is None else ref_logps - logps
+    loss, dlogps, dratio, clipped = torch_twin(token_terms)(
+        logps,
+        log_ratio,
+        advantages,
+        zero if context is None else context,
+        parameters,
+        1.0 if multipliers is None else multipliers,
+        x,
+        beta,
+        kl_input_clamp,
+        kl_output_clamp,
+        torch_twin(SURROGATES[surrogate].fn),
+        torch_twin(KL_ESTIMATORS[kl].fn),
+        torch_twin(KL_GRADIENTS[kl_gradient].fn),
+        SURROGATES[surrogate].slope == "ratio",
+        beta != 0,
+    )
+    loss, dlogps, dratio = loss * weights, dlogps * weights, dratio * weights
+    if not separate:
+        dlogps, dratio = dlogps + dratio, None
+    ratio = torch_twin(bounded_exp)(log_ratio)
+    sums = (torch_twin(k3)(x)[0], ratio, clipped < 0, clipped > 0)
+    extrema = (ratio.amin(), ratio.amax()) if len(ratio) else (zero.sum(), zero.sum())
+    stats = torch.stack([*(s.sum(dtype=logps.dtype) for s in sums), *extrema])
+    return loss, dlogps, dratio, stats
 
 
-def segment_mean(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return the mean of each segment of x (n,), broadcast to the segment's rows."""
+def segment_reduce(x: Tensor, cu_seqlens: Tensor, op: str) -> Tensor:
+    """Return the sum or max of each segment of x (n,), broadcast to the segment's rows."""
     lengths = cu_seqlens.diff()
     segment = torch.repeat_interleave(lengths, output_size=x.shape[0])
-    sums = x.new_zeros(lengths.shape[0]).index_add_(0, segment, x)
-    return (sums / lengths.clamp(min=1))[segment]
+    if op == "max":
+        start = x.new_full((lengths.shape[0],), -torch.inf)
+        return start.scatter_reduce_(0, segment, x, "amax")[segment]
+    return x.new_zeros(lengths.shape[0]).index_add_(0, segment, x)[segment]
 
 
-def group_advantages(
+def group_stats(
     rewards: Tensor,  # (B,) fp32
     cu_groups: Tensor,  # (P + 1,)
-    normalize: bool,
-    ddof: int,
-    eps: float,
-) -> Tensor:
-    """Return each reward minus its group's mean, divided by std + eps if `normalize`."""
+    weights: Tensor | None = None,  # (B,)
+    leave_one_out: bool = False,
+) -> GroupStats:
+    """Return the statistics of each row's group, or of the row's group without the row itself.
+
+    In fp64, so that a row can be taken out of the sums of its group again.
+    """
     lengths = cu_groups.diff()
-    groups = lengths.shape[0]
     group = torch.repeat_interleave(lengths, output_size=rewards.shape[0])
     scored = ~rewards.isnan()
+    reward = torch.where(scored, rewards, 0.0).double()
+    weight = scored.double() if weights is None else scored * weights.double()
 
     def total(x: Tensor) -> Tensor:
-        return x.new_zeros(groups).index_add_(0, group, x)
+        return x.new_zeros(lengths.shape).index_add_(0, group, x)[group]
 
-    count = total(scored.to(rewards.dtype))
-    # Distances from the group's lowest reward: equal rewards leave no rounding behind.
-    low = rewards.new_full((groups,), torch.inf)
-    low.scatter_reduce_(0, group, rewards.nan_to_num(torch.inf), "amin")
-    r = torch.where(scored, rewards - low[group], 0.0)
-    centred = torch.where(scored, r - (total(r) / count.clamp(min=1))[group], 0.0)
-    if normalize:
-        variance = total(centred.square()) / (count - ddof).clamp(min=1)
-        deviation = variance.sqrt() + eps
-        # Without eps a constant group is 0 / 0.
-        centred = torch.where(centred == 0, centred, centred / deviation[group])
-    return centred
+    def largest(x: Tensor) -> Tensor:
+        return x.new_full(lengths.shape, -torch.inf).scatter_reduce_(0, group, x, "amax")[group]
+
+    def moments(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        member = weight > 0
+        low = -largest(torch.where(member, -reward, -torch.inf))
+        high = largest(torch.where(member, reward, -torch.inf))
+        count = total(weight)
+        mean = torch.where(high > low, total(weight * reward) / count, low)
+        distance = torch.where(member, reward - mean, 0.0)
+        return count, mean, total(weight * distance.square()), low, high
+
+    stats = moments(weight)
+    if leave_one_out:
+        count, mean, square, low, high = stats
+        gap = torch.where(weight > 0, reward - mean, 0.0)
+        share = torch.where(weight > 0, weight / (count - weight), 0.0)
+        square = square - weight * gap.square() * (1 + share)
+        stats = count - weight, mean - gap * share, square, low, high
+        # Without the only highest or lowest reward, hardly anything may be left of a sum.
+        for extreme in (low, high):
+            alone = (reward == extreme) & (weight > 0)
+            alone &= total(alone.double()) == 1
+            rest = moments(weight.masked_fill(alone, 0.0))
+            stats = [torch.where(alone, r, s) for r, s in zip(rest, stats, strict=True)]
+    count, mean, square, _, high = stats
+    mean, high = (torch.where(count > 0, x, reward) for x in (mean, high))
+    gap = torch.where(scored, reward - mean, 0.0)
+    return GroupStats(*(x.float() for x in (count, mean, gap, square, high)))
 
 
 def _scaled_logits(

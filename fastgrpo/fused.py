@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.chunked import logps_and_grads, logps_bwd, logps_fwd
-from fastgrpo.config import LossConfig
-from fastgrpo.packing import spread
-from fastgrpo.policy import PolicyLoss, PolicyRows, policy_loss
+from fastgrpo.config import LossConfig, needs_entropy
+from fastgrpo.packing import Segments, spread
+from fastgrpo.policy import PolicyLoss, PolicyRows, policy_loss, policy_terms
 from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream, take
 
 HIDDEN_ONLY = Needs(hidden=True, weight=False, bias=False)
@@ -26,22 +26,25 @@ def loss_and_grads(
     config: LossConfig,
     rows: Rows,
     policy_rows: PolicyRows,
-    cu_seqlens: Tensor,  # (B + 1,) of these rows
+    segments: Segments,  # of these rows, where the loss needs them
+    entropy_threshold: Tensor | None,  # ()
+    seed: int | None,
     live: int,  # rows after the first `live` are known to have no gradient
     head: Head,
     plan: Plan,
     needs: Needs,
 ) -> tuple[Logps, PolicyLoss, Grads]:
     """Return the scores of the rows, their loss and the gradients that are needed."""
-    with_entropy = config.entropy != "none" or config.entropy_coef != 0
+    with_entropy = needs_entropy(config)
+    separable = config.separable and (policy_rows.sampler or not config.corrects_sequences)
 
     def loss_of(scored: Logps) -> PolicyLoss:
-        return policy_loss(impl, config, scored, policy_rows, cu_seqlens)
+        return policy_loss(impl, config, scored, policy_rows, segments, entropy_threshold, seed)
 
     def policy(chunk: slice, scored: Logps) -> Upstream:
-        return policy_loss(impl, config, scored, policy_rows[chunk]).upstream
+        return policy_terms(impl, config, scored, policy_rows[chunk]).upstream
 
-    if any(needs) and config.ratio_level != "sequence" and plan.one_pass(live, head, needs):
+    if any(needs) and separable and plan.one_pass(live, head, needs):
         scored, grads = logps_and_grads(impl, rows[:live], head, plan, with_entropy, policy, needs)
         if live < len(rows.ids):
             rest = logps_fwd(impl, rows[live:], head, plan, with_entropy)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo import checks, ops
-from fastgrpo.config import LossConfig, config_of_preset
+from fastgrpo.config import LossConfig, config_of_preset, needs_entropy
 from fastgrpo.logps import Backend, linear_logps, temperature_tensor
 from fastgrpo.policy import METRICS
 
@@ -23,7 +23,8 @@ class GRPOLoss(NamedTuple):
     entropy: Tensor | None
     """As completion_ids, fp32, nats, as `LossConfig.entropy` asks."""
     metrics: dict[str, Tensor]
-    """Detached scalars on the device. Each is a mean over `<name>_count` tokens."""
+    """Detached scalars on the device: means over `<name>_count` tokens, by which calls are combined,
+    but for `_min`, `_max`, and `ess`, which two of the means give."""
 
 
 def grpo_loss(
@@ -37,6 +38,8 @@ def grpo_loss(
     ref_logps: Tensor | None = None,  # as completion_ids
     sampler_logps: Tensor | None = None,  # as completion_ids
     cu_seqlens: Tensor | None = None,  # (B + 1,) int32
+    group_ids_or_size: Tensor | int | None = None,  # (B,) int64, or G
+    entropy_threshold: float | Tensor | None = None,
     normalizer: float | int | Tensor | None = None,
     config: str | LossConfig = "grpo",
     bias: Tensor | None = None,  # (V,)
@@ -69,19 +72,34 @@ def grpo_loss(
         old_logps: log-probs when the completions were sampled; None: on-policy, the ratio is 1 in
             value and has its gradient.
         ref_logps: log-probs of the reference policy, required if config.beta > 0.
-        sampler_logps: log-probs that the inference engine reported: they feed the metrics.
+        sampler_logps: log-probs that the inference engine reported, NaN where it has none (counts
+            as equal to old_logps): for `correction`, `rejection`, `off_policy_mask_threshold`,
+            `anchor`="sampler", and the metrics.
         cu_seqlens: (B + 1,) int32 bounds of packed sequences, from 0 to N.
+        group_ids_or_size: each completion's prompt, for aggregation "prompt_mean", as in
+            `group_advantages`. A prompt's completions belong in one call.
+        entropy_threshold: nats; stands in for the quantile that `top_entropy_quantile` takes over
+            this call's tokens, where the population is larger than a call.
         normalizer: the denominator itself, counted over the whole optimizer step: tokens for a mean
-            over tokens, sequences for a mean over sequences, B * max_completion_length for the
-            fixed length (`count_normalizer`). Where gradients are averaged over ranks, divide it by
-            their number. None: counted in this call.
+            over tokens, sequences for a mean over sequences, prompts for a mean over prompts,
+            B * max_completion_length for the fixed length (`count_normalizer`). Where gradients are
+            averaged over ranks, divide it by their number. None: counted in this call.
         config: a preset's name or a `LossConfig`.
         bias, temperature, logit_scale, softcap, workspace_mb, backend: as in `linear_logps`.
-        sparsity, seed: reserved for the sparse backward; anything but the defaults raises.
+        sparsity: reserved for the sparse backward; anything but 0 raises.
+        seed: makes the draw of surrogate "clip_cov" repeatable. None: PyTorch's generator.
 
-    Metrics: kl (to the reference), ratio_mean, clip_low, clip_high, approx_kl (to old_logps),
-    live_rows (share of tokens with a gradient), entropy if computed, sampler_kl if sampler_logps is
-    given.
+    Metrics, means over unmasked tokens unless said otherwise:
+        ratio_mean, ratio_min, ratio_max   of the ratio at its level
+        clip_low, clip_high, clip_region   share held by a lower bound, an upper one, either
+        approx_kl, kl, sampler_kl          k3 estimates from old_logps (sampled), to ref_logps, from
+                                           sampler_logps (sampled; where not NaN)
+        importance_mean, importance_square of w = ratio * correction, and of w^2
+        ess                                effective sample size as a share of tokens:
+                                           mean(w)^2 / mean(w^2)
+        correction_mean, correction_clipped, rejected   weight; share out of bounds; share dropped
+        live_rows                          share with a gradient
+        entropy                            if it is computed
 
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value, and for options
@@ -90,18 +108,20 @@ def grpo_loss(
     config = config_of_preset(config) if isinstance(config, str) else config
     checks.head(hidden, weight, bias, backend)
     checks.transform(logit_scale, softcap, workspace_mb)
-    checks.dense_only(sparsity, seed)
+    checks.dense_only(sparsity)
     checks.one_of("backend", backend, ("auto", "triton", "torch"))
     batch = _flatten(
         hidden, completion_ids, completion_mask, advantages, old_logps, ref_logps, sampler_logps,
         cu_seqlens, temperature,
     )  # fmt: skip
-    checks.loss_options(config, ref_logps, normalizer, hidden)
-    if isinstance(normalizer, (int, float)):
-        normalizer = torch.full((), float(normalizer), device=hidden.device)
+    checks.loss_options(
+        config, hidden, old_logps, ref_logps, sampler_logps, group_ids_or_size, entropy_threshold,
+        normalizer, seed,
+    )  # fmt: skip
     policy_args = (
-        batch.cu_seqlens, batch.advantages, batch.old_logps, batch.ref_logps, normalizer,
-        config.key,
+        batch.cu_seqlens, batch.advantages, batch.old_logps, batch.ref_logps, batch.sampler_logps,
+        checks.groups(group_ids_or_size, len(batch.cu_seqlens) - 1, hidden),
+        _scalar(entropy_threshold, hidden), _scalar(normalizer, hidden), seed, config.key,
     )  # fmt: skip
     if config.entropy == "differentiable":
         # Gradients of the entropy that the caller sends back can only be made in the backward.
@@ -111,13 +131,13 @@ def grpo_loss(
             logit_scale=logit_scale, softcap=softcap, entropy="differentiable",
             workspace_mb=workspace_mb, backend=backend,
         )  # fmt: skip
-        loss, _, _, stats = ops.policy_loss_op(
+        loss, _, _, metrics = ops.policy_loss_op(
             scored.logps, scored.entropy, batch.mask, *policy_args, backend
         )
         logps, entropy = scored.logps.detach(), scored.entropy
     else:
         grad = torch.is_grad_enabled()
-        loss, logps, entropy, stats, *_ = ops.grpo_loss(
+        loss, logps, entropy, metrics, *_ = ops.grpo_loss(
             batch.hidden, weight, batch.ids, batch.mask, bias,
             temperature_tensor(temperature, hidden), float(logit_scale), float(softcap or 0.0),
             *policy_args,
@@ -131,7 +151,7 @@ def grpo_loss(
         loss,
         logps.view(shape),
         entropy.view(shape) if config.entropy != "none" else None,
-        _metrics(stats, config, batch, logps),
+        _metrics(metrics, config, batch),
     )
 
 
@@ -233,22 +253,20 @@ def _per_row(temperature: float | Tensor) -> float | Tensor:
     return temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
 
 
-def _metrics(stats: Tensor, config: LossConfig, batch: _Batch, logps: Tensor) -> dict[str, Tensor]:
-    count = stats[-1]
-    mean = stats / count.clamp(min=1)
-    metrics = {}
-    for i, name in enumerate(METRICS):
-        if name == "entropy" and config.entropy == "none" and not config.entropy_coef:
-            continue
-        known = name != "kl" or batch.ref_logps is not None
-        metrics[name], metrics[f"{name}_count"] = (
-            mean[i],
-            count if known else torch.zeros_like(count),
-        )
-    if batch.sampler_logps is not None:
-        scored = batch.mask & ~batch.sampler_logps.isnan()
-        x = torch.where(scored, logps - batch.sampler_logps, 0.0)
-        scored = scored.sum(dtype=stats.dtype)
-        metrics["sampler_kl"] = (x.exp() - 1 - x).sum() / scored.clamp(min=1)
-        metrics["sampler_kl_count"] = scored
-    return metrics
+def _scalar(x: float | Tensor | None, like: Tensor) -> Tensor | None:
+    return torch.full((), float(x), device=like.device) if isinstance(x, (int, float)) else x
+
+
+def _metrics(metrics: Tensor, config: LossConfig, batch: _Batch) -> dict[str, Tensor]:
+    computed = {
+        "sampler_kl": batch.sampler_logps is not None,
+        "correction_mean": config.correction != "none",
+        "correction_clipped": config.correction != "none",
+        "rejected": config.rejection != "none",
+        "entropy": needs_entropy(config),
+    }
+    named = {}
+    for name, (value, count) in zip(METRICS, metrics, strict=True):
+        if computed.get(name, True):
+            named[name], named[f"{name}_count"] = value, count
+    return named

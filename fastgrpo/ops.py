@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from torch.library import custom_op
 from fastgrpo import checks
 from fastgrpo.backend import resolve
 from fastgrpo.chunked import logps_bwd, logps_fwd
-from fastgrpo.config import LossConfig, config_from_key
+from fastgrpo.config import LossConfig, config_from_key, needs_entropy
+from fastgrpo.corrections import sampler_gap, sampler_weights
 from fastgrpo.fused import logps_and_jacobian, loss_and_grads
 from fastgrpo.packing import Index, Sequences, live_first, spread, unmasked
 from fastgrpo.policy import METRICS, PolicyRows, policy_loss, token_weights
@@ -188,7 +190,11 @@ def grpo_loss(
     advantages: Tensor,  # (B,) or (N,)
     old_logps: Tensor | None,  # (N,)
     ref_logps: Tensor | None,  # (N,)
+    sampler_logps: Tensor | None,  # (N,)
+    groups: Tensor | None,  # (B,) int64
+    entropy_threshold: Tensor | None,  # ()
     normalizer: Tensor | None,  # ()
+    seed: int | None,
     config_key: str,
     need_hidden: bool,
     need_weight: bool,
@@ -196,23 +202,28 @@ def grpo_loss(
     workspace_mb: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss (), logps (N,), entropy (N,), sums of `METRICS` with the token count last, and
-    the gradients of hidden, weight and bias, in their dtypes (fp32 for fp16)."""
+    """Return loss (), logps (N,), entropy (N,), `METRICS` with their counts (len, 2), and the
+    gradients of hidden, weight and bias, in their dtypes (fp32 for fp16)."""
     config, needs = config_from_key(config_key), Needs(need_hidden, need_weight, need_bias)
     head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
     owner = Sequences.of(cu_seqlens, mask)
     advantages = owner.per_row(advantages)
+    impl = resolve(hidden.device, backend)
     inert = any(needs) and config.zero_advantage_is_inert
+    inert = inert and (old_logps is not None or not config.corrects_sequences)
     where, live = live_first(mask, advantages == 0 if inert else None)
     policy_rows = _policy_rows(
-        where, owner, advantages, old_logps, ref_logps, normalizer, config, budget.accumulator
-    )
+        impl, config, mask, where, owner, advantages, old_logps, ref_logps, sampler_logps, groups,
+        normalizer, budget.accumulator,
+    )  # fmt: skip
     scored, result, grads = loss_and_grads(
-        resolve(hidden.device, backend),
+        impl,
         config,
         _rows(hidden, "completion_ids", completion_ids, temperature, where, len(weight)),
         policy_rows,
-        owner.cu_packed(),
+        owner.segments(impl, where),
+        entropy_threshold,
+        seed,
         live,
         head,
         budget,
@@ -223,17 +234,16 @@ def grpo_loss(
     grads = grads._replace(hidden=spread(grads.hidden, where, n))
     dtypes = (_kept(hidden.dtype), _kept(weight.dtype), None if bias is None else _kept(bias.dtype))
     grads = (None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
-    return _or_empty((result.loss, logps, entropy, result.stats, *grads), logps)
+    return _or_empty((result.loss, logps, entropy, result.metrics, *grads), logps)
 
 
 @grpo_loss.register_fake
 def _(hidden, weight, completion_ids, mask, bias, temperature, logit_scale, softcap, cu_seqlens,
-      advantages, old_logps, ref_logps, normalizer, config_key, need_hidden, need_weight,
-      need_bias, workspace_mb, backend):  # fmt: skip
+      advantages, old_logps, ref_logps, sampler_logps, groups, entropy_threshold, normalizer, seed,
+      config_key, need_hidden, need_weight, need_bias, workspace_mb, backend):  # fmt: skip
     config = config_from_key(config_key)
     dtype, n = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
-    entropies = n if config.entropy != "none" or config.entropy_coef else 0
-    sizes = ((), n, entropies, len(METRICS) + 1)
+    sizes = ((), n, n if needs_entropy(config) else 0, (len(METRICS), 2))
     wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
     return (
         *(hidden.new_empty(size, dtype=dtype) for size in sizes),
@@ -248,13 +258,13 @@ def _grpo_loss_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*rest)
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    ctx.needs = inputs[14:17]
+    ctx.needs = inputs[18:21]
     ctx.save_for_backward(*rest[-3:])
 
 
 def _grpo_loss_backward(ctx, dloss, *_):
     _refuse_double_backward()
-    nothing = (None,) * 19
+    nothing = (None,) * 23
     if dloss is None:
         return nothing
     dhidden, dweight, dbias = (
@@ -280,30 +290,34 @@ def policy_loss_op(
     advantages: Tensor,  # (B,) or (N,)
     old_logps: Tensor | None,  # (N,)
     ref_logps: Tensor | None,  # (N,)
+    sampler_logps: Tensor | None,  # (N,)
+    groups: Tensor | None,  # (B,) int64
+    entropy_threshold: Tensor | None,  # ()
     normalizer: Tensor | None,  # ()
+    seed: int | None,
     config_key: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss (), dL/dlogps (N,), dL/dentropy (N,), and sums of `METRICS` with the count."""
+    """Return loss (), dL/dlogps (N,), dL/dentropy (N,), and `METRICS` with counts (len, 2)."""
     config, where = config_from_key(config_key), unmasked(mask)
-    owner = Sequences.of(cu_seqlens, mask)
+    owner, impl = Sequences.of(cu_seqlens, mask), resolve(logps.device, backend)
     policy_rows = _policy_rows(
-        where, owner, owner.per_row(advantages), old_logps, ref_logps, normalizer, config,
-        logps.dtype,
+        impl, config, mask, where, owner, owner.per_row(advantages), old_logps, ref_logps,
+        sampler_logps, groups, normalizer, logps.dtype,
     )  # fmt: skip
     packed = logps[where]
     scored = Logps(packed, packed, None if entropy is None else entropy[where])
-    impl = resolve(logps.device, backend)
-    result = policy_loss(impl, config, scored, policy_rows, owner.cu_packed())
+    segments = owner.segments(impl, where)
+    result = policy_loss(impl, config, scored, policy_rows, segments, entropy_threshold, seed)
     upstream = (spread(x, where, len(mask)) for x in result.upstream)
-    return _or_empty((result.loss, *upstream, result.stats), logps)
+    return _or_empty((result.loss, *upstream, result.metrics), logps)
 
 
 @policy_loss_op.register_fake
-def _(logps, entropy, mask, cu_seqlens, advantages, old_logps, ref_logps, normalizer, config_key,
-      backend):  # fmt: skip
+def _(logps, entropy, mask, cu_seqlens, advantages, old_logps, ref_logps, sampler_logps, groups,
+      entropy_threshold, normalizer, seed, config_key, backend):  # fmt: skip
     dentropy = logps.shape[0] if config_from_key(config_key).entropy_coef else 0
-    sizes = ((), logps.shape[0], dentropy, len(METRICS) + 1)
+    sizes = ((), logps.shape[0], dentropy, (len(METRICS), 2))
     return tuple(logps.new_empty(size) for size in sizes)
 
 
@@ -317,9 +331,9 @@ def _policy_loss_setup(ctx, inputs, output) -> None:
 def _policy_loss_backward(ctx, dloss, *_):
     _refuse_double_backward()
     if dloss is None:
-        return (None,) * 10
+        return (None,) * 14
     dlogps, dentropy = ctx.saved_tensors
-    return (dlogps * dloss, dentropy * dloss if len(dentropy) else None, *(None,) * 8)
+    return (dlogps * dloss, dentropy * dloss if len(dentropy) else None, *(None,) * 12)
 
 
 policy_loss_op.register_autograd(_policy_loss_backward, setup_context=_policy_loss_setup)
@@ -343,22 +357,31 @@ def _rows(
 
 
 def _policy_rows(
+    impl: ModuleType,
+    config: LossConfig,
+    mask: Tensor,
     where: Index,
     owner: Sequences,
     advantages: Tensor,
     old_logps: Tensor | None,
     ref_logps: Tensor | None,
+    sampler_logps: Tensor | None,
+    groups: Tensor | None,
     normalizer: Tensor | None,
-    config: LossConfig,
     dtype: torch.dtype,
 ) -> PolicyRows:
     """Pick rows of what the loss needs."""
     if normalizer is not None:
         checks.positive_normalizer(normalizer)
-    weights = token_weights(config, owner.lengths, owner.index[where], normalizer, dtype)
-    given = (None if x is None else x[where].to(dtype) for x in (advantages, old_logps, ref_logps))
-    advantages, old_logps, ref_logps = given
-    return PolicyRows(advantages, weights, old_logps, ref_logps)
+    sampler = None
+    if config.needs_sampler and old_logps is not None:
+        # Over all rows in the order of their sequences, which `where` may not keep.
+        log_w = sampler_gap(old_logps.to(dtype), sampler_logps.to(dtype)).masked_fill(~mask, 0.0)
+        sampler = sampler_weights(config, log_w, owner.all_segments(impl))[where]
+    weights = token_weights(config, owner, where, groups, normalizer, dtype)
+    given = (advantages, old_logps, ref_logps, sampler_logps)
+    advantages, *logps = (None if x is None else x[where].to(dtype) for x in given)
+    return PolicyRows(advantages, weights, *logps, sampler)
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:

@@ -1,13 +1,16 @@
 """From log-probs to the loss and its derivative: everything that is O(tokens).
 
-    log_ratio = logp - old_logp, or its mean over the sequence
-    loss      = sum over tokens of weight * (surrogate + beta * kl - entropy_coef * entropy)
+    log_ratio = logp - old_logp, bounded, then at the ratio level of the surrogate
+    loss      = sum over tokens of
+                weight * (multiplier * surrogate + beta * kl - entropy_coef * entropy)
 
-The weights carry the aggregation and its normalizer. Rows are packed: masked ones are gone.
+The weights carry the aggregation and its normalizer; the multipliers are the sampler correction and
+the masks that act on the policy loss alone. Rows are packed: masked ones are gone.
 """
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,7 +18,11 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import LossConfig
+from fastgrpo.contexts import CONTEXTS, Population
+from fastgrpo.corrections import SamplerWeights, sampler_gap, sampler_weights
+from fastgrpo.packing import Segments, Sequences
 from fastgrpo.tiles import Logps, Upstream
+from fastgrpo_kernels import STATS
 
 
 class PolicyRows(NamedTuple):
@@ -25,19 +32,35 @@ class PolicyRows(NamedTuple):
     weights: Tensor  # (n,)
     old_logps: Tensor | None  # (n,)
     ref_logps: Tensor | None  # (n,)
+    sampler_logps: Tensor | None  # (n,)
+    sampler: SamplerWeights | None  # what is known of it before the rows are scored
 
     def __getitem__(self, index: slice) -> PolicyRows:  # type: ignore[override]
         return PolicyRows(*(None if x is None else x[index] for x in self))
 
 
+class Terms(NamedTuple):
+    """The loss, row by row."""
+
+    loss: Tensor  # (n,)
+    upstream: Upstream
+    stats: Tensor  # (len(STATS),) of the backend
+    log_ratio: Tensor  # (n,) at the ratio level
+    multipliers: Tensor | None  # (n,)
+    sampler: SamplerWeights | None
+
+
 class PolicyLoss(NamedTuple):
     loss: Tensor  # ()
     upstream: Upstream
-    stats: Tensor  # (len(METRICS) + 1,) sums over rows, and how many these are
+    metrics: Tensor  # (len(METRICS), 2) value and the number of rows that it is a mean over
 
 
-METRICS = ("kl", "ratio_mean", "clip_low", "clip_high", "approx_kl", "live_rows", "entropy")
-"""What `PolicyLoss.stats` sums: the backends' `STATS`, rows with a gradient, entropy."""
+METRICS = (
+    "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_region", "approx_kl",
+    "kl", "sampler_kl", "importance_mean", "importance_square", "ess", "correction_mean",
+    "correction_clipped", "rejected", "live_rows", "entropy",
+)  # fmt: skip
 
 
 def policy_loss(
@@ -45,48 +68,202 @@ def policy_loss(
     config: LossConfig,
     scored: Logps,
     rows: PolicyRows,
-    cu_seqlens: Tensor | None = None,  # (B + 1,), needed for a sequence-level ratio
+    segments: Segments,
+    entropy_threshold: Tensor | None = None,  # ()
+    seed: int | None = None,
 ) -> PolicyLoss:
-    """Return the loss of some rows, its derivatives by their log-probs and entropies, and sums."""
+    """Return the loss of all rows of a call, its derivatives and its metrics."""
+    terms = policy_terms(impl, config, scored, rows, segments, entropy_threshold, seed)
+    return PolicyLoss(terms.loss.sum(), terms.upstream, _metrics(terms, scored, rows))
+
+
+def policy_terms(
+    impl: ModuleType,
+    config: LossConfig,
+    scored: Logps,
+    rows: PolicyRows,
+    segments: Segments | None = None,  # may be missing where the loss is separable over rows
+    entropy_threshold: Tensor | None = None,  # ()
+    seed: int | None = None,
+) -> Terms:
+    """Return the loss of rows and its derivatives by their log-probs and entropies."""
     logps, entropy = scored.logps, scored.entropy
-    on_policy = rows.old_logps is None
-    log_ratio = torch.zeros_like(logps) if on_policy else logps - rows.old_logps
-    by_sequence = config.ratio_level == "sequence"
-    if by_sequence and not on_policy:
-        log_ratio = impl.segment_mean(log_ratio, cu_seqlens)
-    loss, dpolicy, dkl, stats = impl.token_loss(
-        logps, log_ratio, rows.ref_logps, rows.advantages, rows.weights, config.surrogate,
-        config.kl, config.epsilon_low, config.epsilon_high, config.delta or 0.0, config.beta,
+    unbounded = _token_log_ratio(config, logps, rows)
+    token_ratio = _bounded(config, unbounded, rows.advantages)
+    log_ratio = _at_level(config.ratio_level, token_ratio, segments)
+    sampler = rows.sampler
+    if sampler is None and config.needs_sampler:
+        old = logps if rows.old_logps is None else rows.old_logps
+        sampler = sampler_weights(config, sampler_gap(old, rows.sampler_logps), segments)
+    selected = None
+    if config.top_entropy_quantile < 1:
+        if entropy_threshold is None and len(entropy):
+            entropy_threshold = entropy.quantile(1 - config.top_entropy_quantile)
+        selected = entropy >= entropy_threshold if len(entropy) else entropy.bool()
+    multipliers = _product(
+        sampler and (sampler.kept if config.folds_correction else sampler.multipliers()),
+        _near_the_sampler(config, logps, rows, segments),
+        selected,
+        dtype=logps.dtype,
+    )
+    context = None
+    if config.rule.context is not None:
+        correction = sampler.weights if sampler and config.correction != "none" else None
+        population = Population(logps, token_ratio, rows.advantages, correction, segments, seed)
+        context = CONTEXTS[config.rule.context](config, population)
+    plain = config.ratio_level in ("none", "token") and token_ratio is unbounded
+    loss, dlogps, dratio, stats = impl.token_loss(
+        logps, log_ratio, rows.advantages, rows.weights, multipliers, context, rows.ref_logps,
+        config.surrogate, config.parameters, config.kl, config.kl_gradient, config.beta,
+        config.kl_input_clamp or math.inf, config.kl_output_clamp or math.inf, not plain,
     )  # fmt: skip
-    if by_sequence:
-        # The ratio of a sequence depends on each of its n tokens with slope 1/n.
-        dpolicy = impl.segment_mean(dpolicy, cu_seqlens)
-    dlogps, dentropy = dpolicy if dkl is None else dpolicy + dkl, None
+    if dratio is not None:
+        dratio = _from_level(config.ratio_level, dratio, segments)
+        dlogps = dlogps + torch.where(token_ratio == unbounded, dratio, 0.0)
+    if config.surrogate == "gmpo":
+        moved = ((unbounded < token_ratio).sum(), (unbounded > token_ratio).sum())
+        stats[[STATS.index("clip_low"), STATS.index("clip_high")]] = torch.stack(moved).to(stats)
+    dentropy = None
     if config.entropy_coef:
-        loss = loss - config.entropy_coef * rows.weights * entropy
-        dentropy = -config.entropy_coef * rows.weights
+        bonus = config.entropy_coef * rows.weights
+        dentropy = -bonus if selected is None else -bonus * selected
+        loss = loss + dentropy * entropy
+    return Terms(loss, Upstream(dlogps, dentropy), stats, log_ratio, multipliers, sampler)
+
+
+def _token_log_ratio(config: LossConfig, logps: Tensor, rows: PolicyRows) -> Tensor:
+    """Return each token's log-ratio to the anchor, 0 where there is none."""
+    anchor = rows.old_logps
+    if config.anchor == "sampler" and rows.sampler_logps is not None:
+        anchor = torch.where(rows.sampler_logps.isnan(), logps, rows.sampler_logps)
+    if anchor is None or config.ratio_level == "none":
+        return torch.zeros_like(logps)
+    return logps - anchor
+
+
+def _bounded(config: LossConfig, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """Return the log-ratio within the config's bounds: the very tensor where it sets none."""
+    if config.log_ratio_clamp is not None:
+        log_ratio = log_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
+    if config.surrogate == "gmpo":
+        # PPO's pessimistic bound, taken token by token before the geometric mean.
+        below, above = -config.epsilon_low, config.epsilon_high
+        return torch.where(advantages > 0, log_ratio.clamp(max=above), log_ratio.clamp(min=below))
+    return log_ratio
+
+
+def _at_level(level: str, x: Tensor, segments: Segments | None) -> Tensor:
+    """Return the log-ratio that a surrogate sees, from those of the tokens."""
+    if level in ("sequence", "sequence_token"):
+        return segments.mean(x)
+    return segments.sum(x) if level == "sequence_sum" else x
+
+
+def _from_level(level: str, gradient: Tensor, segments: Segments | None) -> Tensor:
+    """Return the gradient of the tokens' log-ratios, from those of the rows at their level."""
+    if level == "sequence":
+        return segments.mean(gradient)
+    return segments.sum(gradient) if level == "sequence_sum" else gradient
+
+
+def _near_the_sampler(
+    config: LossConfig, logps: Tensor, rows: PolicyRows, segments: Segments | None
+) -> Tensor | None:
+    """Return DeepSeek-V3.2's off-policy sequence mask (n,) bool, None if it is off."""
+    if config.off_policy_mask_threshold is None:
+        return None
+    behaviour = rows.old_logps if rows.sampler_logps is None else rows.sampler_logps
+    gap = torch.where(behaviour.isnan(), 0.0, behaviour - logps)
+    return (rows.advantages >= 0) | (segments.mean(gap) <= config.off_policy_mask_threshold)
+
+
+def _product(*factors: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    given = [x.to(dtype) for x in factors if x is not None]
+    return math.prod(given[1:], start=given[0]) if given else None
+
+
+def _metrics(terms: Terms, scored: Logps, rows: PolicyRows) -> Tensor:
+    """Return `METRICS` (len, 2); the count is 0 for what is not known."""
+    logps, n = scored.logps, len(scored.logps)
+    kl, ratio, clip_low, clip_high, ratio_min, ratio_max = terms.stats
+    zero = logps.new_zeros(())
+
+    def mean(x: Tensor | None, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if x is None:
+            return zero, zero
+        count = logps.new_full((), n) if count is None else count.to(logps.dtype)
+        return x.sum(dtype=logps.dtype) / count.clamp(min=1), count
+
+    def value(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, logps.new_full((), n)
+
+    def divergence(x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The k3 estimate, over the rows where x = logp - other_logp is a number."""
+        if x is None:
+            return zero, zero
+        known = ~x.isnan()
+        x = torch.where(known, x, 0.0).clamp(max=80)
+        return mean(x.exp() - 1 - x, known.sum())
+
+    importance = terms.log_ratio.clamp(max=80).exp()
+    if terms.sampler is not None:
+        importance = importance * terms.sampler.multipliers()
+    # Scaled by the largest: squares of e^80 would overflow fp32.
+    w = importance / importance.amax().clamp(min=1) if n else importance
+    squares = n * w.square().sum()
+    sampler = terms.sampler
+    dlogps, dentropy = terms.upstream
     live = dlogps != 0 if dentropy is None else (dlogps != 0) | (dentropy != 0)
-    entropy_sum = logps.new_zeros(()) if entropy is None else entropy.sum()
-    count = logps.new_full((), len(logps))
-    stats = torch.cat([stats, torch.stack([live.sum(dtype=logps.dtype), entropy_sum, count])])
-    return PolicyLoss(loss.sum(), Upstream(dlogps, dentropy), stats)
+    old = logps if rows.old_logps is None else rows.old_logps
+    known = {
+        "ratio_mean": mean(ratio),
+        "ratio_min": value(ratio_min),
+        "ratio_max": value(ratio_max),
+        "clip_low": mean(clip_low),
+        "clip_high": mean(clip_high),
+        "clip_region": mean(clip_low + clip_high),
+        "approx_kl": divergence(logps - old),
+        "kl": mean(None if rows.ref_logps is None else kl),
+        "sampler_kl": divergence(
+            None if rows.sampler_logps is None else logps - rows.sampler_logps
+        ),
+        "importance_mean": mean(importance),
+        "importance_square": mean(importance.square()),
+        "ess": value(w.sum().square() / squares.clamp(min=torch.finfo(w.dtype).tiny)),
+        "correction_mean": mean(sampler and sampler.weights),
+        "correction_clipped": mean(sampler and sampler.truncated),
+        "rejected": mean(sampler and ~sampler.kept),
+        "live_rows": mean(live),
+        "entropy": mean(scored.entropy),
+    }
+    return torch.stack([torch.stack(known[name]) for name in METRICS])
 
 
 def token_weights(
     config: LossConfig,
-    lengths: Tensor,  # (B,) int64 unmasked tokens of each sequence
-    sequence: Tensor,  # (n,) int64 each row's sequence
+    owner: Sequences,
+    rows: Tensor | slice,  # (n,) the unmasked rows
+    groups: Tensor | None,  # (B,) int64 each sequence's prompt, for "prompt_mean"
     normalizer: Tensor | None,  # ()
     dtype: torch.dtype,
 ) -> Tensor:
     """Return each row's weight (n,): its share of the loss, over `normalizer` or a local count."""
+    lengths, sequence = owner.lengths, owner.index[rows]
+    sequences = lengths.new_tensor(max(len(lengths), 1))
+    share = torch.ones_like(sequence, dtype=dtype)
     if config.aggregation == "token_mean":
         local = lengths.sum().clamp(min=1)
-    elif config.aggregation == "sequence_mean":
-        local = lengths.new_tensor(max(len(lengths), 1))
+    elif config.aggregation == "token_sum":
+        local = torch.ones_like(sequences)
+    elif config.aggregation == "fixed_length":
+        local = sequences * (config.max_completion_length or 1)
+    elif config.aggregation == "prompt_mean":
+        prompts, index = groups.unique(return_inverse=True)
+        tokens = torch.zeros_like(prompts).index_add_(0, index, lengths)
+        local = sequences.new_tensor(max(len(prompts), 1))
+        share = share / tokens[index[sequence]].to(dtype)
     else:
-        local = lengths.new_tensor(max(len(lengths), 1) * (config.max_completion_length or 1))
-    weight = (local if normalizer is None else normalizer).to(dtype).reciprocal()
-    if config.aggregation == "sequence_mean":
-        return weight / lengths[sequence].to(dtype)
-    return weight.expand(len(sequence)).contiguous()
+        local = sequences
+        if config.aggregation == "sequence_mean":
+            share = share / lengths[sequence].to(dtype)
+    return share / (local if normalizer is None else normalizer).to(dtype)

@@ -6,11 +6,13 @@ formula in plain PyTorch" gives. Only tests and benchmarks import it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastgrpo.config import LossConfig
-from fastgrpo_kernels.surrogates import KL_ESTIMATORS, SURROGATES
+from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 
 
 def token_logps(
@@ -45,42 +47,179 @@ def policy_loss(
     *,
     old_logps: Tensor | None = None,  # (B, T)
     ref_logps: Tensor | None = None,  # (B, T)
+    sampler_logps: Tensor | None = None,  # (B, T), NaN where unknown
+    groups: Tensor | None = None,  # (B,)
     normalizer: float | None = None,
 ) -> Tensor:
     """Return the loss of a padded batch, ()."""
-    m = mask.to(logps.dtype)
-    lengths = m.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
-    logps = torch.where(mask, logps, 0.0)
-    old_logps = logps.detach() if old_logps is None else torch.where(mask, old_logps, 0.0)
-    log_ratio = logps - old_logps
-    if config.ratio_level == "sequence":
-        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(logps)
+    batch = _Padded(mask)
+    logps = batch.clean(logps)
+    detached = logps.detach()
+    old = detached if old_logps is None else batch.clean(old_logps)
+    known = None if sampler_logps is None else batch.clean(sampler_logps)
     advantages = advantages[:, None].expand_as(logps) if advantages.dim() == 1 else advantages
-    advantages = torch.where(mask, advantages, 0.0)
-    loss = SURROGATES[config.surrogate].formula(
-        logps, log_ratio, advantages, config.epsilon_low, config.epsilon_high, config.delta or 0.0
-    )
+    advantages = batch.clean(advantages)
+
+    anchor = old
+    if config.anchor == "sampler" and known is not None:
+        anchor = torch.where(known.isnan(), detached, known)
+    token_ratio = logps - anchor
+    if config.log_ratio_clamp is not None:
+        token_ratio = token_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
+    if config.surrogate == "gmpo":
+        clipped = token_ratio.clamp(-config.epsilon_low, config.epsilon_high)
+        above, below = torch.minimum(token_ratio, clipped), torch.maximum(token_ratio, clipped)
+        token_ratio = torch.where(advantages > 0, above, below)
+    log_ratio = token_ratio
+    if config.ratio_level == "sequence":
+        log_ratio = batch.mean(token_ratio)
+    elif config.ratio_level == "sequence_token":
+        log_ratio = token_ratio - token_ratio.detach() + batch.mean(token_ratio).detach()
+    elif config.ratio_level == "sequence_sum":
+        log_ratio = batch.sum(token_ratio)
+
+    correction = torch.ones_like(logps)
+    multiplier = torch.ones_like(logps)
+    if config.needs_sampler:
+        log_w = torch.where(known.isnan(), 0.0, old - known)
+        correction = _correction(batch, log_w, config)
+        multiplier = multiplier * _kept(batch, log_w, config)
+    if not config.folds_correction:
+        multiplier = multiplier * correction
+    if config.off_policy_mask_threshold is not None:
+        gap = (old if known is None else known) - detached
+        far = batch.mean(gap.nan_to_num(nan=0.0)) > config.off_policy_mask_threshold
+        multiplier = multiplier * ~(far & (advantages < 0))
+    selected = torch.ones_like(logps)
+    if config.top_entropy_quantile < 1:
+        threshold = entropy[mask].quantile(1 - config.top_entropy_quantile)
+        selected = (entropy >= threshold).to(logps.dtype).detach()
+
+    context = _context(batch, config, logps, token_ratio, advantages, correction)
+    loss = config.rule.formula(logps, log_ratio, advantages, context, *config.parameters)
+    loss = loss * multiplier * selected
     if config.beta:
-        to_reference = torch.where(mask, ref_logps, 0.0) - logps
-        loss = loss + config.beta * KL_ESTIMATORS[config.kl].formula(to_reference)
+        x = batch.clean(ref_logps) - logps
+        bound = config.kl_input_clamp or math.inf
+        kl = KL_ESTIMATORS[config.kl].formula(x.clamp(-bound, bound))
+        bound = config.kl_output_clamp or math.inf
+        ratio = torch.exp(log_ratio)
+        gradient = KL_GRADIENTS[config.kl_gradient].formula
+        loss = loss + config.beta * gradient(x, logps, kl.clamp(-bound, bound), ratio)
     if config.entropy_coef:
-        loss = loss - config.entropy_coef * torch.where(mask, entropy, 0.0)
-    if config.aggregation == "token_mean":
-        return (loss * m).sum() / (normalizer or m.sum().clamp(min=1))
+        loss = loss - config.entropy_coef * batch.clean(entropy) * selected
+    return _aggregate(batch, loss, config, groups, normalizer)
+
+
+class _Padded:
+    """Sums and means over the unmasked tokens of each sequence, (B, T) to (B, T)."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.lengths = mask.sum(1, keepdim=True).clamp(min=1)
+
+    def clean(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask, x, 0.0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.clean(x).sum(1, keepdim=True).expand_as(x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        return self.sum(x) / self.lengths
+
+    def max(self, x: Tensor) -> Tensor:
+        lowest = x.masked_fill(~self.mask, -math.inf)
+        return lowest.amax(1, keepdim=True).expand_as(x) if x.shape[1] else x
+
+
+def _correction(batch: _Padded, log_w: Tensor, config: LossConfig) -> Tensor:
+    low, high = config.correction_bounds
+    token, sequence = log_w.exp(), batch.sum(log_w).exp()
+    geometric = batch.mean(log_w).exp()
+    return {
+        "none": torch.ones_like(log_w),
+        "token_tis": token.clamp(low, high),
+        "sequence_tis": sequence.clamp(low, high),
+        "icepop": token * ((token >= low) & (token <= high)),
+        "sequence_mis": sequence * ((sequence >= low) & (sequence <= high)),
+        "seq_mask_tis": token * ((geometric >= low) & (geometric <= high)),
+    }[config.correction]
+
+
+def _kept(batch: _Padded, log_w: Tensor, config: LossConfig) -> Tensor:
+    if config.rejection == "none":
+        return torch.ones_like(log_w)
+    level, k = config.rejection.rsplit("_", 1)
+    estimate = KL_ESTIMATORS[k].formula(log_w.clamp(-20, 20))
+    over = {"token": lambda x: x, "seq_sum": batch.sum, "seq_mean": batch.mean,
+            "seq_max": batch.max}[level](estimate)  # fmt: skip
+    low, high = config.rejection_bounds
+    if k == "k1":
+        return (over.exp() >= low) & (over.exp() <= high)
+    return over <= high
+
+
+def _context(
+    batch: _Padded,
+    config: LossConfig,
+    logps: Tensor,
+    token_ratio: Tensor,
+    advantages: Tensor,
+    correction: Tensor,
+) -> Tensor:
+    """Return what a surrogate needs beyond its token (B, T), a constant."""
+    mask = batch.mask
+    logps, token_ratio = logps.detach(), token_ratio.detach()
+    context, ratio = torch.zeros_like(logps), token_ratio.exp()
+    if config.surrogate in ("clip_cov", "kl_cov"):
+        covariance = (advantages - advantages[mask].mean()) * (logps - logps[mask].mean())
+        if config.surrogate == "kl_cov":
+            largest = covariance[mask].sort(descending=True).values
+            return covariance >= largest[max(1, int(config.cov_ratio * len(largest))) - 1]
+        assert config.cov_ratio == 1, "which tokens are drawn is random"
+        bounded = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
+        clipped = bounded * advantages < ratio * advantages
+        inside = (covariance > config.cov_low) & (covariance < config.cov_high)
+        return (clipped | ~inside).to(logps.dtype)
+    if config.surrogate == "fipo":
+        gamma = 2 ** (-1 / config.fipo_half_life)
+        counted = mask & (ratio <= (config.delta or math.inf))
+        for b, t in mask.nonzero().tolist():
+            # Distances count completion tokens, of which masked ones are none.
+            later = [u for u in range(t, mask.shape[1]) if mask[b, u]]
+            moved = [
+                gamma**distance * token_ratio[b, u].item() * counted[b, u].item()
+                for distance, u in enumerate(later)
+            ]
+            context[b, t] = math.exp(sum(moved))
+        context = context.clamp(config.fipo_low, config.fipo_high)
+        risky = (advantages < 0) & (ratio > (config.fipo_safety_ratio or math.inf))
+        return torch.where(risky, context.clamp(0.8, 1.0), context)
+    if config.surrogate == "vespo":
+        return batch.sum(correction.log().clamp(math.log(1e-8), 20))
+    return context
+
+
+def _aggregate(
+    batch: _Padded,
+    loss: Tensor,
+    config: LossConfig,
+    groups: Tensor | None,
+    normalizer: float | None,
+) -> Tensor:
+    loss, lengths = batch.clean(loss), batch.mask.sum(1)
+    sequences = max(len(loss), 1)
+    if config.aggregation == "prompt_mean":
+        prompts = [groups == g for g in groups.unique()]
+        means = [loss[p].sum() / lengths[p].sum().clamp(min=1) for p in prompts]
+        return sum(means, start=loss.sum() * 0) / (normalizer or max(len(prompts), 1))
     if config.aggregation == "sequence_mean":
-        return ((loss * m).sum(1) / lengths[:, 0]).sum() / (normalizer or max(len(m), 1))
-    return (loss * m).sum() / (normalizer or len(m) * config.max_completion_length)
-
-
-def group_advantages(rewards: list[float], ids: list[int], normalize: bool = True) -> list[float]:
-    """Return (r - mean) / (std + 1e-4) within each group, in Python floats."""
-    result = []
-    for reward, group in zip(rewards, ids, strict=True):
-        scored = [r for r, g in zip(rewards, ids, strict=True) if g == group and r == r]
-        if reward != reward or len(scored) < 2:
-            result.append(0.0)
-            continue
-        mean = sum(scored) / len(scored)
-        std = (sum((r - mean) ** 2 for r in scored) / (len(scored) - 1)) ** 0.5
-        result.append((reward - mean) / (std + 1e-4 if normalize else 1.0))
-    return result
+        loss = loss / batch.lengths
+    denominator = {
+        "token_mean": lengths.sum().clamp(min=1),
+        "sequence_mean": sequences,
+        "fixed_length": sequences * (config.max_completion_length or 1),
+        "token_sum": 1,
+        "sequence_sum": sequences,
+    }[config.aggregation]
+    return loss.sum() / (normalizer or denominator)

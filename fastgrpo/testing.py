@@ -19,6 +19,7 @@ class Batch(NamedTuple):
     advantages: Tensor  # (B,)
     old_logps: Tensor  # (B, T)
     ref_logps: Tensor  # (B, T)
+    sampler_logps: Tensor  # (B, T), NaN where the sampler has none
 
 
 def make_batch(
@@ -34,7 +35,8 @@ def make_batch(
 ) -> Batch:
     """Return a batch whose tokens are sampled from the policy, as those of a rollout are.
 
-    `off_policy` is the rms log-ratio in nats. One sequence is full, one empty, the others ragged.
+    `off_policy` is the rms log-ratio in nats, a tenth of it that of the sampler to the trainer at
+    rollout time. One sequence is full, one empty, the others ragged.
     """
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(sequences, length, hidden_size, generator=g).to(dtype)
@@ -50,15 +52,12 @@ def make_batch(
     def nearby() -> Tensor:
         return (logps + off_policy * torch.randn(logps.shape, generator=g).double()).float()
 
-    batch = Batch(
-        hidden,
-        weight,
-        ids,
-        torch.arange(length) < lengths[:, None],
-        torch.randn(sequences, generator=g),
-        nearby(),
-        nearby(),
-    )
+    mask = torch.arange(length) < lengths[:, None]
+    advantages, old_logps, ref_logps = torch.randn(sequences, generator=g), nearby(), nearby()
+    gap = 0.1 * off_policy * torch.randn(logps.shape, generator=g)
+    unscored = torch.rand(gap.shape, generator=g) < 0.1
+    sampler_logps = (old_logps + gap).masked_fill(unscored, torch.nan)
+    batch = Batch(hidden, weight, ids, mask, advantages, old_logps, ref_logps, sampler_logps)
     return Batch(*(x.to(device) for x in batch))
 
 

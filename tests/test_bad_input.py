@@ -82,7 +82,21 @@ LOSS = {
     r"workspace_mb: expected at least .* one row of 5 logits; got 1e-06": dict(workspace_mb=1e-6),
     "backend: expected one of .* got 'cuda'": dict(backend="cuda"),
     "sparsity: expected 0.0": dict(sparsity=0.1),
-    "seed has no effect with sparsity": dict(seed=1),
+    "seed has no effect with sparsity=0.0, surrogate='ppo_clip'": dict(seed=1),
+    "seed: expected an int": dict(config="clip_cov", seed=1.5),
+    "sampler_logps: expected log-probs as correction is 'sequence_mis'": dict(config="trl_dapo"),
+    "off_policy_mask_threshold has no effect without": dict(
+        config=LossConfig(off_policy_mask_threshold=0.1)
+    ),
+    "entropy_threshold has no effect with top_entropy_quantile=1": dict(entropy_threshold=1.0),
+    "group_ids_or_size has no effect with aggregation='sequence_mean'": dict(group_ids_or_size=2),
+    "group_ids_or_size: expected ids or a size": dict(config=LossConfig(aggregation="prompt_mean")),
+    "group_ids_or_size: expected a divisor of the 2 completions": dict(
+        config=LossConfig(aggregation="prompt_mean"), group_ids_or_size=3
+    ),
+    "normalizer has no effect with aggregation='token_sum'": dict(
+        config="importance_sampling", normalizer=3
+    ),
 }
 PACKED = {
     r"cu_seqlens: .*from 0 to N = 6, got \[0, 2, 5\]": dict(cu_seqlens=bounds(0, 2, 5)),
@@ -129,7 +143,9 @@ def test_linear_logps(message):
 CONFIGS = {
     "LossConfig has no field 'epsilon'": dict(epsilon=0.2),
     "surrogate: expected one of": dict(surrogate="ppo"),
-    "ratio_level: expected one of .*'token'": dict(surrogate="cispo", ratio_level="sequence"),
+    "ratio_level: expected one of .'token'. with surrogate='dro', got 'sequence'": dict(
+        surrogate="dro", ratio_level="sequence"
+    ),
     "aggregation: expected one of": dict(aggregation="mean"),
     "kl: expected one of": dict(kl="k9"),
     "entropy: expected one of": dict(entropy=True),
@@ -137,12 +153,50 @@ CONFIGS = {
     "epsilon_high: expected a finite number": dict(epsilon_high=-0.1),
     "beta: expected a finite number": dict(beta="0.1"),
     "entropy_coef: expected a finite number": dict(entropy_coef=float("nan")),
-    "delta: expected a bound > 0": dict(delta=-1.0),
-    "delta has no effect with surrogate='cispo'": dict(surrogate="cispo", delta=2.0),
-    "epsilon_high has no effect with surrogate='reinforce'": dict(
+    "delta: expected a number > 0": dict(delta=-1.0),
+    "delta=2.0 has no effect with surrogate='cispo'": dict(surrogate="cispo", delta=2.0),
+    "epsilon_high=0.3 has no effect with surrogate='reinforce'": dict(
         surrogate="reinforce", ratio_level="none", epsilon_high=0.3
     ),
-    "max_completion_length has no effect with aggregation": dict(max_completion_length=9),
+    "max_completion_length=9 has no effect with aggregation='seq": dict(max_completion_length=9),
+    "vespo_k_pos=1.0 has no effect with surrogate='ppo_clip'": dict(vespo_k_pos=1.0),
+    "anchor='sampler' has no effect with ratio_level='none'": dict(
+        surrogate="reinforce", ratio_level="none", anchor="sampler"
+    ),
+    "log_ratio_clamp=20.0 has no effect with ratio_level='none'": dict(
+        surrogate="reinforce", ratio_level="none", log_ratio_clamp=20.0
+    ),
+    "correction_max=2.0 has no effect with correction='none'": dict(correction_max=2.0),
+    "rejection_max=2.0 has no effect with rejection='none'": dict(rejection_max=2.0),
+    "rejection_min=0.5 has no effect with rejection='token_k3'": dict(
+        rejection="token_k3", rejection_max=1.0, rejection_min=0.5
+    ),
+    "rejection_max: expected a bound as rejection is 'seq_sum_k1'": dict(rejection="seq_sum_k1"),
+    "rejection_min: expected at most rejection_max=0.5": dict(
+        rejection="token_k1", rejection_max=0.5
+    ),
+    "kl='k1' has no effect with beta=0": dict(kl="k1"),
+    "kl_gradient='importance' has no effect with beta=0": dict(kl_gradient="importance"),
+    "kl_gradient='importance' has no effect with ratio_level='none'": dict(
+        surrogate="reinforce", ratio_level="none", kl_gradient="importance", beta=0.1
+    ),
+    "kl_gradient='straight_through' has no effect with kl='k2'": dict(
+        kl="k2", kl_gradient="straight_through", beta=0.1
+    ),
+    "correction='token_tis' has no effect with anchor='sampler'": dict(
+        anchor="sampler", correction="token_tis"
+    ),
+    "correction: expected one of .* got 'sequence_tis'": dict(
+        surrogate="vespo", ratio_level="sequence_sum", correction="sequence_tis"
+    ),
+    "correction_min: expected at most correction_max=2.0, got 3.0": dict(
+        correction="token_tis", correction_min=3.0
+    ),
+    "epsilon_high: expected a bound > 1 on the ratio itself": dict(surrogate="cispo_raw"),
+    "top_entropy_quantile: expected a share": dict(top_entropy_quantile=0.0),
+    "cov_low: expected less than cov_high=0.5": dict(surrogate="clip_cov", cov_high=0.5),
+    "correction: expected one of": dict(correction="tis"),
+    "rejection: expected one of": dict(rejection="seq_max_k1"),
     "max_completion_length: expected an int": dict(
         aggregation="fixed_length", max_completion_length=0
     ),

@@ -57,7 +57,8 @@ def test_gradients_lose_nothing_to_16_bit_tiles(backend, logit_std, preset, froz
     loss, dhidden, dweight = exact(batch, config)
     out, *grads = run(batch, config, frozen=frozen, workspace_mb=workspace_mb, backend=backend)
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
-    # Plain torch in fp32 rounds its gradients to bf16 once: 1.25 times that is allowed.
+    # Plain torch in fp32 rounds its gradients to bf16 once: 1.25 times that is allowed. Rounding
+    # the tile too gives up to sqrt(2) where one entry makes up a row: other batches reach 1.28.
     for actual, wanted in zip(grads, (dhidden, dweight), strict=True):
         rounding = relative_error(wanted.bfloat16(), wanted)
         assert actual is None or relative_error(actual, wanted) <= 1.25 * rounding

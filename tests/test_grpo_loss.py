@@ -7,9 +7,10 @@ import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, reference
-from fastgrpo.config import PRESETS
 from fastgrpo.testing import make_batch, relative_error, rms
 
+# One of each shape that a loss takes on its way through the ops; tests/test_loss_family.py has all.
+PRESETS = ("reinforce", "grpo", "dapo", "dr_grpo", "cispo", "gspo", "gmpo", "prime_dppo")
 ROUTES = {
     # One chunk holds all rows: gradients in one pass.
     "one pass": {},
@@ -175,8 +176,14 @@ def test_results_besides_the_loss(backend):
     wanted = {
         "kl": (to_reference.exp() - to_reference - 1).mean(),
         "ratio_mean": ratio.mean(),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
         "clip_low": low.double().mean(),
         "clip_high": high.double().mean(),
+        "clip_region": (low | high).double().mean(),
+        "importance_mean": ratio.mean(),
+        "importance_square": ratio.square().mean(),
+        "ess": ratio.mean() ** 2 / ratio.square().mean(),
         "approx_kl": (ratio - 1 - log_ratio).mean(),
         "sampler_kl": (ratio - 1 - log_ratio).mean(),
         "live_rows": (~(low | high)).double().mean(),

@@ -17,14 +17,14 @@ def flat(batch):
     advantages = batch.advantages[:, None].expand(batch.completion_ids.shape).reshape(n)
     sequences, length = batch.completion_ids.shape
     cu = torch.arange(sequences + 1) * length
-    old, ref = batch.old_logps.reshape(n), batch.ref_logps.reshape(n)
-    return hidden, batch.weight.clone().requires_grad_(), rows, cu, advantages, old, ref
+    policy = (cu, advantages, *(x.reshape(n) for x in batch[5:]))
+    return hidden, batch.weight.clone().requires_grad_(), rows, policy
 
 
 @pytest.mark.parametrize("jacobian", [False, True])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_opcheck_linear_logps(entropy, jacobian):
-    hidden, weight, (ids, mask), *_ = flat(make_batch())
+    hidden, weight, (ids, mask), _ = flat(make_batch())
     weight.requires_grad_(not jacobian)
     bias = torch.randn(len(weight), requires_grad=not jacobian)
     temperature = torch.rand(len(ids)) + 0.5
@@ -32,25 +32,32 @@ def test_opcheck_linear_logps(entropy, jacobian):
     torch.library.opcheck(ops.linear_logps, (*arguments, "torch"))
 
 
-@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+OPTIONS = {
+    "grpo": {"correction": "sequence_mis", "aggregation": "prompt_mean"},
+    "gspo": {"top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1},
+}
+
+
+@pytest.mark.parametrize("preset", OPTIONS)
 def test_opcheck_grpo_loss(preset):
-    hidden, weight, (ids, mask), cu, advantages, old, ref = flat(make_batch())
-    key = LossConfig.preset(preset, beta=0.1, entropy_coef=0.1).key
+    hidden, weight, (ids, mask), policy = flat(make_batch())
+    config = LossConfig.preset(preset, beta=0.1, entropy_coef=0.1, **OPTIONS[preset])
+    groups, threshold, normalizer = torch.arange(4) % 2, torch.tensor(1.0), torch.tensor(3.0)
     torch.library.opcheck(
         ops.grpo_loss,
-        (hidden, weight, ids, mask, None, None, 1.0, 0.0, cu, advantages, old, ref)
-        + (torch.tensor(3.0), key, True, True, False, None, "torch"),
+        (hidden, weight, ids, mask, None, None, 1.0, 0.0, *policy, groups, threshold, normalizer)
+        + (None, config.key, True, True, False, None, "torch"),
     )
 
 
 def test_opcheck_policy_loss():
-    _, _, (ids, mask), cu, advantages, old, ref = flat(make_batch())
+    _, _, (ids, mask), policy = flat(make_batch())
     logps = torch.randn(len(ids), requires_grad=True)
     entropy = torch.rand(len(ids), requires_grad=True)
     key = LossConfig.preset("gspo", beta=0.1, entropy_coef=0.1).key
     torch.library.opcheck(
         ops.policy_loss_op,
-        (logps, entropy, mask, cu, advantages, old, ref, None, key, "torch"),
+        (logps, entropy, mask, *policy, None, None, None, None, key, "torch"),
     )
 
 
@@ -61,12 +68,14 @@ def test_compiled_equals_eager(preset, entropy, backend_of_compile):
     if backend_of_compile == "inductor" and (preset, entropy) != ("grpo", "none"):
         pytest.skip("one round trip through the C++ compiler is enough")
     batch = make_batch()
-    config = LossConfig.preset(preset, beta=0.1, entropy=entropy, entropy_coef=0.1)
+    correction = {"correction": "icepop"} if preset == "grpo" else {}
+    config = LossConfig.preset(preset, beta=0.1, entropy=entropy, entropy_coef=0.1, **correction)
 
-    def step(hidden, weight, ids, mask, advantages, old, ref, temperature):
+    def step(hidden, weight, ids, mask, advantages, old, ref, sampler, temperature):
         out = fastgrpo.grpo_loss(
             hidden.tanh(), weight, ids, mask, advantages,
-            old_logps=old, ref_logps=ref, temperature=temperature, config=config,
+            old_logps=old, ref_logps=ref, sampler_logps=sampler, temperature=temperature,
+            config=config,
         )  # fmt: skip
         return out.loss * 2, out.logps, out.metrics["kl"]
 

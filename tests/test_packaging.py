@@ -10,14 +10,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # A module may import only from the layers before its own.
 LAYERS = [
+    {"presets"},
     {"config"},
     {"fallback", "backend", "checks"},
     {"tiles", "packing"},
-    {"gradients", "policy"},
+    {"gradients", "corrections", "contexts"},
+    {"policy"},
     {"chunked"},
     {"fused"},
     {"ops"},
-    {"logps", "advantages", "rewards", "normalizer"},
+    {"logps", "estimators", "normalizer"},
+    {"advantages", "rewards"},
     {"loss"},
     {"train"},
 ]

@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,20 +29,29 @@ class Averages:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
+        self.extrema: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Add the metrics of one grpo_loss call: every name with its ``<name>_count``."""
         for name in [name for name in metrics if f"{name}_count" in metrics]:
+            if name.endswith(("_min", "_max")):
+                extremum = torch.minimum if name.endswith("_min") else torch.maximum
+                known = self.extrema.get(name, metrics[name])
+                self.extrema[name] = extremum(known, metrics[name])
+                continue
             count = metrics[f"{name}_count"]
             self.sums[name] = self.sums.get(name, 0) + metrics[name] * count
             self.counts[name] = self.counts.get(name, 0) + count
 
     def means(self) -> dict[str, float]:
         """Return the means as numbers (one host synchronisation each)."""
-        return {
+        means = {
             name: (total / self.counts[name].clamp(min=1)).item()
             for name, total in self.sums.items()
         }
+        if means.get("importance_square"):
+            means["ess"] = means["importance_mean"] ** 2 / means["importance_square"]
+        return means | {name: value.item() for name, value in self.extrema.items()}
 
 
 class MetricsLog:

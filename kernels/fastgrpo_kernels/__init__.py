@@ -4,21 +4,22 @@ Callers pack: rows that a mask or an ignored id leaves out never reach a launche
 memory and tiling: kernels/README.md.
 """
 
-from .group_advantages import group_advantages
+from .group_advantages import GroupStats, group_stats
 from .linear_logps import linear_logps_fwd
 from .logits_tile import RowState, scatter_rows, tile_grad, tile_stats
-from .policy_loss import STATS, segment_mean, token_loss
+from .policy_loss import STATS, segment_reduce, token_loss
 
 ROW_MAJOR_TILES = True  # one program reads one row of a tile
 
 __all__ = [
     "ROW_MAJOR_TILES",
     "STATS",
+    "GroupStats",
     "RowState",
-    "group_advantages",
+    "group_stats",
     "linear_logps_fwd",
     "scatter_rows",
-    "segment_mean",
+    "segment_reduce",
     "tile_grad",
     "tile_stats",
     "token_loss",

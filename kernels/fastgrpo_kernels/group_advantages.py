@@ -1,6 +1,8 @@
-"""Advantages of grouped rewards: each reward against its group's mean and standard deviation."""
+"""What advantages are made of: each reward beside the statistics of its group."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,78 +10,125 @@ from torch import Tensor
 from .runtime import architecture, device_of, jit, launch_for, tl
 
 
+class GroupStats(NamedTuple):
+    """What each row is compared with, (B,) fp32: the scored members of its group.
+
+    With `leave_one_out` the row itself is not a member; with weights, those of weight 0 are not.
+    """
+
+    count: Tensor
+    """Number of members, or the sum of their weights."""
+    mean: Tensor
+    """Their mean, weighted if weights are given; without members the row's own reward."""
+    gap: Tensor
+    """Reward minus mean, to the accuracy of the spread, however large the mean. Exactly 0 where the
+    row equals every member, where it is not scored and where there is no member."""
+    square: Tensor
+    """Sum of squared distances from the mean: exactly 0 if all members are equal."""
+    high: Tensor
+    """Their largest reward; without members the row's own."""
+
+    def std(self, ddof: int) -> Tensor:
+        """Return the standard deviation, (B,): the divisor of the variance is count - ddof."""
+        return (self.square / (self.count - ddof).clamp(min=1)).sqrt()
+
+
 @jit
-def _group_advantages_kernel(
+def _load_members(rewards_ptr, weights_ptr, offs, end, row, LEAVE_ONE_OUT: tl.constexpr):
+    """Rewards of one block and their weights; what is no member has weight 0 and reward 0."""
+    reward = tl.load(rewards_ptr + offs, mask=offs < end, other=float("nan"))
+    member = reward == reward
+    if LEAVE_ONE_OUT:
+        member = member & (offs != row)
+    weight = tl.where(member, 1.0, 0.0)
+    if weights_ptr is not None:
+        weight *= tl.load(weights_ptr + offs, mask=offs < end, other=0.0)
+    return tl.where(member, reward, 0.0), weight
+
+
+@jit
+def _group_stats_kernel(
+    # inputs: (B,) fp32, (B,) fp32 or None, (B,) int64, (P + 1,) int32 or int64
     rewards_ptr,
+    weights_ptr,
+    groups_ptr,
     cu_groups_ptr,
-    out_ptr,
-    ddof,
-    eps,
-    NORMALIZE: tl.constexpr,
+    # output: (5, B) fp32, the fields of GroupStats
+    stats_ptr,
+    B,
+    LEAVE_ONE_OUT: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """One group: mean and range, then moments about that mean, then the advantages.
+    """One row: range and mean of its group, then moments about that mean.
 
     The second pass also finds what rounding left in the first one's mean, so that the result is
     as accurate as the spread of the rewards, however large their mean.
     """
-    group = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.load(groups_ptr + row)
     start = tl.load(cu_groups_ptr + group).to(tl.int64)
     end = tl.load(cu_groups_ptr + group + 1).to(tl.int64)
+    own = tl.load(rewards_ptr + row)
+    scored = own == own
+    own = tl.where(scored, own, 0.0)
+
     count = 0.0
     total = 0.0
     low = float("inf")
     high = float("-inf")
     for block in range(start, end, BLOCK_G):
         offs = block + tl.arange(0, BLOCK_G)
-        reward = tl.load(rewards_ptr + offs, mask=offs < end, other=float("nan"))
-        scored = reward == reward
-        count += tl.sum(tl.where(scored, 1.0, 0.0))
-        total += tl.sum(tl.where(scored, reward, 0.0))
-        low = tl.minimum(low, tl.min(tl.where(scored, reward, float("inf"))))
-        high = tl.maximum(high, tl.max(tl.where(scored, reward, float("-inf"))))
-    mean = total / tl.maximum(count, 1.0)
+        reward, weight = _load_members(rewards_ptr, weights_ptr, offs, end, row, LEAVE_ONE_OUT)
+        count += tl.sum(weight)
+        total += tl.sum(weight * reward)
+        low = tl.minimum(low, tl.min(tl.where(weight > 0, reward, float("inf"))))
+        high = tl.maximum(high, tl.max(tl.where(weight > 0, reward, float("-inf"))))
+    divisor = tl.where(count > 0, count, 1.0)
+    # By the range, not by the rounding of a sum: the mean of equal rewards is that reward.
+    mean = tl.where(high > low, total / divisor, tl.where(count > 0, low, own))
 
     first = 0.0
     second = 0.0
     for block in range(start, end, BLOCK_G):
         offs = block + tl.arange(0, BLOCK_G)
-        reward = tl.load(rewards_ptr + offs, mask=offs < end, other=float("nan"))
-        gap = tl.where(reward == reward, reward - mean, 0.0)
-        first += tl.sum(gap)
-        second += tl.sum(gap * gap)
-    remainder = first / tl.maximum(count, 1.0)
-    scale = 1.0
-    if NORMALIZE:
-        variance = (second - first * remainder) / tl.maximum(count - ddof, 1.0)
-        scale = 1.0 / (tl.sqrt(tl.maximum(variance, 0.0)) + eps)
-    # By the range, not by the rounding of a difference: a constant group is exactly 0.
-    scale = tl.where(high > low, scale, 0.0)
+        reward, weight = _load_members(rewards_ptr, weights_ptr, offs, end, row, LEAVE_ONE_OUT)
+        distance = reward - mean
+        first += tl.sum(weight * distance)
+        second += tl.sum(weight * distance * distance)
+    remainder = first / divisor
 
-    for block in range(start, end, BLOCK_G):
-        offs = block + tl.arange(0, BLOCK_G)
-        reward = tl.load(rewards_ptr + offs, mask=offs < end, other=float("nan"))
-        advantage = (reward - mean - remainder) * scale
-        tl.store(out_ptr + offs, tl.where(reward == reward, advantage, 0.0), mask=offs < end)
+    stats_ptr += row
+    tl.store(stats_ptr, count)
+    tl.store(stats_ptr + B, mean + remainder)
+    tl.store(stats_ptr + 2 * B, tl.where(scored, (own - mean) - remainder, 0.0))
+    tl.store(stats_ptr + 3 * B, tl.maximum(second - first * remainder, 0.0))
+    tl.store(stats_ptr + 4 * B, tl.where(count > 0, high, own))
 
 
-def group_advantages(
+def group_stats(
     rewards: Tensor,  # (B,) fp32; NaN: not scored
     cu_groups: Tensor,  # (P + 1,) int32 or int64, from 0 to B: groups are contiguous
-    normalize: bool,
-    ddof: int,
-    eps: float,
-) -> Tensor:
-    """Return (r - mean) / (std + eps), or r - mean, over the scored members of each group.
-
-    (B,) fp32. Exactly 0 for what was not scored, for a constant group and for a group of one.
-    """
-    out = torch.empty_like(rewards)
-    groups = cu_groups.numel() - 1
+    weights: Tensor | None = None,  # (B,) fp32 >= 0; None: 1
+    leave_one_out: bool = False,
+) -> GroupStats:
+    """Return the statistics of each row's group, or of the row's group without the row itself."""
+    rows = rewards.numel()
+    stats = rewards.new_empty(len(GroupStats._fields), rows)
+    lengths = cu_groups.diff()
+    groups = torch.arange(len(lengths), device=rewards.device).repeat_interleave(
+        lengths, output_size=rows
+    )
     launch = launch_for("group_advantages", 0, architecture(rewards.device))
     with device_of(rewards):
-        if groups:
-            _group_advantages_kernel[(groups,)](
-                rewards, cu_groups, out, float(ddof), eps, NORMALIZE=normalize, **launch.kwargs()
+        if rows:
+            _group_stats_kernel[(rows,)](
+                rewards,
+                weights,
+                groups,
+                cu_groups,
+                stats,
+                rows,
+                LEAVE_ONE_OUT=leave_one_out,
+                **launch.kwargs(),
             )
-    return out
+    return GroupStats(*stats)

@@ -1,41 +1,92 @@
-"""Per-token policy loss with its derivatives and metrics, and the means of packed segments."""
+"""Per-token policy loss with its derivatives and metrics, and reductions over packed segments."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
+from .kl_estimators import KL_ESTIMATORS, KL_GRADIENTS, k3
 from .runtime import architecture, device_of, jit, launch_for, tl
-from .surrogates import KL_ESTIMATORS, SURROGATES, k3
+from .surrogates import SURROGATES
+from .twins import bounded_exp, clip
 
-STATS = ("kl", "ratio", "clip_low", "clip_high", "approx_kl")
+STATS = ("kl", "ratio", "clip_low", "clip_high", "ratio_min", "ratio_max")
+SEGMENT_OPS = ("sum", "max")
+
+
+@jit
+def token_terms(
+    logp,
+    log_ratio,
+    advantage,
+    context,
+    parameters,
+    multiplier,
+    x,  # ref_logp - logp
+    beta,
+    kl_input_clamp,
+    kl_output_clamp,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
+    SLOPE_OF_RATIO: tl.constexpr,
+    PENALTY: tl.constexpr,
+):
+    """multiplier L + beta kl of one token: (value, its part in dlogp, in dlog_ratio, clipped)."""
+    loss, slope, clipped = SURROGATE(logp, log_ratio, advantage, context, *parameters)
+    loss = loss * multiplier
+    slope = slope * multiplier
+    if SLOPE_OF_RATIO:
+        dratio = slope
+        dlogp = slope * 0.0
+    else:
+        dratio = slope * 0.0
+        dlogp = slope
+    if PENALTY:
+        bounded = clip(x, -kl_input_clamp, kl_input_clamp)
+        value, slope = KL(bounded)
+        slope = tl.where(bounded == x, slope, 0.0)
+        kept = clip(value, -kl_output_clamp, kl_output_clamp)
+        slope = tl.where(kept == value, slope, 0.0)
+        value, direct, by_ratio = KL_GRADIENT(x, kept, slope, bounded_exp(log_ratio))
+        loss += beta * value
+        dlogp += beta * direct
+        dratio += beta * by_ratio
+    return loss, dlogp, dratio, clipped
 
 
 @jit
 def _token_loss_kernel(
-    # inputs, (N,) fp32
+    # inputs, (N,) fp32; those marked may be None
     logps_ptr,
     log_ratio_ptr,
-    ref_logps_ptr,  # or None
     advantages_ptr,
     weights_ptr,
-    # outputs: (N,) fp32 and (blocks, 5) fp32
+    multipliers_ptr,  # None: 1
+    context_ptr,  # None: 0
+    ref_logps_ptr,  # None: no KL
+    # outputs: (N,) fp32 and (blocks, 6) fp32
     loss_ptr,
-    dpolicy_ptr,
-    dkl_ptr,  # or None: beta is 0
+    dlogps_ptr,
+    dratio_ptr,  # None: dlog_ratio/dlogp is 1, the sum of both goes to dlogps
     stats_ptr,
     # sizes and scalars
     N,
-    epsilon_low,
-    epsilon_high,
-    delta,
+    parameters,  # tuple of fp32
     beta,
+    kl_input_clamp,
+    kl_output_clamp,
     # the variant, and sizes
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
+    SLOPE_OF_RATIO: tl.constexpr,
+    PENALTY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """weights (L + beta kl) and both derivatives; a block's metric sums are one row of `stats`."""
+    """weights * `token_terms`; a block's metric sums are one row of `stats`."""
     block = tl.program_id(0)
     offs = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = offs < N
@@ -43,98 +94,145 @@ def _token_loss_kernel(
     log_ratio = tl.load(log_ratio_ptr + offs, mask=inside, other=0.0)
     advantage = tl.load(advantages_ptr + offs, mask=inside, other=0.0)
     weight = tl.load(weights_ptr + offs, mask=inside, other=0.0)
-
-    loss, dpolicy = SURROGATE(logp, log_ratio, advantage, epsilon_low, epsilon_high, delta)
-    kl = tl.zeros_like(logp)
+    multiplier = tl.full([BLOCK_N], 1.0, tl.float32)
+    if multipliers_ptr is not None:
+        multiplier = tl.load(multipliers_ptr + offs, mask=inside, other=0.0)
+    context = tl.zeros([BLOCK_N], tl.float32)
+    if context_ptr is not None:
+        context = tl.load(context_ptr + offs, mask=inside, other=0.0)
+    x = tl.zeros([BLOCK_N], tl.float32)
     if ref_logps_ptr is not None:
-        ref_logp = tl.load(ref_logps_ptr + offs, mask=inside, other=0.0)
-        kl, _ = k3(ref_logp - logp)
-        if dkl_ptr is not None:
-            penalty, dpenalty = KL(ref_logp - logp)
-            loss += beta * penalty
-            tl.store(dkl_ptr + offs, weight * beta * dpenalty, mask=inside)
-    tl.store(loss_ptr + offs, weight * loss, mask=inside)
-    tl.store(dpolicy_ptr + offs, weight * dpolicy, mask=inside)
+        x = tl.load(ref_logps_ptr + offs, mask=inside, other=0.0) - logp
 
-    ratio = tl.exp(tl.where(log_ratio > 80.0, 80.0, log_ratio))
-    clip_low = (ratio < 1.0 - epsilon_low) & (advantage < 0.0)
-    clip_high = (ratio > 1.0 + epsilon_high) & (advantage > 0.0)
-    approx_kl, _ = k3(log_ratio)  # (r - 1) - log r
-    stats_ptr += block * 5
+    loss, dlogp, dratio, clipped = token_terms(
+        logp,
+        log_ratio,
+        advantage,
+        context,
+        parameters,
+        multiplier,
+        x,
+        beta,
+        kl_input_clamp,
+        kl_output_clamp,
+        SURROGATE,
+        KL,
+        KL_GRADIENT,
+        SLOPE_OF_RATIO,
+        PENALTY,
+    )
+    tl.store(loss_ptr + offs, weight * loss, mask=inside)
+    if dratio_ptr is not None:
+        tl.store(dratio_ptr + offs, weight * dratio, mask=inside)
+    else:
+        dlogp += dratio
+    tl.store(dlogps_ptr + offs, weight * dlogp, mask=inside)
+
+    ratio = bounded_exp(log_ratio)
+    kl, _ = k3(x)
+    stats_ptr += block * 6
     tl.store(stats_ptr + 0, tl.sum(tl.where(inside, kl, 0.0)))
     tl.store(stats_ptr + 1, tl.sum(tl.where(inside, ratio, 0.0)))
-    tl.store(stats_ptr + 2, tl.sum(tl.where(inside & clip_low, 1.0, 0.0)))
-    tl.store(stats_ptr + 3, tl.sum(tl.where(inside & clip_high, 1.0, 0.0)))
-    tl.store(stats_ptr + 4, tl.sum(tl.where(inside, approx_kl, 0.0)))
+    tl.store(stats_ptr + 2, tl.sum(tl.where(inside & (clipped < 0.0), 1.0, 0.0)))
+    tl.store(stats_ptr + 3, tl.sum(tl.where(inside & (clipped > 0.0), 1.0, 0.0)))
+    tl.store(stats_ptr + 4, tl.min(tl.where(inside, ratio, float("inf"))))
+    tl.store(stats_ptr + 5, tl.max(tl.where(inside, ratio, float("-inf"))))
 
 
 def token_loss(
     logps: Tensor,  # (n,) fp32, nats, like every tensor below
-    log_ratio: Tensor,  # logp - old_logp, or its mean over the row's sequence
-    ref_logps: Tensor | None,
+    log_ratio: Tensor,  # at the surrogate's ratio level
     advantages: Tensor,
     weights: Tensor,  # the row's factor in the aggregated loss
+    multipliers: Tensor | None,  # constants on the policy loss alone
+    context: Tensor | None,  # what the surrogate's rule found
+    ref_logps: Tensor | None,
     surrogate: str,  # a key of SURROGATES
+    parameters: tuple[float, ...],  # as Surrogate.parameters
     kl: str,  # a key of KL_ESTIMATORS
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float,  # 0.0: no second bound
+    kl_gradient: str,  # a key of KL_GRADIENTS
     beta: float,
+    kl_input_clamp: float = math.inf,
+    kl_output_clamp: float = math.inf,
+    separate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return the loss of each row, its derivatives in logp, and the sums that metrics are made of.
+    """Return the loss of each row, its derivatives, and the sums that metrics are made of.
 
-    loss (n,) = weights * (L + beta * kl); dpolicy (n,) = weights * dL/dlogp; dkl (n,) = weights *
-    beta * dkl/dlogp, None where beta is 0; stats (5,) are sums over the rows, named by STATS ("kl"
-    is the k3 estimate, 0 without ref_logps). Deterministic.
+    loss (n,) = weights * (multipliers * L + beta * kl); dlogps (n,) and dratio (n,) are its
+    derivatives by logp and by log_ratio. Not `separate`: log_ratio moves with logp, dlogps is the
+    sum of both and dratio None. stats (6,), named by STATS, are sums over the rows but for the last
+    two, which are extrema ("kl" is the k3 estimate, 0 without ref_logps). Deterministic.
     """
     assert beta == 0.0 or ref_logps is not None, "beta needs ref_logps"
     n = logps.numel()
     launch = launch_for("token_loss", 0, architecture(logps.device))
     blocks = -(-n // launch.blocks["BLOCK_N"])
-    loss, dpolicy = torch.empty_like(logps), torch.empty_like(logps)
-    dkl = torch.empty_like(logps) if beta != 0.0 else None
+    loss, dlogps = torch.empty_like(logps), torch.empty_like(logps)
+    dratio = torch.empty_like(logps) if separate else None
     stats = logps.new_empty(blocks, len(STATS))
     with device_of(logps):
         if n:
             _token_loss_kernel[(blocks,)](
-                *(logps, log_ratio, ref_logps, advantages, weights),
-                *(loss, dpolicy, dkl, stats),
-                *(n, epsilon_low, epsilon_high, delta, beta),
+                *(logps, log_ratio, advantages, weights, multipliers, context, ref_logps),
+                *(loss, dlogps, dratio, stats),
+                *(n, parameters, beta, kl_input_clamp, kl_output_clamp),
                 SURROGATE=SURROGATES[surrogate].fn,
                 KL=KL_ESTIMATORS[kl].fn,
+                KL_GRADIENT=KL_GRADIENTS[kl_gradient].fn,
+                SLOPE_OF_RATIO=SURROGATES[surrogate].slope == "ratio",
+                PENALTY=beta != 0.0,
                 **launch.kwargs(),
             )
-    return loss, dpolicy, dkl, stats.sum(0)
+    return loss, dlogps, dratio, merge_stats(stats)
+
+
+def merge_stats(stats: Tensor) -> Tensor:
+    """Merge the STATS of several blocks of rows (blocks, 6) into one (6,)."""
+    if not len(stats):
+        return stats.new_zeros(len(STATS))
+    low, high = stats[:, -2].amin(0, keepdim=True), stats[:, -1].amax(0, keepdim=True)
+    return torch.cat([stats[:, :-2].sum(0), low, high])
 
 
 @jit
-def _segment_mean_kernel(x_ptr, cu_seqlens_ptr, out_ptr, BLOCK_N: tl.constexpr):
-    """One segment: its sum in one pass, its mean to every row in another."""
+def _segment_reduce_kernel(x_ptr, cu_seqlens_ptr, out_ptr, OP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One segment: reduced in one pass, its result written to every row in another."""
     segment = tl.program_id(0)
     start = tl.load(cu_seqlens_ptr + segment).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + segment + 1).to(tl.int64)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    if OP == "max":
+        total = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    else:
+        total = tl.zeros([BLOCK_N], tl.float32)
     for block in range(start, end, BLOCK_N):
         offs = block + tl.arange(0, BLOCK_N)
-        total += tl.load(x_ptr + offs, mask=offs < end, other=0.0)
-    mean = tl.sum(total) / (end - start).to(tl.float32)
+        if OP == "max":
+            x = tl.load(x_ptr + offs, mask=offs < end, other=float("-inf"))
+            total = tl.where(x > total, x, total)
+        else:
+            total += tl.load(x_ptr + offs, mask=offs < end, other=0.0)
+    if OP == "max":
+        result = tl.max(total)
+    else:
+        result = tl.sum(total)
     for block in range(start, end, BLOCK_N):
         offs = block + tl.arange(0, BLOCK_N)
-        tl.store(out_ptr + offs, tl.zeros([BLOCK_N], tl.float32) + mean, mask=offs < end)
+        tl.store(out_ptr + offs, tl.zeros([BLOCK_N], tl.float32) + result, mask=offs < end)
 
 
-def segment_mean(
+def segment_reduce(
     x: Tensor,  # (n,) fp32
     cu_seqlens: Tensor,  # (B + 1,) int32 or int64, from 0 to n
+    op: str,  # one of SEGMENT_OPS
 ) -> Tensor:
-    """Return the mean of x over each segment, broadcast to the segment's rows, (n,) fp32.
+    """Return the sum or max of x over each segment, broadcast to the segment's rows, (n,).
 
-    Segments may be empty.
+    Segments may be empty. Deterministic.
     """
     out = torch.empty_like(x)
     segments = cu_seqlens.numel() - 1
-    launch = launch_for("segment_mean", 0, architecture(x.device))
+    launch = launch_for("segment_reduce", 0, architecture(x.device))
     with device_of(x):
         if segments:
-            _segment_mean_kernel[(segments,)](x, cu_seqlens, out, **launch.kwargs())
+            _segment_reduce_kernel[(segments,)](x, cu_seqlens, out, OP=op, **launch.kwargs())
     return out

@@ -111,7 +111,7 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
         (0, "interpreter"): Launch({"BLOCK_N": 128}),
     },
     # Sequences of a few hundred to some thousand tokens, one program each.
-    "segment_mean": {
+    "segment_reduce": {
         (0, "any"): Launch({"BLOCK_N": 1024}),
         (0, "interpreter"): Launch({"BLOCK_N": 32}),
     },

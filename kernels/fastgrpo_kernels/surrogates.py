@@ -1,17 +1,14 @@
-"""Policy-gradient surrogates and KL estimators: one entry per variant, value and derivative.
+"""Policy-gradient surrogates: one entry per variant, value, derivative and formula.
 
-Each variant is written once. `fn` runs inside the Triton kernel and, through `torch_twin`, on torch
-tensors: its only global is `tl`, and it uses names that Triton and torch share. `formula` is the
-same loss as its paper writes it, for autograd: the oracle of the hand-written derivative.
+Each is written once. `fn` runs inside the Triton kernel and, through `torch_twin`, on torch
+tensors. `formula` is the same loss as its paper writes it, for autograd: the oracle of the
+hand-written derivative.
 
-Exponents stop at 80 (`exp(80)` is 5e34), so that a ratio never becomes inf and `0 * inf` never
-arises; beyond that point value and derivative both stay where they were.
+    r = exp(log_ratio), of a token or of its sequence        A = advantage        sg = stop-gradient
 """
 
 from __future__ import annotations
 
-import builtins
-import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,37 +16,26 @@ import torch
 from torch import Tensor
 
 from .runtime import jit, tl
+from .twins import bounded_exp, choose, clip, outside
 
 
 class Surrogate(NamedTuple):
-    """A per-token policy loss L.
+    """A policy loss L of one token.
 
-    fn(logp, log_ratio, advantage, epsilon_low, epsilon_high, delta) -> (L, dL/dlogp), where
-    dlog_ratio/dlogp is 1; formula(same arguments) -> L, differentiable.
+    fn(logp, log_ratio, advantage, context, *parameters) -> (L, slope, clipped): the slope is
+    dL/dlog_ratio, or dL/dlogp where the importance weight is a constant (`slope`); clipped is -1
+    where a lower bound took effect, 1 where an upper one did, else 0.
+    formula(same arguments) -> L, differentiable.
     """
 
     fn: Callable
     formula: Callable[..., Tensor]
-    ratio_levels: tuple[str, ...]  # values of `ratio_level` that the variant is defined for
-    uses: tuple[str, ...]  # the bounds it reads; any other one set by the user is an error
-
-
-class KLEstimator(NamedTuple):
-    """A per-token estimate of KL(policy || reference) from x = ref_logp - logp.
-
-    fn(x) -> (value, dvalue/dlogp); formula(x) -> value, differentiable.
-    """
-
-    fn: Callable
-    formula: Callable[[Tensor], Tensor]
-
-
-def torch_twin(fn: Callable) -> Callable:
-    """The same source as `fn`, computing on torch tensors (any floating dtype)."""
-    source = getattr(fn, "fn", fn)
-    return types.FunctionType(
-        source.__code__, {"tl": torch, "__builtins__": builtins}, source.__name__
-    )
+    parameters: tuple[str, ...]  # the fields of `LossConfig` that fn takes, in its order
+    ratio_levels: tuple[str, ...] = ("token", "sequence", "sequence_sum")
+    slope: str = "ratio"  # or "logp"
+    context: str | None = None  # a rule of `fastgrpo.contexts` that gives each token a constant
+    options: tuple[str, ...] = ()  # the fields that the rule, or the log-ratio's bounds, read
+    inert: bool = True  # whether advantage 0 means no gradient
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -58,88 +44,339 @@ def _exp(x: Tensor) -> Tensor:
 
 
 @jit
-def ppo_clip(logp, log_ratio, advantage, epsilon_low, epsilon_high, delta):
-    """-min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), r = exp(log_ratio).
+def reinforce(logp, log_ratio, advantage, context):
+    """-A logp (Williams 1992). With weights for advantages: the weighted negative log-likelihood.
 
-    Schulman et al. 2017 (arXiv 1707.06347); delta, 0 for none, bounds r where A < 0 as well
-    (INTELLECT-2, arXiv 2505.07291). The gradient is kept where the value chosen equals r.
+    There is no ratio in it.
     """
-    ratio = tl.exp(tl.where(log_ratio > 80.0, 80.0, log_ratio))
-    bounded = tl.where((delta > 0.0) & (ratio > delta), delta, ratio)
-    clipped = tl.where(ratio < 1.0 - epsilon_low, 1.0 - epsilon_low, ratio)
-    clipped = tl.where(ratio > 1.0 + epsilon_high, 1.0 + epsilon_high, clipped)
-    chosen = tl.where(bounded * advantage <= clipped * advantage, bounded, clipped)
-    return -chosen * advantage, tl.where(chosen == ratio, -ratio * advantage, 0.0)
+    return -advantage * logp, -advantage, advantage * 0.0
 
 
-def ppo_clip_formula(logp, log_ratio, advantage, epsilon_low, epsilon_high, delta) -> Tensor:
-    """The clipped objective with its second bound, as printed."""
-    ratio = _exp(log_ratio)
-    bounded = ratio.clamp(max=delta) if delta > 0 else ratio
-    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    return -torch.minimum(bounded * advantage, clipped * advantage)
+def reinforce_formula(logp, log_ratio, advantage, context) -> Tensor:
+    return -advantage * logp
 
 
 @jit
-def cispo(logp, log_ratio, advantage, epsilon_low, epsilon_high, delta):
+def importance_sampling(logp, log_ratio, advantage, context):
+    """-r A: the importance-sampled policy gradient, unclipped. -A where r is 1."""
+    loss = -bounded_exp(log_ratio) * advantage
+    return loss, loss, loss * 0.0
+
+
+def importance_sampling_formula(logp, log_ratio, advantage, context) -> Tensor:
+    return -_exp(log_ratio) * advantage
+
+
+@jit
+def ppo_clip(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
+    """-min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A).
+
+    Schulman et al. 2017 (arXiv 1707.06347); delta, inf for none, bounds r where A < 0 as well (dual
+    clip: Ye et al. 2020, arXiv 1912.09729; INTELLECT-2, arXiv 2505.07291). The gradient is kept
+    where the value chosen equals r.
+    """
+    ratio = bounded_exp(log_ratio)
+    bounded = tl.where(ratio > delta, delta, ratio)
+    clipped = clip(ratio, 1.0 - epsilon_low, 1.0 + epsilon_high)
+    chosen = tl.where(bounded * advantage <= clipped * advantage, bounded, clipped)
+    side = tl.where(advantage == 0.0, 0.0, outside(ratio, chosen, chosen))
+    return -chosen * advantage, tl.where(chosen == ratio, -ratio * advantage, 0.0), side
+
+
+def ppo_clip_formula(
+    logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta
+) -> Tensor:
+    ratio = _exp(log_ratio)
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    return -torch.minimum(ratio.clamp(max=delta) * advantage, clipped * advantage)
+
+
+@jit
+def cispo(logp, log_ratio, advantage, context, epsilon_low, epsilon_high):
     """-sg(clip(r, 1 - epsilon_low, 1 + epsilon_high)) A logp: every token keeps its gradient.
 
-    MiniMax-M1 (arXiv 2506.13585). Bounds are offsets from 1; TRL's `epsilon_high` is 1 + ours.
+    MiniMax-M1 (arXiv 2506.13585), with bounds that are offsets from 1, as verl and NeMo-RL have
+    them. epsilon_low = 1 and epsilon_high = 0 bound the weight to [0, 1] (ROLL's TIS).
     """
-    ratio = tl.exp(tl.where(log_ratio > 80.0, 80.0, log_ratio))
-    weight = tl.where(ratio < 1.0 - epsilon_low, 1.0 - epsilon_low, ratio)
-    weight = tl.where(ratio > 1.0 + epsilon_high, 1.0 + epsilon_high, weight)
-    return -weight * advantage * logp, -weight * advantage
+    ratio = bounded_exp(log_ratio)
+    weight = clip(ratio, 1.0 - epsilon_low, 1.0 + epsilon_high)
+    side = outside(ratio, 1.0 - epsilon_low, 1.0 + epsilon_high)
+    return -weight * advantage * logp, -weight * advantage, side
 
 
-def cispo_formula(logp, log_ratio, advantage, epsilon_low, epsilon_high, delta) -> Tensor:
-    """The truncated importance weight is a constant of the gradient."""
+def cispo_formula(logp, log_ratio, advantage, context, epsilon_low, epsilon_high) -> Tensor:
     weight = _exp(log_ratio).clamp(1 - epsilon_low, 1 + epsilon_high)
     return -weight.detach() * advantage * logp
 
 
 @jit
-def reinforce(logp, log_ratio, advantage, epsilon_low, epsilon_high, delta):
-    """-A logp (Williams 1992). The ratio is not used."""
-    return -advantage * logp, -advantage
+def cispo_raw(logp, log_ratio, advantage, context, epsilon_high):
+    """-sg(min(r, epsilon_high)) A logp: CISPO as TRL and Liger bound it, above only, not from 1."""
+    ratio = bounded_exp(log_ratio)
+    weight = tl.where(ratio > epsilon_high, epsilon_high, ratio)
+    return -weight * advantage * logp, -weight * advantage, outside(ratio, 0.0, epsilon_high)
 
 
-def reinforce_formula(logp, log_ratio, advantage, epsilon_low, epsilon_high, delta) -> Tensor:
-    """The score-function estimator."""
-    return -advantage * logp
+def cispo_raw_formula(logp, log_ratio, advantage, context, epsilon_high) -> Tensor:
+    return -_exp(log_ratio).clamp(max=epsilon_high).detach() * advantage * logp
 
 
 @jit
-def k3(x):
-    """exp(x) - x - 1, x = ref_logp - logp: unbiased, never negative (Schulman 2020, "k3").
+def sapo(logp, log_ratio, advantage, context, temperature_pos, temperature_neg):
+    """-(4 / t) sigmoid(t (r - 1)) A: a soft gate, t by the sign of A (A = 0: temperature_neg).
 
-    Its derivative in logp is 1 - exp(x). Both lose every digit to cancellation near x = 0, where
-    policies are: there, the first terms of the series.
+    Gao et al. 2025 (arXiv 2511.20347).
     """
-    x = tl.where(x > 80.0, 80.0, x)
-    series = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320))))
-    small = x * x * (0.5 + x * (1 / 6 + x * series))
-    value = tl.where(tl.abs(x) < 0.25, small, tl.exp(x) - x - 1.0)
-    return value, -(x + value)
+    ratio = bounded_exp(log_ratio)
+    t = choose(advantage > 0.0, temperature_pos, temperature_neg, advantage)
+    gate = tl.sigmoid(t * (ratio - 1.0))
+    # sigmoid(-x) is 1 - sigmoid(x) without its cancellation.
+    slope = 4.0 * gate * tl.sigmoid(t * (1.0 - ratio)) * ratio
+    return -4.0 * gate / t * advantage, -slope * advantage, advantage * 0.0
 
 
-def k3_formula(x: Tensor) -> Tensor:
-    """Schulman's low-variance estimator."""
-    return _exp(x) - x - 1
+def sapo_formula(logp, log_ratio, advantage, context, temperature_pos, temperature_neg) -> Tensor:
+    def gate(t: float) -> Tensor:
+        return 4 / t * torch.sigmoid(t * (_exp(log_ratio) - 1))
 
+    return -torch.where(advantage > 0, gate(temperature_pos), gate(temperature_neg)) * advantage
+
+
+@jit
+def vespo(logp, log_ratio, advantage, context, k_pos, lambda_pos, k_neg, lambda_neg):
+    """-sg(w^k exp(lambda (1 - w))) A logp, w the ratio of the whole sequence (VESPO).
+
+    `context` is the sequence's log-weight between sampler and trainer. w is bounded to [1e-8, e^20]
+    and (k, lambda) go by the sign of A, as in TRL.
+    """
+    k = choose(advantage >= 0.0, k_pos, k_neg, advantage)
+    rate = choose(advantage >= 0.0, lambda_pos, lambda_neg, advantage)
+    total = log_ratio + context
+    log_w = clip(total, -18.420680743952367, 20.0)
+    weight = tl.exp(rate + k * log_w - rate * tl.exp(log_w))
+    side = outside(total, -18.420680743952367, 20.0)
+    return -weight * advantage * logp, -weight * advantage, side
+
+
+def vespo_formula(
+    logp, log_ratio, advantage, context, k_pos, lambda_pos, k_neg, lambda_neg
+) -> Tensor:
+    w = (log_ratio + context).detach().exp().clamp(1e-8, torch.tensor(20.0).double().exp().item())
+    pos = w**k_pos * torch.exp(lambda_pos * (1 - w))
+    neg = w**k_neg * torch.exp(lambda_neg * (1 - w))
+    return -torch.where(advantage >= 0, pos, neg) * advantage * logp
+
+
+@jit
+def dppo_tv(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
+    """-sg(min(r, delta)) A logp while pi - pi_old stays within [-epsilon_low, epsilon_high].
+
+    DPPO with the binary total variation (arXiv 2602.04879). The upper bound binds where A > 0, the
+    lower one elsewhere; delta, inf for none, truncates the weight.
+    """
+    ratio = bounded_exp(log_ratio)
+    moved = tl.exp(logp) - tl.exp(logp - log_ratio)
+    side = outside(moved, -epsilon_low, epsilon_high)
+    side = tl.where(side == tl.where(advantage > 0.0, 1.0, -1.0), side, 0.0)
+    weight = tl.where(side == 0.0, tl.where(ratio > delta, delta, ratio), 0.0)
+    return -weight * advantage * logp, -weight * advantage, side
+
+
+def dppo_tv_formula(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
+    moved = (logp.exp() - (logp - log_ratio).exp()).detach()
+    valid = torch.where(advantage > 0, moved <= epsilon_high, moved >= -epsilon_low)
+    return -advantage * _exp(log_ratio).clamp(max=delta).detach() * logp * valid
+
+
+@jit
+def dppo_kl(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
+    """-sg(min(r, delta)) A logp while the binary KL from pi_old stays within its bound.
+
+    DPPO with D = KL(Bernoulli(pi_old) || Bernoulli(pi)) (arXiv 2602.04879; 1e-8 as in verl). A
+    token is dropped where D is too large and pi has moved the way that A pushes it.
+    """
+    ratio = bounded_exp(log_ratio)
+    # Rounding, a sampler's or ours, must not make a probability exceed 1.
+    p = clip(tl.exp(logp), 0.0, 1.0)
+    old = clip(tl.exp(logp - log_ratio), 0.0, 1.0)
+    divergence = -old * log_ratio + (1.0 - old) * tl.log((1.0 - old + 1e-8) / (1.0 - p + 1e-8))
+    up = (divergence > epsilon_high) & (p > old) & (advantage > 0.0)
+    down = (divergence > epsilon_low) & (p < old) & (advantage <= 0.0)
+    side = tl.where(up, 1.0, tl.where(down, -1.0, 0.0))
+    weight = tl.where(side == 0.0, tl.where(ratio > delta, delta, ratio), 0.0)
+    return -weight * advantage * logp, -weight * advantage, side
+
+
+def dppo_kl_formula(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
+    p, old = logp.detach().exp(), (logp - log_ratio).detach().exp().clamp(max=1)
+    d = -old * log_ratio.detach() + (1 - old) * torch.log((1 - old + 1e-8) / (1 - p + 1e-8))
+    valid = torch.where(
+        advantage > 0, (d <= epsilon_high) | (p <= old), (d <= epsilon_low) | (p >= old)
+    )
+    return -advantage * _exp(log_ratio).clamp(max=delta).detach() * logp * valid
+
+
+@jit
+def prime_dppo(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, proximal_coef):
+    """-keep r A + proximal_coef / 2 log_ratio^2, keep as in `dppo_tv`.
+
+    prime-rl's default: DPPO's mask and Kimi-K2.5's quadratic (arXiv 2602.02276), which acts on
+    dropped tokens too.
+    """
+    ratio = bounded_exp(log_ratio)
+    moved = tl.exp(logp) - tl.exp(logp - log_ratio)
+    side = outside(moved, -epsilon_low, epsilon_high)
+    side = tl.where(side == tl.where(advantage > 0.0, 1.0, -1.0), side, 0.0)
+    policy = tl.where(side == 0.0, -ratio * advantage, 0.0)
+    pull = proximal_coef * log_ratio
+    return policy + 0.5 * pull * log_ratio, policy + pull, side
+
+
+def prime_dppo_formula(
+    logp, log_ratio, advantage, context, epsilon_low, epsilon_high, proximal_coef
+) -> Tensor:
+    moved = (logp.exp() - (logp - log_ratio).exp()).detach()
+    keep = torch.where(advantage > 0, moved <= epsilon_high, moved >= -epsilon_low)
+    return keep * -_exp(log_ratio) * advantage + proximal_coef / 2 * log_ratio**2
+
+
+@jit
+def ipo(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, proximal_coef):
+    """As `prime_dppo`, but both bounds hold whatever the sign of A (prime-rl's "ipo")."""
+    ratio = bounded_exp(log_ratio)
+    moved = tl.exp(logp) - tl.exp(logp - log_ratio)
+    side = outside(moved, -epsilon_low, epsilon_high)
+    policy = tl.where(side == 0.0, -ratio * advantage, 0.0)
+    pull = proximal_coef * log_ratio
+    return policy + 0.5 * pull * log_ratio, policy + pull, side
+
+
+def ipo_formula(
+    logp, log_ratio, advantage, context, epsilon_low, epsilon_high, proximal_coef
+) -> Tensor:
+    moved = (logp.exp() - (logp - log_ratio).exp()).detach()
+    keep = (moved <= epsilon_high) & (moved >= -epsilon_low)
+    return keep * -_exp(log_ratio) * advantage + proximal_coef / 2 * log_ratio**2
+
+
+@jit
+def dro(logp, log_ratio, advantage, context, proximal_coef):
+    """-A logp + proximal_coef / 2 log_ratio^2.
+
+    Direct reward optimisation (arXiv 2405.19107) per token, as verl has it; ROLL's Kimi-K1.5 loss.
+    """
+    pull = proximal_coef * log_ratio
+    return -advantage * logp + 0.5 * pull * log_ratio, pull - advantage, advantage * 0.0
+
+
+def dro_formula(logp, log_ratio, advantage, context, proximal_coef) -> Tensor:
+    return -(advantage * logp - proximal_coef / 2 * log_ratio**2)
+
+
+@jit
+def topr(logp, log_ratio, advantage, context):
+    """-A logp where A > 0, -sg(min(r, 1)) A logp elsewhere.
+
+    Tapered off-policy REINFORCE (arXiv 2503.14286).
+    """
+    ratio = bounded_exp(log_ratio)
+    tapered = (advantage <= 0.0) & (ratio > 1.0)
+    weight = tl.where((advantage > 0.0) | tapered, 1.0, ratio)
+    return -weight * advantage * logp, -weight * advantage, tl.where(tapered, 1.0, 0.0)
+
+
+def topr_formula(logp, log_ratio, advantage, context) -> Tensor:
+    tapered = -_exp(log_ratio).clamp(0, 1).detach() * advantage * logp
+    return torch.where(advantage > 0, -advantage * logp, tapered)
+
+
+@jit
+def clip_cov(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
+    """`ppo_clip` times context, which is 0 on tokens drawn among those of high covariance, else 1.
+
+    Cui et al. 2025 (arXiv 2505.22617).
+    """
+    loss, slope, side = ppo_clip(
+        logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta
+    )
+    return loss * context, slope * context, side
+
+
+def clip_cov_formula(logp, log_ratio, advantage, context, *bounds) -> Tensor:
+    return context * ppo_clip_formula(logp, log_ratio, advantage, context, *bounds)
+
+
+@jit
+def kl_cov(logp, log_ratio, advantage, context, kl_cov_coef):
+    """-r A, and + kl_cov_coef |log_ratio| where context is 1: on the tokens of highest covariance.
+
+    Cui et al. 2025 (arXiv 2505.22617).
+    """
+    policy = -bounded_exp(log_ratio) * advantage
+    pull = kl_cov_coef * context * outside(log_ratio, 0.0, 0.0)
+    return policy + pull * log_ratio, policy + pull, advantage * 0.0
+
+
+def kl_cov_formula(logp, log_ratio, advantage, context, kl_cov_coef) -> Tensor:
+    return -_exp(log_ratio) * advantage + kl_cov_coef * context * log_ratio.abs()
+
+
+BOUNDS = ("epsilon_low", "epsilon_high", "delta")
+COVARIANCE = ("cov_ratio", "cov_low", "cov_high")
+FUTURE = ("fipo_half_life", "fipo_low", "fipo_high", "fipo_safety_ratio")
+VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+TRUST_REGION = ("epsilon_low", "epsilon_high", "proximal_coef")
+RATIO_LEVELS = ("none", "token", "sequence", "sequence_token", "sequence_sum")
+WITH_GRADIENT = RATIO_LEVELS[1:]
 
 SURROGATES: dict[str, Surrogate] = {
-    "ppo_clip": Surrogate(
-        ppo_clip,
-        ppo_clip_formula,
-        ratio_levels=("token", "sequence"),
-        uses=("epsilon_low", "epsilon_high", "delta"),
+    "reinforce": Surrogate(reinforce, reinforce_formula, (), ("none",), "logp"),
+    "importance_sampling": Surrogate(
+        importance_sampling, importance_sampling_formula, (), WITH_GRADIENT
     ),
-    # The weighted logp is a token's own: there is no sequence form.
-    "cispo": Surrogate(
-        cispo, cispo_formula, ratio_levels=("token",), uses=("epsilon_low", "epsilon_high")
+    "ppo_clip": Surrogate(ppo_clip, ppo_clip_formula, BOUNDS, WITH_GRADIENT),
+    # A constant weight has no gradient to spread: "sequence_token" would be "sequence".
+    "cispo": Surrogate(cispo, cispo_formula, BOUNDS[:2], slope="logp"),
+    "cispo_raw": Surrogate(cispo_raw, cispo_raw_formula, BOUNDS[1:2], slope="logp"),
+    "sapo": Surrogate(
+        sapo, sapo_formula, ("sapo_temperature_pos", "sapo_temperature_neg"), WITH_GRADIENT
     ),
-    "reinforce": Surrogate(reinforce, reinforce_formula, ratio_levels=("none",), uses=()),
+    # The geometric mean of ratios that are bounded token by token, in log space.
+    "gmpo": Surrogate(
+        importance_sampling,
+        importance_sampling_formula,
+        (),
+        ("sequence",),
+        options=("epsilon_low", "epsilon_high"),
+    ),
+    "vespo": Surrogate(
+        vespo, vespo_formula, VESPO, ("sequence_sum",), "logp", context="log_correction"
+    ),
+    "dppo_tv": Surrogate(dppo_tv, dppo_tv_formula, BOUNDS, ("token",), "logp"),
+    "dppo_kl": Surrogate(dppo_kl, dppo_kl_formula, BOUNDS, ("token",), "logp"),
+    "prime_dppo": Surrogate(prime_dppo, prime_dppo_formula, TRUST_REGION, ("token",), inert=False),
+    "ipo": Surrogate(ipo, ipo_formula, TRUST_REGION, ("token",), inert=False),
+    "dro": Surrogate(dro, dro_formula, ("proximal_coef",), ("token",), "logp", inert=False),
+    "topr": Surrogate(topr, topr_formula, (), slope="logp"),
+    "clip_cov": Surrogate(
+        clip_cov,
+        clip_cov_formula,
+        BOUNDS,
+        ("token",),
+        context="drawn_covariance",
+        options=COVARIANCE,
+    ),
+    "kl_cov": Surrogate(
+        kl_cov,
+        kl_cov_formula,
+        ("kl_cov_coef",),
+        ("token",),
+        context="top_covariance",
+        options=COVARIANCE[:1],
+        inert=False,
+    ),
+    # `ppo_clip` times the influence of a token on what follows it.
+    "fipo": Surrogate(
+        clip_cov, clip_cov_formula, BOUNDS, ("token",), context="future_ratio", options=FUTURE
+    ),
 }
-
-KL_ESTIMATORS: dict[str, KLEstimator] = {"k3": KLEstimator(k3, k3_formula)}

@@ -2,108 +2,162 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from fastgrpo_kernels.surrogates import KL_ESTIMATORS, SURROGATES, torch_twin
+from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
+from fastgrpo_kernels.surrogates import SURROGATES
+from fastgrpo_kernels.twins import torch_twin
 
-EPSILON_LOW, EPSILON_HIGH = 0.2, 0.28
+LOW, HIGH = 0.2, 0.28
+PARAMETERS = {
+    "epsilon_low": LOW, "epsilon_high": HIGH, "delta": 3.0, "proximal_coef": 0.3,
+    "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05, "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0, "kl_cov_coef": 0.1,
+}  # fmt: skip
 # Around both clip edges, around each delta, at ratio 1, and far away on both sides.
-EDGES = torch.tensor([1 - EPSILON_LOW, 1 + EPSILON_HIGH, 1.1, 1.28, 3.0, 1.0], dtype=torch.float64)
-RATIOS = torch.cat(
-    [EDGES * (1 + s) for s in (-1e-9, 1e-9, -0.05, 0.05)] + [torch.logspace(-6, 6, 25)]
-)
+EDGES = torch.tensor([1 - LOW, 1 + HIGH, 1.1, 1.28, 3.0, 1.0], dtype=torch.float64)
+NEAR = [EDGES * (1 + s) for s in (-1e-9, 1e-9, -0.05, 0.05)]
+RATIOS = torch.cat([*NEAR, torch.logspace(-6, 1, 25, dtype=torch.float64)])
+# None; equal to the upper clip edge; below it (TRL permits it); above it, as in the paper.
+DELTAS = (math.inf, 1 + HIGH, 1.1, 3.0)
+CASES = [
+    (name, delta)
+    for name, surrogate in SURROGATES.items()
+    for delta in (DELTAS if "delta" in surrogate.parameters else (None,))
+]
 
 
-def _arguments(advantage):
-    """Log-probs with gradient, old log-probs and advantages; every ratio of RATIOS."""
-    logp = -torch.rand(RATIOS.numel(), dtype=torch.float64, generator=_generator()) - 0.1
-    return logp.requires_grad_(), logp.detach() - RATIOS.log(), torch.full_like(logp, advantage)
+def parameters(name, **changed):
+    return [{**PARAMETERS, **changed}[key] for key in SURROGATES[name].parameters]
 
 
-def _generator():
-    return torch.Generator().manual_seed(0)
+def evaluate(name, logp, log_ratio, advantage, *, context=None, **changed):
+    """What the source computes on tensors."""
+    context = torch.zeros_like(logp) if context is None else context
+    fn = torch_twin(SURROGATES[name].fn)
+    return fn(logp, log_ratio, advantage, context, *parameters(name, **changed))
 
 
 @pytest.mark.parametrize("advantage", [1.7, -0.6, 0.0])
-# None; equal to the upper clip edge; below it (TRL permits it); above it, as in the paper.
-@pytest.mark.parametrize("delta", [0.0, 1 + EPSILON_HIGH, 1.1, 3.0])
-@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("name, delta", CASES)
 def test_surrogate_is_its_formula_and_derivative(name, delta, advantage):
-    logp, old_logp, advantages = _arguments(advantage)
-    bounds = (EPSILON_LOW, EPSILON_HIGH, delta)
-    loss = SURROGATES[name].formula(logp, logp - old_logp, advantages, *bounds)
-    (gradient,) = torch.autograd.grad(loss.sum(), logp)
-    value, derivative = torch_twin(SURROGATES[name].fn)(
-        logp.detach(), logp.detach() - old_logp, advantages, *bounds
+    generator = torch.Generator().manual_seed(0)
+    # Probabilities below 1 on both sides of the ratio.
+    logp = -torch.rand(RATIOS.numel(), dtype=torch.float64, generator=generator) - 0.1
+    logp = torch.minimum(logp, RATIOS.log() - 0.01)
+    context = torch.rand(logp.shape, dtype=torch.float64, generator=generator).round()
+    log_ratio, moving = RATIOS.log().requires_grad_(), logp.clone().requires_grad_()
+    advantages = torch.full_like(logp, advantage)
+    loss = SURROGATES[name].formula(
+        moving, log_ratio, advantages, context, *parameters(name, delta=delta)
+    )
+    by_logp, by_ratio = torch.autograd.grad(
+        loss.sum(), (moving, log_ratio), allow_unused=True, materialize_grads=True
+    )
+    value, slope, _ = evaluate(
+        name, logp, log_ratio.detach(), advantages, context=context, delta=delta
     )
     torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(derivative, gradient, rtol=1e-12, atol=1e-12)
+    # At a token the log-ratio moves with logp; where the slope is of the ratio, logp adds nothing.
+    if SURROGATES[name].slope == "ratio":
+        assert by_logp.eq(0).all()
+    torch.testing.assert_close(slope, by_logp + by_ratio, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("advantage, edge", [(1.0, 1 + EPSILON_HIGH), (-1.0, 1 - EPSILON_LOW)])
+@pytest.mark.parametrize("advantage, edge", [(1.0, 1 + HIGH), (-1.0, 1 - LOW)])
 def test_ppo_clip_keeps_the_gradient_on_the_edge_itself(advantage, edge):
     """Kept where the clipped value equals the ratio, lost one step outside."""
     step = 1e-6 if advantage > 0 else -1e-6
     # The bounds are those of the ratio that exp(log(edge)) gives, so that they are equal in bits.
     log_ratio = torch.tensor(edge, dtype=torch.float64).log()
     ratio = log_ratio.exp().item()
-    bounds = (1 - ratio, ratio - 1, 0.0)
-    twin = torch_twin(SURROGATES["ppo_clip"].fn)
+    bounds = {"epsilon_low": 1 - ratio, "epsilon_high": ratio - 1, "delta": math.inf}
     logp, advantages = torch.zeros((), dtype=torch.float64), torch.tensor(advantage).double()
-    _, on_edge = twin(logp, log_ratio, advantages, *bounds)
-    _, outside = twin(logp, log_ratio + step, advantages, *bounds)
+    _, on_edge, _ = evaluate("ppo_clip", logp, log_ratio, advantages, **bounds)
+    _, outside, side = evaluate("ppo_clip", logp, log_ratio + step, advantages, **bounds)
     assert on_edge == -ratio * advantage
-    assert outside == 0
+    assert outside == 0 and side == advantage
 
 
-@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("name", [n for n, s in SURROGATES.items() if s.inert])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_surrogate_overflow(name, dtype):
     """A ratio that overflows stays finite, and costs nothing where the advantage is 0."""
-    log_ratio = torch.tensor([100.0, 100.0, 100.0, -200.0, 1e30, float("inf")], dtype=dtype)
+    log_ratio = torch.tensor([100.0, 100.0, 100.0, -200.0, 1e30, math.inf], dtype=dtype)
     advantage = torch.tensor([1.0, -1.0, 0.0, -1.0, 0.0, 0.0], dtype=dtype)
-    value, derivative = torch_twin(SURROGATES[name].fn)(
-        torch.full_like(log_ratio, -1.0), log_ratio, advantage, EPSILON_LOW, EPSILON_HIGH, 0.0
-    )
-    assert value.isfinite().all() and derivative.isfinite().all()
-    assert (value[advantage == 0] == 0).all() and (derivative[advantage == 0] == 0).all()
+    logp = torch.full_like(log_ratio, -1.0)
+    value, slope, _ = evaluate(name, logp, log_ratio, advantage, delta=math.inf)
+    assert value.isfinite().all() and slope.isfinite().all()
+    assert (value[advantage == 0] == 0).all() and (slope[advantage == 0] == 0).all()
     if name == "ppo_clip":
-        assert derivative[0] == 0  # clipped above
-        assert derivative[1] > 1e34  # not clipped above: saturates at exp(80)
+        assert slope[0] == 0  # clipped above
+        assert slope[1] > 1e34  # not clipped above: saturates at exp(80)
 
 
 def test_cispo_bounds_are_offsets_from_one_and_every_token_keeps_its_gradient():
     log_ratio = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64).log()
-    _, derivative = torch_twin(SURROGATES["cispo"].fn)(
-        torch.full_like(log_ratio, -1.0), log_ratio, torch.ones_like(log_ratio), 0.2, 0.28, 0.0
-    )
+    logp, advantage = torch.full_like(log_ratio, -1.0), torch.ones_like(log_ratio)
+    _, slope, side = evaluate("cispo", logp, log_ratio, advantage)
     expected = torch.tensor([-0.8, -1.0, -1.28], dtype=torch.float64)
-    torch.testing.assert_close(derivative, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(slope, expected, rtol=1e-12, atol=0)
+    assert side.tolist() == [-1, 0, 1]
+    # The raw convention bounds the ratio itself, above only.
+    _, slope, side = evaluate("cispo_raw", logp, log_ratio, advantage, epsilon_high=2.0)
+    torch.testing.assert_close(slope, -torch.tensor([0.1, 1.0, 2.0]).double())
+    assert side.tolist() == [0, 0, 1]
 
 
+def test_zero_advantages_take_the_branch_of_their_source():
+    """The sign test is A > 0 in SAPO, DPPO, TOPR, A >= 0 in VESPO."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    # Only a token's mask shows it: its weight times 0 is 0. Both bounds of DPPO are exceeded.
+    _, _, up = evaluate("dppo_tv", zero - 1, zero + 0.9, zero)
+    _, _, down = evaluate("dppo_tv", zero - 1, zero - 0.9, zero)
+    assert (up, down) == (0, -1)
+    _, _, tapered = evaluate("topr", zero - 1, zero + 0.9, zero)
+    assert tapered == 1
+
+
+@pytest.mark.parametrize("gradient", KL_GRADIENTS)
 @pytest.mark.parametrize("name", KL_ESTIMATORS)
-def test_kl_is_its_formula_and_derivative(name):
-    x = torch.linspace(-12, 12, 2001, dtype=torch.float64)
+def test_kl_is_its_formula_and_derivative(name, gradient):
+    x = torch.linspace(-12, 12, 2000, dtype=torch.float64)
     x = torch.cat([x, torch.tensor([-0.25, 0.25, 1e-3, -1e-3, 0.0])])
-    logp = torch.zeros_like(x, requires_grad=True)
-    expected = KL_ESTIMATORS[name].formula(x - logp)
-    (gradient,) = torch.autograd.grad(expected.sum(), logp)
-    value, derivative = torch_twin(KL_ESTIMATORS[name].fn)(x)
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(derivative, gradient, rtol=1e-10, atol=1e-11)
+    logp, log_ratio = torch.zeros_like(x).requires_grad_(), (x / 24).clone().requires_grad_()
+    value, slope = torch_twin(KL_ESTIMATORS[name].fn)(x)
+    estimate = KL_ESTIMATORS[name].formula(x - logp)
+    expected = KL_GRADIENTS[gradient].formula(x - logp, logp, estimate, log_ratio.exp())
+    by_logp, by_ratio = torch.autograd.grad(
+        expected.sum(), (logp, log_ratio), allow_unused=True, materialize_grads=True
+    )
+    actual = torch_twin(KL_GRADIENTS[gradient].fn)(x, value, slope, log_ratio.detach().exp())
+    for mine, wanted in zip(actual, (expected.detach(), by_logp, by_ratio), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-11)
+
+
+def test_unbiased_gradients_are_that_of_k2_on_policy():
+    """The score-corrected k3 and the importance-weighted one at ratio 1: logp - ref_logp."""
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    value, slope = torch_twin(KL_ESTIMATORS["k3"].fn)(x)
+    for gradient in ("score_function", "importance", "straight_through"):
+        fn = torch_twin(KL_GRADIENTS[gradient].fn)
+        _, by_logp, by_ratio = fn(x, value, slope, torch.ones_like(x))
+        torch.testing.assert_close(by_logp + by_ratio, -x)
 
 
 def test_k3_keeps_its_digits_near_zero():
     """In fp32 exp(x) - x - 1 would have none left at x = 1e-4."""
     x = torch.tensor([1e-4, -1e-4, 3e-3, -0.02, 0.2])
     exact = x.double()
-    value, derivative = torch_twin(KL_ESTIMATORS["k3"].fn)(x)
+    value, slope = torch_twin(KL_ESTIMATORS["k3"].fn)(x)
     expected = exact**2 * (1 / 2 + exact / 6 + exact**2 / 24 + exact**3 / 120 + exact**4 / 720)
     torch.testing.assert_close(value.double(), expected, rtol=3e-6, atol=0)
-    torch.testing.assert_close(derivative.double(), -torch.expm1(exact), rtol=3e-7, atol=0)
+    torch.testing.assert_close(slope.double(), -torch.expm1(exact), rtol=3e-7, atol=0)
 
 
 def test_k3_overflow_is_finite_and_points_to_the_reference():
-    value, derivative = torch_twin(KL_ESTIMATORS["k3"].fn)(torch.tensor([100.0, float("inf")]))
-    assert value.isfinite().all() and (derivative < -1e34).all() and derivative.isfinite().all()
+    value, slope = torch_twin(KL_ESTIMATORS["k3"].fn)(torch.tensor([100.0, math.inf]))
+    assert value.isfinite().all() and (slope < -1e34).all() and slope.isfinite().all()

@@ -22,12 +22,13 @@ def test_surrogates_and_launchers_without_triton():
         """
         import torch, fastgrpo_kernels
         from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
-        from fastgrpo_kernels.surrogates import SURROGATES, torch_twin
+        from fastgrpo_kernels.surrogates import SURROGATES
+        from fastgrpo_kernels.twins import torch_twin
         assert not HAS_TRITON and not INTERPRETED
         one = torch.ones(1)
-        print(torch_twin(SURROGATES["reinforce"].fn)(-one, 0 * one, 3 * one, 0.2, 0.2, 0.0))
+        print(torch_twin(SURROGATES["reinforce"].fn)(-one, 0 * one, 3 * one, 0 * one)[:2])
         try:
-            fastgrpo_kernels.segment_mean(one, torch.tensor([0, 1]))
+            fastgrpo_kernels.segment_reduce(one, torch.tensor([0, 1]), "sum")
         except RuntimeError as error:
             print(error)
         """

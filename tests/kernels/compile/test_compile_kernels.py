@@ -16,16 +16,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastgrpo_kernels.group_advantages import _group_advantages_kernel
+from fastgrpo_kernels.group_advantages import _group_stats_kernel
+from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.linear_logps import _linear_logps_kernel, _merge_splits_kernel
 from fastgrpo_kernels.logits_tile import (
     _scatter_rows_kernel,
     _tile_grad_kernel,
     _tile_stats_kernel,
 )
-from fastgrpo_kernels.policy_loss import _segment_mean_kernel, _token_loss_kernel
+from fastgrpo_kernels.policy_loss import _segment_reduce_kernel, _token_loss_kernel
 from fastgrpo_kernels.runtime import LAUNCHES, Launch, launch_for
-from fastgrpo_kernels.surrogates import KL_ESTIMATORS, SURROGATES
+from fastgrpo_kernels.surrogates import SURROGATES
 
 
 class Part(NamedTuple):
@@ -72,12 +73,21 @@ def _linear(
     )
 
 
-def _token_loss(surrogate, kl):
+def _token_loss(surrogate, kl="k3", gradient="value", separate=False):
+    """With every optional tensor, the longest form."""
+    rule = SURROGATES[surrogate]
     return Case(
         _token_loss_kernel,
         "token_loss",
         0,
-        [*["*fp32/16"] * 9, "i32", *["fp32"] * 4, SURROGATES[surrogate].fn, KL_ESTIMATORS[kl].fn],
+        [
+            *["*fp32/16"] * 9,
+            *("*fp32/16" if separate else None, "*fp32/16", "i32"),
+            tuple("fp32" for _ in rule.parameters),
+            *["fp32"] * 3,
+            *(rule.fn, KL_ESTIMATORS[kl].fn, KL_GRADIENTS[gradient].fn),
+            *(rule.slope == "ratio", True),
+        ],
     )
 
 
@@ -120,21 +130,40 @@ CASES = {
         0,
         [*ROW, "*i64/16", "*i64/16", *ROW, "*bf16/16", "i32", "i32", *["i32/16"] * 3, "i32"],
     ),
-    **{
-        f"token_loss-{name}-{kl}": _token_loss(name, kl)
-        for name in SURROGATES
-        for kl in KL_ESTIMATORS
-    },
-    "segment_mean": Case(_segment_mean_kernel, "segment_mean", 0, [*ROW, "*i32/16", *ROW]),
-    "group_advantages": Case(
-        _group_advantages_kernel,
+    "token_loss-ppo_clip": _token_loss("ppo_clip"),
+    "token_loss-dppo_kl": _token_loss("dppo_kl", "k3", "importance", separate=True),
+    "segment_sum": Case(
+        _segment_reduce_kernel, "segment_reduce", 0, [*ROW, "*i32/16", *ROW, "sum"]
+    ),
+    "segment_max": Case(
+        _segment_reduce_kernel, "segment_reduce", 0, [*ROW, "*i64/16", *ROW, "max"]
+    ),
+    "group_stats": Case(
+        _group_stats_kernel,
         "group_advantages",
         0,
-        [*ROW, "*i64/16", *ROW, "fp32", "fp32", True],
+        [*ROW, None, "*i64/16", "*i64/16", *ROW, "i32", True],
+    ),
+    "group_stats-weighted": Case(
+        _group_stats_kernel,
+        "group_advantages",
+        0,
+        [*ROW * 2, "*i64/16", "*i64/16", *ROW, "i32", False],
     ),
 }
-# What changes the epilogue or the loads, but not the launch entry: on the part with the spill bar.
+# What changes the epilogue, the loads or the formula, but not the launch entry: on the part with
+# the spill bar.
 VARIANTS = {
+    **{
+        f"token_loss-{name}-{form}": _token_loss(name, separate=form == "separate")
+        for name in SURROGATES
+        for form in ("together", "separate")
+    },
+    **{
+        f"token_loss-{kl}-{gradient}": _token_loss("ppo_clip", kl, gradient)
+        for kl in KL_ESTIMATORS
+        for gradient in KL_GRADIENTS
+    },
     "linear-fp16": _linear("fp16", 16),
     "linear-bf16-plain": _linear("bf16", 16, options=False),
     "linear-bf16-fp32": _linear("bf16", 32, weight="fp32"),
@@ -150,7 +179,9 @@ def _compile(case: Case, launch: Launch, part: Part) -> Any:
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(case.kernel.arg_names):
         kind = given[name]
-        if isinstance(kind, str) and re.match(r"\*|i\d+|fp32", kind):
+        if isinstance(kind, tuple):
+            signature[name] = kind
+        elif isinstance(kind, str) and re.match(r"\*|i\d+|fp32", kind):
             signature[name] = kind.removesuffix("/16")
             if kind.endswith("/16"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
@@ -194,7 +225,9 @@ def test_fits_and_stays_deterministic(name, part):
 
 @pytest.mark.parametrize("name", [*CASES, *VARIANTS])
 def test_sm_90_spills_nothing(name, tmp_path):
-    assert stack_bytes(compiled(name, "sm_90"), tmp_path) == 0
+    kernel = compiled(name, "sm_90")
+    assert stack_bytes(kernel, tmp_path) == 0
+    assert not re.search(r"\.f64", assembly(kernel)), "fp64 arithmetic"
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -1,0 +1,205 @@
+"""Advantage estimators without a critic: one entry of `ESTIMATORS` each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo import checks
+from fastgrpo.backend import resolve
+from fastgrpo_kernels import GroupStats
+
+
+def check_rewards(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:
+    """Raise ValueError unless x is fp32 of this shape, finite or NaN."""
+    checks.tensor(name, x, shape, like, (torch.float32,))
+    if checks.looks_at_values(x) and bool(x.isinf().any()):
+        raise ValueError(f"{name}: expected finite numbers, or NaN for unscored; got inf")
+
+
+def check_lengths(lengths: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:
+    """Raise ValueError unless lengths are numbers >= 0 of this shape."""
+    checks.tensor("lengths", lengths, shape, like, (torch.int64, torch.int32, torch.float32))
+    if checks.looks_at_values(lengths) and not bool(((lengths >= 0) & lengths.isfinite()).all()):
+        raise ValueError(f"lengths: expected finite numbers >= 0, got {lengths.tolist()}")
+
+
+class Groups:
+    """Rows brought into the order of their groups and back."""
+
+    bounds: Tensor
+    """(P + 1,) int64: where each group begins, and the end of the last."""
+
+    def __init__(self, group_ids_or_size: int | Tensor, rewards: Tensor) -> None:
+        rows = len(rewards)
+        self._order = None
+        if isinstance(group_ids_or_size, Tensor):
+            ids = group_ids_or_size
+            checks.tensor("group_ids_or_size", ids, (rows,), rewards, (torch.int64,))
+            ids, self._order = ids.sort(stable=True)
+            sizes = torch.unique_consecutive(ids, return_counts=True)[1]
+            self.bounds = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+            return
+        size = group_ids_or_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or rows % size:
+            raise ValueError(
+                f"group_ids_or_size: expected a divisor of the {rows} rewards, or a tensor of "
+                f"ids; got {size!r}"
+            )
+        self.bounds = torch.arange(0, rows + 1, size, device=rewards.device)
+
+    def sort(self, x: Tensor) -> Tensor:
+        """Return x (B, ...) with the rows of each group adjacent."""
+        return x if self._order is None else x[self._order]
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Return sorted x (B,) in the caller's order."""
+        return x if self._order is None else torch.empty_like(x).scatter_(0, self._order, x)
+
+    def stats(
+        self, rewards: Tensor, weights: Tensor | None = None, leave_one_out: bool = False
+    ) -> GroupStats:
+        """Return the statistics of sorted rewards (B,), weighed by sorted weights (B,)."""
+        impl = resolve(rewards.device, "auto")
+        return impl.group_stats(rewards.contiguous(), self.bounds, weights, leave_one_out)
+
+    def live(self, x: Tensor) -> Tensor:
+        """Return the number of groups in which sorted x (B,) is not all 0, () int64."""
+        nonzero = torch.nn.functional.pad((x != 0).cumsum(0), (1, 0))
+        return (nonzero[self.bounds].diff() > 0).sum()
+
+
+class Batch:
+    """What a formula sees: sorted rewards, the options, and statistics when it asks for them."""
+
+    def __init__(self, rewards: Tensor, groups: Groups, options: dict[str, Any]) -> None:
+        self.rewards = rewards
+        self.scored = ~(rewards.isnan() if rewards.dim() == 1 else rewards.isnan().all(1))
+        self.groups = groups
+        self.options = options
+        self.ddof, self.eps, self.lengths = (options[k] for k in ("ddof", "eps", "lengths"))
+
+    @cached_property
+    def group(self) -> GroupStats:
+        return self.groups.stats(self.rewards)
+
+    @cached_property
+    def others(self) -> GroupStats:
+        return self.groups.stats(self.rewards, leave_one_out=True)
+
+    def std(self, x: Tensor) -> Tensor:
+        """Return the standard deviation of x (B,) over the scored completions of the batch, ()."""
+        return _centre(x, self.scored.float(), self.ddof)[1].sqrt()
+
+    def whiten(self, x: Tensor) -> Tensor:
+        return whiten(x, self.lengths * self.scored, self.ddof)
+
+
+class Estimator(NamedTuple):
+    """How rewards become advantages."""
+
+    formula: Callable[[Batch], Tensor]
+    """The advantages, (B,) fp32; anything where a completion is not scored."""
+    uses: tuple[str, ...] = ()
+    """The options it reads; any other one set by the user is an error."""
+    needs: tuple[str, ...] = ()
+    """Those of them that have no default."""
+
+
+def _grpo(batch: Batch) -> Tensor:
+    return _over(batch.group.gap, batch.group.std(batch.ddof) + batch.eps)
+
+
+def _grpo_batch(batch: Batch) -> Tensor:
+    return _over(batch.group.gap, batch.std(batch.rewards) + batch.eps)
+
+
+def _grpo_loo(batch: Batch) -> Tensor:
+    gap, std = batch.others.gap, batch.others.std(batch.ddof)
+    return torch.where(std > 0, gap / (std + batch.eps), gap)
+
+
+def _grpo_passk(batch: Batch) -> Tensor:
+    lead = (batch.rewards - batch.others.high).clamp(min=0)
+    return _over(lead, batch.group.std(batch.ddof) + batch.eps)
+
+
+def _gpg(batch: Batch) -> Tensor:
+    rewarded = (batch.scored & (batch.rewards != 0)).sum().clamp(min=1)
+    return batch.group.gap * (batch.scored.sum() / rewarded / batch.options["f_norm"])
+
+
+def _opo(batch: Batch) -> Tensor:
+    return batch.groups.stats(batch.rewards, batch.lengths).gap
+
+
+def _max_rl(batch: Batch) -> Tensor:
+    return torch.where(batch.group.mean > 0, batch.group.gap / batch.group.mean, 0.0)
+
+
+def _remax(batch: Batch) -> Tensor:
+    return (batch.rewards - batch.options["greedy_rewards"]).nan_to_num(nan=0.0)
+
+
+def _gdpo(batch: Batch) -> Tensor:
+    rewards = batch.rewards.unbind(1)
+    weights = batch.options["reward_weights"] or (1.0,) * len(rewards)
+    combined = sum(
+        weight * _grpo(Batch(reward, batch.groups, batch.options))
+        for weight, reward in zip(weights, rewards, strict=True)
+    )
+    if batch.lengths is not None:
+        return batch.whiten(combined)
+    # Over completions the mean is 0: each group's advantages add up to 0.
+    return _over(combined, batch.std(combined) + batch.eps)
+
+
+def _reinforce_plus_plus_baseline(batch: Batch) -> Tensor:
+    return batch.whiten(batch.group.gap)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "grpo": Estimator(_grpo, uses=("ddof", "eps")),
+    "dr_grpo": Estimator(lambda batch: batch.group.gap),
+    "grpo_batch": Estimator(_grpo_batch, uses=("ddof", "eps")),
+    "grpo_loo": Estimator(_grpo_loo, uses=("ddof", "eps")),
+    "grpo_passk": Estimator(_grpo_passk, uses=("ddof", "eps")),
+    "rloo": Estimator(lambda batch: batch.others.gap),
+    "gpg": Estimator(_gpg, uses=("f_norm",)),
+    "opo": Estimator(_opo, uses=("lengths",), needs=("lengths",)),
+    "max_rl": Estimator(_max_rl),
+    "remax": Estimator(_remax, uses=("greedy_rewards",), needs=("greedy_rewards",)),
+    "gdpo": Estimator(_gdpo, uses=("ddof", "eps", "lengths", "reward_weights")),
+    "reinforce_plus_plus_baseline": Estimator(
+        _reinforce_plus_plus_baseline, uses=("ddof", "lengths"), needs=("lengths",)
+    ),
+}
+
+
+def whiten(x: Tensor, weights: Tensor, ddof: int) -> Tensor:
+    """Return (x - mean) / sqrt(variance + 1e-8), weighted; 0 where the weight is 0."""
+    centred, variance = _centre(x, weights, ddof)
+    return (centred * (variance + 1e-8).rsqrt()).where(weights > 0, 0.0)
+
+
+def _over(x: Tensor, scale: Tensor) -> Tensor:
+    """Return x / scale, where 0 / 0 is 0: a constant group has neither distances nor a std."""
+    return torch.where(x == 0, 0.0, x / scale)
+
+
+def _centre(x: Tensor, weights: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
+    """Return x minus its weighted mean, and the variance about it, (); x is free at weight 0.
+
+    Distances from the largest x come first: they are exactly 0 if all are equal, and what is added
+    up are the digits of the spread, not those of a large mean.
+    """
+    counted = weights > 0
+    largest = torch.where(counted, x, -torch.inf).amax() if x.numel() else 0.0
+    x = torch.where(counted, x - largest, 0.0)
+    total = weights.sum()
+    x = x - (weights * x).sum() / total
+    return x, (weights * x.square()).sum() / (total - ddof).clamp(min=1)

@@ -1,0 +1,50 @@
+"""One source for Triton and torch: device functions that also run on tensors."""
+
+from __future__ import annotations
+
+import builtins
+import types
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from .runtime import jit, tl
+
+
+@lru_cache
+def torch_twin(fn: Callable) -> Callable:
+    """Return the same source as `fn`, computing on torch tensors of any floating dtype.
+
+    `tl` becomes torch, and functions that it calls become their twins: `fn` must keep to names that
+    both have.
+    """
+    source = getattr(fn, "fn", fn)
+    called = (name for name in source.__code__.co_names if callable(source.__globals__.get(name)))
+    scope = {name: torch_twin(source.__globals__[name]) for name in called}
+    scope |= {"tl": torch, "__builtins__": builtins}
+    return types.FunctionType(source.__code__, scope, source.__name__)
+
+
+@jit
+def bounded_exp(x):
+    """exp(x), standing still beyond e^80 = 5e34: never inf, so that 0 * inf cannot arise."""
+    return tl.exp(tl.where(x > 80.0, 80.0, x))
+
+
+@jit
+def clip(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@jit
+def outside(x, low, high):
+    """-1 below, 1 above, 0 within the bounds."""
+    return tl.where(x > high, 1.0, tl.where(x < low, -1.0, 0.0))
+
+
+@jit
+def choose(condition, a, b, like):
+    """a or b, numbers, in the precision of `like`: torch would make them fp32."""
+    zero = tl.zeros_like(like)
+    return tl.where(condition, zero + a, zero + b)
