@@ -23,7 +23,7 @@ class GRPOLoss(NamedTuple):
     entropy: Tensor | None
     """As completion_ids, fp32, nats, as `LossConfig.entropy` asks."""
     metrics: dict[str, Tensor]
-    """Detached scalars on the device: means over `<name>_count` tokens, by which calls are combined,
+    """Detached scalars on the device: means over `<name>_count` tokens, by which calls combine,
     but for `_min`, `_max`, and `ess`, which two of the means give."""
 
 
