@@ -171,7 +171,9 @@ def loss_options(
                 "aggregation='fixed_length'; got neither"
             )
     if seed is not None and config.surrogate != "clip_cov":
-        raise ValueError(f"seed has no effect with sparsity=0.0, surrogate={config.surrogate!r}")
+        raise ValueError(
+            f"seed has no effect with surrogate={config.surrogate!r}: it draws nothing"
+        )
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise ValueError(f"seed: expected an int, got {seed!r}")
 

@@ -229,7 +229,7 @@ class LossConfig:
         of_some_surrogate = {n for s in SURROGATES.values() for n in (*s.parameters, *s.options)}
         for name in sorted(of_some_surrogate - used):
             self._needs(name, False, f"surrogate={self.surrogate!r}")
-        for name in ("anchor", "log_ratio_clamp", "off_policy_mask_threshold"):
+        for name in ("anchor", "log_ratio_clamp"):
             self._needs(name, self.ratio_level != "none", "ratio_level='none'")
         fixed = self.aggregation == "fixed_length"
         self._needs("max_completion_length", fixed, f"aggregation={self.aggregation!r}")
@@ -244,9 +244,11 @@ class LossConfig:
             self._needs("kl_gradient", self.ratio_level != "none", "ratio_level='none'")
         if self.kl_gradient == "straight_through":
             self._needs("kl_gradient", self.kl != "k2", "kl='k2'")
-        if self.anchor == "sampler":
-            self._needs("correction", self.correction == "none", "anchor='sampler'")
-            self._needs("rejection", self.rejection == "none", "anchor='sampler'")
+        if self.anchor == "sampler" and self.correction != "none":
+            raise ValueError(
+                "correction: expected 'none' with anchor='sampler', whose ratio contains it; "
+                f"got {self.correction!r}"
+            )
         if self.rejection != "none" and self.rejection_max is None:
             raise ValueError(
                 f"rejection_max: expected a bound as rejection is {self.rejection!r}, got None"

@@ -208,9 +208,8 @@ def _metrics(terms: Terms, scored: Logps, rows: PolicyRows) -> Tensor:
     importance = terms.log_ratio.clamp(max=80).exp()
     if terms.sampler is not None:
         importance = importance * terms.sampler.multipliers()
-    # Scaled by the largest: squares of e^80 would overflow fp32.
-    w = importance / importance.amax().clamp(min=1) if n else importance
-    squares = n * w.square().sum()
+    importance = importance.clamp(max=1e15)  # so that squares do not overflow
+    squares = n * importance.square().sum()
     sampler = terms.sampler
     dlogps, dentropy = terms.upstream
     live = dlogps != 0 if dentropy is None else (dlogps != 0) | (dentropy != 0)
@@ -229,7 +228,7 @@ def _metrics(terms: Terms, scored: Logps, rows: PolicyRows) -> Tensor:
         ),
         "importance_mean": mean(importance),
         "importance_square": mean(importance.square()),
-        "ess": value(w.sum().square() / squares.clamp(min=torch.finfo(w.dtype).tiny)),
+        "ess": value(importance.sum().square() / squares.clamp(min=torch.finfo(logps.dtype).tiny)),
         "correction_mean": mean(sampler and sampler.weights),
         "correction_clipped": mean(sampler and sampler.truncated),
         "rejected": mean(sampler and ~sampler.kept),

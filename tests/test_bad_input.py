@@ -82,7 +82,7 @@ LOSS = {
     r"workspace_mb: expected at least .* one row of 5 logits; got 1e-06": dict(workspace_mb=1e-6),
     "backend: expected one of .* got 'cuda'": dict(backend="cuda"),
     "sparsity: expected 0.0": dict(sparsity=0.1),
-    "seed has no effect with sparsity=0.0, surrogate='ppo_clip'": dict(seed=1),
+    "seed has no effect with surrogate='ppo_clip'": dict(seed=1),
     "seed: expected an int": dict(config="clip_cov", seed=1.5),
     "sampler_logps: expected log-probs as correction is 'sequence_mis'": dict(config="trl_dapo"),
     "off_policy_mask_threshold has no effect without": dict(
@@ -183,7 +183,7 @@ CONFIGS = {
     "kl_gradient='straight_through' has no effect with kl='k2'": dict(
         kl="k2", kl_gradient="straight_through", beta=0.1
     ),
-    "correction='token_tis' has no effect with anchor='sampler'": dict(
+    "correction: expected 'none' with anchor='sampler'": dict(
         anchor="sampler", correction="token_tis"
     ),
     "correction: expected one of .* got 'sequence_tis'": dict(

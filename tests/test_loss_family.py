@@ -271,6 +271,7 @@ def test_off_policy_sequence_mask(level):
         _, dhidden, _ = fused(far, config)
         assert dhidden[1].eq(0).all() and dhidden[0].ne(0).any()
         assert_close(far, config)
+        assert_close(far, config_of("reinforce", "none", off_policy_mask_threshold=0.2))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -297,6 +298,8 @@ def test_ratio_to_the_sampler():
     batch = make_batch(off_policy=0.5)
     config = config_of("ppo_clip", "token", anchor="sampler")
     assert_close(batch, config)
+    assert_close(batch, config_of("ppo_clip", "token", anchor="sampler", rejection="token_k1",
+                                  rejection_max=1.02))  # fmt: skip
     known = batch._replace(sampler_logps=batch.sampler_logps.nan_to_num(nan=-1.0))
     plain = config_of("ppo_clip", "token")
     as_old = fused(known._replace(old_logps=known.sampler_logps), plain)[0]
