@@ -1,0 +1,181 @@
+"""REINFORCE over parameters from top to bottom: perturb the weights, score, move. No backward.
+
+  python examples/evolution.py                                    # the task of grpo_train.py
+  torchrun --nproc-per-node 2 --local-ranks-filter 0 examples/evolution.py
+
+Under torchrun every process scores its share of the candidates, on its own copy of the model. What
+travels is one number a candidate and step; the noise is drawn anew from its seed in every process,
+and at the end all of them hold the same weights, bit for bit, which the run checks. ``--help``
+lists the settings; the first process's run folder gets the files that grpo_train.py leaves.
+
+The embedded task asks little of it: after the warm-up the model knows its digits and has one habit
+of its teacher to lose, which is a few directions among 0.4M. What happens where many directions
+matter is measured in dimension.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from transformers import HfArgumentParser, set_seed
+
+from fastgrpo.train.arithmetic import arithmetic_task
+from fastgrpo.train.evolution import Evolution, searched
+from fastgrpo.train.fitness import mean_reward
+from fastgrpo.train.gsm8k import gsm8k_task
+from fastgrpo.train.model import Policy, load_policy
+from fastgrpo.train.run import Run
+from fastgrpo.train.tasks import Task, batches
+from fastgrpo.train.warmup import warm_up
+
+
+def flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class EvolutionConfig:
+    """Settings of one run; the defaults are for the embedded task."""
+
+    task: Literal["arithmetic", "gsm8k"] = flag("arithmetic", "What to learn.")
+    model: str | None = flag(None, "Model folder or hub name; arithmetic without it: a tiny model.")
+    data: str | None = flag(None, "JSONL file to train on (gsm8k).")
+    eval_data: str | None = flag(None, "JSONL file to evaluate on (gsm8k).")
+    output_dir: str | None = flag(None, "Run folder; by default a new one under runs/.")
+    seed: int = flag(0, "Seed of data, weights and noise.")
+    device: str = flag("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: bfloat16 on CUDA.")
+
+    sigma: float = flag(0.01, "Standard deviation of the noise on every weight.")
+    learning_rate: float = flag(0.001, "Of the first step; it falls linearly to 0.")
+    num_pairs: int = flag(16, "Antithetic pairs of candidates a step.")
+    shaping: Literal["ranks", "zscore"] = flag("ranks", "What scores become before averaging.")
+    num_prompts: int = flag(64, "Prompts that each of the step's candidates answers, greedily.")
+    max_completion_length: int = flag(5, "Tokens a completion may have.")
+    max_steps: int = flag(30, "Updates.")
+    warmup_steps: int = flag(400, "Supervised steps before (arithmetic).")
+    eval_size: int = flag(512, "Held-out prompts.")
+    eval_every: int = flag(5, "Steps between held-out evaluations; 0 = only before and after.")
+
+    # What the shared pieces of the training loop read and this one has no setting for.
+    num_generations: ClassVar[int] = 1
+    backend: ClassVar[str] = "auto"
+    gradient_checkpointing: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.task == "gsm8k" and not (self.data and self.model):
+            raise ValueError("task gsm8k: expected data (a JSONL file) and model, got none")
+        if self.task == "gsm8k" and self.warmup_steps:
+            raise ValueError("warmup_steps: no effect on gsm8k, which has no demonstrations")
+        if self.task == "arithmetic" and (self.data or self.eval_data):
+            raise ValueError("task arithmetic: takes no data or eval_data")
+
+
+def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None:
+    """Improve the policy by the scores of its perturbed copies; ``run`` logs and saves."""
+    if task.demonstrations:
+        warm_up(policy, task, run.steps(config.warmup_steps, "warm-up"), config)
+    run.before = run.evaluate()
+    print(f"held-out accuracy before: {run.before.accuracy:.3f}")
+
+    search = Evolution(
+        policy.model,
+        sigma=config.sigma,
+        learning_rate=config.learning_rate,
+        num_pairs=config.num_pairs,
+        shaping=config.shaping,
+        seed=config.seed,
+    )
+    prompts = batches(task.train, config.num_prompts, config.seed)
+    for step in run.steps(config.max_steps, "evolution"):
+        search.learning_rate = config.learning_rate * (1 - (step - 1) / config.max_steps)
+        # All candidates answer the same prompts, so that luck with the prompts favours none.
+        examples = next(prompts)
+        scores = score_candidates(search, policy, task, examples, config.max_completion_length)
+        search.update(scores)
+        answers = scores.numel() * config.num_prompts
+        run.log(step, {"reward": scores.nanmean().item()}, answers * config.max_completion_length)
+    run.after = run.evaluate()
+
+
+def score_candidates(
+    search: Evolution, policy: Policy, task: Task, examples: list, max_length: int
+) -> torch.Tensor:
+    """Return the scores of this step's candidates, (2 * num_pairs,), whoever computed them."""
+    rank, processes = place()
+    candidates = search.candidates()
+    scores = torch.zeros(len(candidates))
+    for i in range(rank, len(candidates), processes):
+        with search.perturbed(candidates[i]):
+            scores[i] = mean_reward(policy, task, examples, max_length)
+    if processes > 1:
+        # Every score comes from one process and is 0 in the others: the sum is exact.
+        dist.all_reduce(scores)
+    return scores
+
+
+def place() -> tuple[int, int]:
+    """Return this process's rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def digest(policy: Policy) -> str:
+    """Return the SHA-256 of the weights' bits."""
+    parts = [p.detach().cpu().contiguous() for p in searched(policy.model).values()]
+    return hashlib.sha256(
+        b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts)
+    ).hexdigest()
+
+
+def compare_weights(policy: Policy, config: EvolutionConfig) -> None:
+    """Raise RuntimeError unless all processes hold the same bits; say what it took."""
+    rank, processes = place()
+    digests: list[str] = [""] * processes
+    dist.all_gather_object(digests, digest(policy))
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"weights differ between processes: {digests}")
+    weights = sum(p.numel() * p.element_size() for p in searched(policy.model).values())
+    print(
+        f"{processes} processes hold the same weights, sha256 {digests[rank][:16]}; "
+        f"exchanged a step: {4 * 2 * config.num_pairs} bytes of scores, weights are {weights} bytes"
+    )
+
+
+def main(config: EvolutionConfig) -> int:
+    """Run the training that ``config`` describes and return the exit code."""
+    set_seed(config.seed)
+    if config.model is None:
+        torch.set_num_threads(1)  # as in grpo_train.py
+    policy = load_policy(config)
+    if config.task == "arithmetic":
+        task = arithmetic_task(config.seed, config.eval_size)
+    else:
+        task = gsm8k_task(policy.tokenizer, config.data, config.eval_data, config.eval_size)
+    with Run(config, policy, task) as run:
+        train(run, policy, task, config)
+    if dist.is_initialized():
+        compare_weights(policy, config)
+    return run.exit_code
+
+
+def main_of_several(config: EvolutionConfig) -> int:
+    """Do as `main` does in one of torchrun's processes; only the first leaves a run folder."""
+    dist.init_process_group("gloo")
+    with tempfile.TemporaryDirectory() as scratch:
+        if dist.get_rank() > 0:
+            config.output_dir = scratch
+        exit_code = main(config)
+    dist.destroy_process_group()
+    return exit_code
+
+
+if __name__ == "__main__":
+    settings = HfArgumentParser(EvolutionConfig).parse_args_into_dataclasses()[0]
+    sys.exit(main_of_several(settings) if "WORLD_SIZE" in os.environ else main(settings))
