@@ -3,6 +3,6 @@
 ``config`` the flags, ``tasks`` prompts and rewards, ``model`` policy and head, ``rollout``
 sampling, ``warmup`` the supervised start, ``optimizer`` the step, ``evaluation`` greedy accuracy,
 ``run`` with ``metrics``, ``report``, ``checkpoint`` and ``interrupt`` what a run leaves and how it
-ends. ``evolution`` and ``fitness`` are REINFORCE over parameters (``examples/evolution.py``). Left out
-of the loop: several processes (torchrun, FSDP), resuming, inference engines.
+ends. ``evolution`` and ``fitness`` are REINFORCE over parameters: ``examples/evolution.py``. Left
+out of the loop: several processes (torchrun, FSDP), resuming, inference engines.
 """
