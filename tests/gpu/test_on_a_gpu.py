@@ -6,9 +6,16 @@ import pytest
 import torch
 
 import fastgrpo
-from fastgrpo import LossConfig
-from fastgrpo.config import PRESETS
+from fastgrpo import LossConfig, fallback
+from fastgrpo.estimators import ESTIMATORS
+from fastgrpo.presets import PRESETS
 from fastgrpo.testing import Batch, make_batch, relative_error, rms
+from fastgrpo_kernels import segment_reduce, token_loss
+from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
+from fastgrpo_kernels.surrogates import SURROGATES
+from tests import test_loss_family as family
+from tests.kernels.interpreter import test_interpreter_token_loss as rowwise
+from tests.test_grpo_loss import PRESETS as ROUTED
 from tests.test_grpo_loss import config_of, exact, fused
 from tests.test_linear_logps import DTYPES, GRADIENT_BARS, TRANSFORMS, operands
 from tests.test_linear_logps import exact as exact_logps
@@ -49,7 +56,7 @@ def test_log_probs(dtype, transform, shape):
 @pytest.mark.parametrize("workspace_mb", [None, 1.0], ids=["one chunk", "several chunks"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ROUTED)
 def test_losses(preset, dtype, frozen, workspace_mb):
     batch = make_batch(**SHAPES["ragged"], dtype=dtype)
     config = config_of(preset, beta=0.1, entropy_coef=0.0 if frozen else 0.1)
@@ -58,6 +65,47 @@ def test_losses(preset, dtype, frozen, workspace_mb):
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     for actual, wanted in zip(grads, (dhidden, dweight), strict=True):
         assert actual is None or relative_error(actual.cpu(), wanted) <= GRADIENT_BARS[dtype]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset(name):
+    batch = family.make_batch(**SHAPES["ragged"], off_policy=0.05)
+    length = {"max_completion_length": 40} if name == "dr_grpo" else {}
+    drawn = {"cov_ratio": 1.0} if name == "clip_cov" else {}
+    config = LossConfig.preset(name, beta=0.1, **length, **drawn)
+    loss, dhidden, dweight = family.exact(batch, config)
+    b = on_device(batch)
+    hidden, weight = b.hidden.requires_grad_(), b.weight.requires_grad_()
+    out = fastgrpo.grpo_loss(
+        hidden, weight, *b[2:5], old_logps=b.old_logps, ref_logps=b.ref_logps,
+        sampler_logps=b.sampler_logps, config=config,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    for actual, wanted in ((hidden.grad, dhidden), (weight.grad, dweight)):
+        assert relative_error(actual.cpu(), wanted) <= 1e-4
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("name", SURROGATES)
+def test_every_surrogate_is_its_twin(name, separate):
+    rows = rowwise.problem()
+    for kl in KL_ESTIMATORS:
+        for gradient in KL_GRADIENTS:
+            options = (name, rowwise.parameters(name), kl, gradient, 0.07)
+            wanted = fallback.token_loss(*rows, *options, separate=separate)
+            moved = (x.to(DEVICE) for x in rows)
+            for x, y in zip(token_loss(*moved, *options, separate=separate), wanted, strict=True):
+                if y is not None:
+                    torch.testing.assert_close(x.cpu(), y, rtol=1e-5, atol=1e-5)
+
+
+def test_segments():
+    cu = torch.tensor([0, 0, 1, 71, 71, 103, 108])
+    x = torch.randn(108)
+    for op in ("sum", "max"):
+        actual = segment_reduce(x.to(DEVICE), cu.to(DEVICE), op).cpu()
+        torch.testing.assert_close(actual, fallback.segment_reduce(x, cu, op))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -82,14 +130,20 @@ def test_runs_repeat_bit_for_bit(preset):
         assert all(torch.equal(a, b) for a, b in zip(first[1:], again[1:], strict=True))
 
 
-def test_advantages():
+@pytest.mark.parametrize("estimator", [
+    name for name, rule in ESTIMATORS.items() if rule.needs in ((), ("lengths",)) and name != "gdpo"
+])  # fmt: skip
+def test_advantages(estimator):
     rewards = torch.randn(64, generator=torch.Generator().manual_seed(0))
     rewards[3] = torch.nan
-    ids = torch.arange(64) % 7
-    for groups in (8, ids):
-        wanted = fastgrpo.group_advantages(rewards, groups)
-        moved = groups.to(DEVICE) if isinstance(groups, torch.Tensor) else groups
-        actual = fastgrpo.group_advantages(rewards.to(DEVICE), moved)
+    lengths = torch.arange(64) % 9 + 1 if ESTIMATORS[estimator].needs else None
+    for groups in (8, torch.arange(64) % 7):
+        arguments = (rewards, groups, lengths)
+        moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
+        actual, wanted = (
+            fastgrpo.group_advantages(r, g, lengths=n, estimator=estimator)
+            for r, g, n in (moved, arguments)
+        )
         assert torch.allclose(actual.cpu(), wanted, atol=1e-5)
 
 
