@@ -168,6 +168,13 @@ def vespo_formula(
 
 
 @jit
+def pushed_outside(logp, log_ratio, advantage, low, high):
+    """The side on which pi - pi_old is outside [-low, high], where A pushes it further; else 0."""
+    side = outside(tl.exp(logp) - tl.exp(logp - log_ratio), -low, high)
+    return tl.where(side == tl.where(advantage > 0.0, 1.0, -1.0), side, 0.0)
+
+
+@jit
 def dppo_tv(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
     """-sg(min(r, delta)) A logp while pi - pi_old stays within [-epsilon_low, epsilon_high].
 
@@ -175,9 +182,7 @@ def dppo_tv(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delt
     lower one elsewhere; delta, inf for none, truncates the weight.
     """
     ratio = bounded_exp(log_ratio)
-    moved = tl.exp(logp) - tl.exp(logp - log_ratio)
-    side = outside(moved, -epsilon_low, epsilon_high)
-    side = tl.where(side == tl.where(advantage > 0.0, 1.0, -1.0), side, 0.0)
+    side = pushed_outside(logp, log_ratio, advantage, epsilon_low, epsilon_high)
     weight = tl.where(side == 0.0, tl.where(ratio > delta, delta, ratio), 0.0)
     return -weight * advantage * logp, -weight * advantage, side
 
@@ -224,9 +229,7 @@ def prime_dppo(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, p
     dropped tokens too.
     """
     ratio = bounded_exp(log_ratio)
-    moved = tl.exp(logp) - tl.exp(logp - log_ratio)
-    side = outside(moved, -epsilon_low, epsilon_high)
-    side = tl.where(side == tl.where(advantage > 0.0, 1.0, -1.0), side, 0.0)
+    side = pushed_outside(logp, log_ratio, advantage, epsilon_low, epsilon_high)
     policy = tl.where(side == 0.0, -ratio * advantage, 0.0)
     pull = proximal_coef * log_ratio
     return policy + 0.5 * pull * log_ratio, policy + pull, side
