@@ -303,7 +303,7 @@ class LossConfig:
     @property
     def folds_correction(self) -> bool:
         """Whether the surrogate takes the correction into its own weight."""
-        return self.rule.context == "log_correction"
+        return self.rule.context == "log_weight"
 
     @property
     def needs_sampler(self) -> bool:

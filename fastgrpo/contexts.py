@@ -67,16 +67,17 @@ def future_ratio(config: LossConfig, rows: Population) -> Tensor:
     return torch.where(risky, influence.clamp(0.8, 1.0), influence)
 
 
-def log_correction(config: LossConfig, rows: Population) -> Tensor:
-    """The sequence's sum of log-weights between trainer and sampler, each in [ln 1e-8, 20]."""
-    if rows.correction is None:
-        return torch.zeros_like(rows.logps)
-    # log 0 of a token that IcePop dropped is -inf: the bound.
-    return rows.segments.sum(rows.correction.log().clamp(-18.420680743952367, 20.0))
+def log_weight(config: LossConfig, rows: Population) -> Tensor:
+    """The sequence's sum of log-ratios and of log-corrections, these in [ln 1e-8, 20] (VESPO)."""
+    log_w = rows.log_ratio
+    if rows.correction is not None:
+        # log 0 of a token that IcePop dropped is -inf: the bound.
+        log_w = log_w + rows.correction.log().clamp(-18.420680743952367, 20.0)
+    return rows.segments.sum(log_w)
 
 
 CONTEXTS: dict[str, Callable[[LossConfig, Population], Tensor]] = {
-    rule.__name__: rule for rule in (drawn_covariance, top_covariance, future_ratio, log_correction)
+    rule.__name__: rule for rule in (drawn_covariance, top_covariance, future_ratio, log_weight)
 }
 
 

@@ -110,4 +110,10 @@ def temperature_tensor(temperature: float | Tensor, like: Tensor) -> Tensor | No
     """Return a temperature as the ops take it: (N,), (), or None for 1."""
     if isinstance(temperature, Tensor):
         return temperature.detach().reshape(-1) if temperature.dim() else temperature.detach()
-    return None if temperature == 1 else torch.full((), temperature, device=like.device)
+    return None if temperature == 1 else scalar(temperature, like)
+
+
+def scalar(x: float, like: Tensor) -> Tensor:
+    """Return a number as a tensor (), in the dtype that results of `like` have."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.full((), x, dtype=dtype, device=like.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastgrpo import checks, ops
 from fastgrpo.config import LossConfig, config_of_preset, needs_entropy
-from fastgrpo.logps import Backend, linear_logps, temperature_tensor
+from fastgrpo.logps import Backend, linear_logps, scalar, temperature_tensor
 from fastgrpo.policy import METRICS
 
 
@@ -254,7 +254,7 @@ def _per_row(temperature: float | Tensor) -> float | Tensor:
 
 
 def _scalar(x: float | Tensor | None, like: Tensor) -> Tensor | None:
-    return torch.full((), float(x), device=like.device) if isinstance(x, (int, float)) else x
+    return scalar(float(x), like) if isinstance(x, (int, float)) else x
 
 
 def _metrics(metrics: Tensor, config: LossConfig, batch: _Batch) -> dict[str, Tensor]:

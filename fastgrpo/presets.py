@@ -25,12 +25,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "cispo": dict(surrogate="cispo", aggregation="token_mean"),
     "cispo_raw": dict(surrogate="cispo_raw", aggregation="token_mean", epsilon_high=5.0),
     "sapo": dict(surrogate="sapo"),
-    "vespo": dict(
-        surrogate="vespo",
-        ratio_level="sequence_sum",
-        aggregation="token_mean",
-        log_ratio_clamp=20.0,
-    ),
+    "vespo": dict(surrogate="vespo", aggregation="token_mean", log_ratio_clamp=20.0),
     "dppo_tv": dict(surrogate="dppo_tv", aggregation="token_mean", delta=20.0),
     "dppo_kl": dict(surrogate="dppo_kl", aggregation="token_mean", delta=20.0),
     "prime_dppo": dict(

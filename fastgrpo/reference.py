@@ -100,15 +100,21 @@ def policy_loss(
     loss = loss * multiplier * selected
     if config.beta:
         x = batch.clean(ref_logps) - logps
-        bound = config.kl_input_clamp or math.inf
-        kl = KL_ESTIMATORS[config.kl].formula(x.clamp(-bound, bound))
-        bound = config.kl_output_clamp or math.inf
-        ratio = torch.exp(log_ratio)
-        gradient = KL_GRADIENTS[config.kl_gradient].formula
-        loss = loss + config.beta * gradient(x, logps, kl.clamp(-bound, bound), ratio)
+        loss = loss + config.beta * _kl(x, logps, torch.exp(log_ratio), config)
     if config.entropy_coef:
         loss = loss - config.entropy_coef * batch.clean(entropy) * selected
     return _aggregate(batch, loss, config, groups, normalizer)
+
+
+def _kl(x: Tensor, logps: Tensor, ratio: Tensor, config: LossConfig) -> Tensor:
+    bound, limit = (b or math.inf for b in (config.kl_input_clamp, config.kl_output_clamp))
+    gradient = KL_GRADIENTS[config.kl_gradient].formula
+    estimate = KL_ESTIMATORS[config.kl].formula(x.clamp(-bound, bound))
+    if config.kl_gradient == "score_function":
+        # NeMo-RL holds the weight, too, where the input is held, and their product by the output.
+        logps = torch.where(x.abs() <= bound, logps, logps.detach())
+        return gradient(x, logps, estimate, ratio).clamp(-limit, limit)
+    return gradient(x, logps, estimate.clamp(-limit, limit), ratio)
 
 
 class _Padded:
@@ -196,7 +202,7 @@ def _context(
         risky = (advantages < 0) & (ratio > (config.fipo_safety_ratio or math.inf))
         return torch.where(risky, context.clamp(0.8, 1.0), context)
     if config.surrogate == "vespo":
-        return batch.sum(correction.log().clamp(math.log(1e-8), 20))
+        return batch.sum(token_ratio + correction.log().clamp(math.log(1e-8), 20))
     return context
 
 

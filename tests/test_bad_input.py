@@ -187,7 +187,7 @@ CONFIGS = {
         anchor="sampler", correction="token_tis"
     ),
     "correction: expected one of .* got 'sequence_tis'": dict(
-        surrogate="vespo", ratio_level="sequence_sum", correction="sequence_tis"
+        surrogate="vespo", correction="sequence_tis"
     ),
     "correction_min: expected at most correction_max=2.0, got 3.0": dict(
         correction="token_tis", correction_min=3.0

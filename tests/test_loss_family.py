@@ -187,7 +187,7 @@ def test_every_kl_and_its_gradient(kl, gradient, level):
 
 def test_kl_beside_a_constant_weight():
     """The ratio has a gradient in the penalty, none in the surrogate."""
-    for surrogate, level in (("cispo", "sequence"), ("vespo", "sequence_sum"), ("topr", "token")):
+    for surrogate, level in (("cispo", "sequence"), ("vespo", "token"), ("topr", "token")):
         config = config_of(surrogate, level, beta=0.3, kl_gradient="importance")
         assert_close(make_batch(off_policy=0.3), config)
 
@@ -364,7 +364,7 @@ def test_packed_sequences_of_every_kind():
     m = batch.completion_mask
     cu = torch.nn.functional.pad(m.sum(1).cumsum(0), (1, 0)).int()
     for config in (
-        config_of("vespo", "sequence_sum", log_ratio_clamp=20.0),
+        config_of("vespo", "token", log_ratio_clamp=20.0),
         config_of("gmpo", "sequence", correction="sequence_mis"),
         config_of("fipo", "token"),
         config_of("ppo_clip", "token", correction="sequence_tis", rejection="seq_max_k3",

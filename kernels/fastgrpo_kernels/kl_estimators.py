@@ -104,8 +104,11 @@ def importance_formula(x: Tensor, logp: Tensor, value: Tensor, ratio: Tensor) ->
 
 @jit
 def score_function(x, value, slope, ratio):
-    """exp(logp - sg(logp)) * estimate: adds the score-function term (NeMo-RL's default)."""
-    return value, value + slope, value * 0.0
+    """exp(logp - sg(logp)) * estimate: adds the score-function term (NeMo-RL's default).
+
+    Where a clamp holds the estimate, and its slope is 0, the term has no gradient either.
+    """
+    return value, tl.where(slope == 0.0, 0.0, value + slope), value * 0.0
 
 
 def score_function_formula(x: Tensor, logp: Tensor, value: Tensor, ratio: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ hand-written derivative.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -146,22 +147,21 @@ def sapo_formula(logp, log_ratio, advantage, context, temperature_pos, temperatu
 def vespo(logp, log_ratio, advantage, context, k_pos, lambda_pos, k_neg, lambda_neg):
     """-sg(w^k exp(lambda (1 - w))) A logp, w the ratio of the whole sequence (VESPO).
 
-    `context` is the sequence's log-weight between sampler and trainer. w is bounded to [1e-8, e^20]
-    and (k, lambda) go by the sign of A, as in TRL.
+    `context` is log w: the sum of the tokens' log-ratios and of their log-corrections. w is bounded
+    to [1e-8, e^20] and (k, lambda) go by the sign of A, as in TRL.
     """
     k = choose(advantage >= 0.0, k_pos, k_neg, advantage)
     rate = choose(advantage >= 0.0, lambda_pos, lambda_neg, advantage)
-    total = log_ratio + context
-    log_w = clip(total, -18.420680743952367, 20.0)
+    log_w = clip(context, -18.420680743952367, 20.0)
     weight = tl.exp(rate + k * log_w - rate * tl.exp(log_w))
-    side = outside(total, -18.420680743952367, 20.0)
+    side = outside(context, -18.420680743952367, 20.0)
     return -weight * advantage * logp, -weight * advantage, side
 
 
 def vespo_formula(
     logp, log_ratio, advantage, context, k_pos, lambda_pos, k_neg, lambda_neg
 ) -> Tensor:
-    w = (log_ratio + context).detach().exp().clamp(1e-8, torch.tensor(20.0).double().exp().item())
+    w = context.exp().clamp(1e-8, math.exp(20))
     pos = w**k_pos * torch.exp(lambda_pos * (1 - w))
     neg = w**k_neg * torch.exp(lambda_neg * (1 - w))
     return -torch.where(advantage >= 0, pos, neg) * advantage * logp
@@ -352,9 +352,8 @@ SURROGATES: dict[str, Surrogate] = {
         ("sequence",),
         options=("epsilon_low", "epsilon_high"),
     ),
-    "vespo": Surrogate(
-        vespo, vespo_formula, VESPO, ("sequence_sum",), "logp", context="log_correction"
-    ),
+    # Its weight is the sequence's whatever the level; the token's ratio is that of a corrected KL.
+    "vespo": Surrogate(vespo, vespo_formula, VESPO, ("token",), "logp", context="log_weight"),
     "dppo_tv": Surrogate(dppo_tv, dppo_tv_formula, BOUNDS, ("token",), "logp"),
     "dppo_kl": Surrogate(dppo_kl, dppo_kl_formula, BOUNDS, ("token",), "logp"),
     "prime_dppo": Surrogate(prime_dppo, prime_dppo_formula, TRUST_REGION, ("token",), inert=False),
