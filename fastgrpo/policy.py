@@ -22,7 +22,6 @@ from fastgrpo.contexts import CONTEXTS, Population
 from fastgrpo.corrections import SamplerWeights, sampler_gap, sampler_weights
 from fastgrpo.packing import Segments, Sequences
 from fastgrpo.tiles import Logps, Upstream
-from fastgrpo_kernels import STATS
 
 
 class PolicyRows(NamedTuple):
@@ -44,9 +43,8 @@ class Terms(NamedTuple):
 
     loss: Tensor  # (n,)
     upstream: Upstream
-    stats: Tensor  # (len(STATS),) of the backend
+    stats: Tensor  # (6,) the backend's `STATS`
     log_ratio: Tensor  # (n,) at the ratio level
-    multipliers: Tensor | None  # (n,)
     sampler: SamplerWeights | None
 
 
@@ -95,11 +93,7 @@ def policy_terms(
     if sampler is None and config.needs_sampler:
         old = logps if rows.old_logps is None else rows.old_logps
         sampler = sampler_weights(config, sampler_gap(old, rows.sampler_logps), segments)
-    selected = None
-    if config.top_entropy_quantile < 1:
-        if entropy_threshold is None and len(entropy):
-            entropy_threshold = entropy.quantile(1 - config.top_entropy_quantile)
-        selected = entropy >= entropy_threshold if len(entropy) else entropy.bool()
+    selected = _high_entropy(config, entropy, entropy_threshold)
     multipliers = _product(
         sampler and (sampler.kept if config.folds_correction else sampler.multipliers()),
         _near_the_sampler(config, logps, rows, segments),
@@ -121,14 +115,15 @@ def policy_terms(
         dratio = _from_level(config.ratio_level, dratio, segments)
         dlogps = dlogps + torch.where(token_ratio == unbounded, dratio, 0.0)
     if config.surrogate == "gmpo":
+        kl, ratio, _, _, *extrema = stats
         moved = ((unbounded < token_ratio).sum(), (unbounded > token_ratio).sum())
-        stats[[STATS.index("clip_low"), STATS.index("clip_high")]] = torch.stack(moved).to(stats)
+        stats = torch.stack([kl, ratio, *(x.to(stats.dtype) for x in moved), *extrema])
     dentropy = None
     if config.entropy_coef:
         bonus = config.entropy_coef * rows.weights
         dentropy = -bonus if selected is None else -bonus * selected
         loss = loss + dentropy * entropy
-    return Terms(loss, Upstream(dlogps, dentropy), stats, log_ratio, multipliers, sampler)
+    return Terms(loss, Upstream(dlogps, dentropy), stats, log_ratio, sampler)
 
 
 def _token_log_ratio(config: LossConfig, logps: Tensor, rows: PolicyRows) -> Tensor:
@@ -164,6 +159,17 @@ def _from_level(level: str, gradient: Tensor, segments: Segments | None) -> Tens
     if level == "sequence":
         return segments.mean(gradient)
     return segments.sum(gradient) if level == "sequence_sum" else gradient
+
+
+def _high_entropy(
+    config: LossConfig, entropy: Tensor | None, threshold: Tensor | None
+) -> Tensor | None:
+    """Return the tokens (n,) bool that `top_entropy_quantile` selects, None if it is off."""
+    if config.top_entropy_quantile == 1:
+        return None
+    if threshold is None and len(entropy):
+        threshold = entropy.quantile(1 - config.top_entropy_quantile)
+    return entropy >= threshold if len(entropy) else entropy.bool()
 
 
 def _near_the_sampler(
