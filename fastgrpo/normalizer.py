@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo import checks
@@ -16,8 +17,9 @@ def count_normalizer(
     config: str | LossConfig = "grpo",
     *,
     group_size: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Return the denominator of one optimizer step, () int64: what `normalizer` takes.
+    """Return the denominator of one optimizer step, (): what `normalizer` takes.
 
     Args:
         completion_masks: the (B, T) bool masks of all micro-batches of the step (or one of them).
@@ -25,9 +27,10 @@ def count_normalizer(
             sequences for "sequence_mean" and "sequence_sum", sequences * max_completion_length for
             "fixed_length", prompts for "prompt_mean".
         group_size: completions per prompt, for "prompt_mean".
+        process_group: the data-parallel ranks, whose counts are added up in one all-reduce and
+            divided by their number, as DDP and FSDP average gradients. None: this rank alone.
 
-    Under data parallelism sum the result over ranks, and divide it by their number where the
-    framework averages gradients.
+    int64, and fp32 with process_group. At least 1 over all, so that an empty step gives 0.
 
     Raises:
         ValueError: for a wrong shape or dtype, for group_size with another aggregation, and for
@@ -41,22 +44,30 @@ def count_normalizer(
         checks.tensor("completion_masks", mask, dtypes=(torch.bool,))
         if mask.dim() != 2:
             raise ValueError(f"completion_masks: expected shape (B, T), got {tuple(mask.shape)}")
-    if config.aggregation == "token_sum":
-        raise ValueError("config: expected an aggregation with a denominator, got 'token_sum'")
     if group_size is not None and config.aggregation != "prompt_mean":
         raise ValueError(f"group_size has no effect with aggregation={config.aggregation!r}")
+    count = _count(masks, config, group_size)
+    if process_group is None:
+        return count.clamp(min=1)
+    dist.all_reduce(count, group=process_group)
+    return count.clamp(min=1) / process_group.size()
+
+
+def _count(masks: list[Tensor], config: LossConfig, group_size: int | None) -> Tensor:
+    """Return the number of tokens, sequences or prompts, () int64."""
+    if config.aggregation == "token_sum":
+        raise ValueError("config: expected an aggregation with a denominator, got 'token_sum'")
     if config.aggregation == "token_mean":
-        return torch.stack([mask.sum() for mask in masks]).sum().clamp(min=1)
-    count = sum(len(mask) for mask in masks)
+        return torch.stack([mask.sum() for mask in masks]).sum()
+    sequences = sum(len(mask) for mask in masks)
     if config.aggregation == "prompt_mean":
-        if not isinstance(group_size, int) or group_size < 1 or count % group_size:
+        if not isinstance(group_size, int) or group_size < 1 or sequences % group_size:
             raise ValueError(
-                f"group_size: expected a divisor of the {count} completions, got {group_size!r}"
+                f"group_size: expected a divisor of the {sequences} completions, got {group_size!r}"
             )
-        count //= group_size
-    sequences = torch.tensor(max(count, 1), device=masks[0].device)
-    if config.aggregation != "fixed_length":
-        return sequences
-    if config.max_completion_length is None:
-        raise ValueError("config: expected max_completion_length to be set for 'fixed_length'")
-    return sequences * config.max_completion_length
+        sequences //= group_size
+    if config.aggregation == "fixed_length":
+        if config.max_completion_length is None:
+            raise ValueError("config: expected max_completion_length to be set for 'fixed_length'")
+        sequences *= config.max_completion_length
+    return torch.tensor(sequences, device=masks[0].device)

@@ -1,4 +1,4 @@
-"""`group_advantages` and `count_normalizer` against plain Python."""
+"""`group_advantages` against plain Python."""
 
 from __future__ import annotations
 
@@ -387,16 +387,3 @@ def test_an_option_has_an_effect_or_is_refused(estimator, option):
         message = f"{option} has no effect with estimator='{estimator}'"
         with pytest.raises(ValueError, match=message):
             run(**{option: SET[option]})
-
-
-def test_count_normalizer():
-    masks = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), torch.tensor([[1, 1, 1]]).bool()
-    assert fastgrpo.count_normalizer(masks, "dapo") == 6
-    assert fastgrpo.count_normalizer(masks[0], "dapo") == 3
-    assert fastgrpo.count_normalizer(masks, "grpo") == 3
-    config = fastgrpo.LossConfig.preset("dr_grpo", max_completion_length=5)
-    assert fastgrpo.count_normalizer(masks, config) == 15
-    with pytest.raises(ValueError, match="max_completion_length"):
-        fastgrpo.count_normalizer(masks, "dr_grpo")
-    with pytest.raises(ValueError, match="at least one mask"):
-        fastgrpo.count_normalizer([])
