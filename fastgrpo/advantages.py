@@ -165,7 +165,8 @@ def _check_options(estimator: str, options: dict[str, object], rewards: Tensor) 
     """Raise ValueError for an option that the estimator ignores or misses, or a wrong value."""
     defaults = group_advantages.__kwdefaults__
     for name, value in options.items():
-        given = isinstance(value, Tensor) or value != defaults[name]
+        default = defaults[name]
+        given = value is not None if default is None else value != default
         if given and name not in ESTIMATORS[estimator].uses:
             raise ValueError(f"{name} has no effect with estimator={estimator!r}")
         if not given and name in ESTIMATORS[estimator].needs:

@@ -89,9 +89,9 @@ def transform(logit_scale: float, softcap: float | None, workspace_mb: float | N
 
 
 def temperature(value: object, shape: tuple[int, ...], like: Tensor) -> None:
-    """Check a temperature: a number > 0, or one per token, whose values the op checks."""
+    """Check a temperature: a number > 0, or a tensor () or per token, whose values the op checks."""
     if isinstance(value, Tensor):
-        tensor("temperature", value, shape, like=like, dtypes=FLOATS)
+        tensor("temperature", value, shape if value.dim() else (), like=like, dtypes=FLOATS)
     elif finite("temperature", value) <= 0:
         raise ValueError(f"temperature: expected a number > 0, got {value}")
 
@@ -112,7 +112,7 @@ def token_ids(name: str, ids: Tensor, vocab: int) -> None:
         )
 
 
-def bounds(cu_seqlens: object, n: int, like: Tensor) -> None:
+def bounds(cu_seqlens: object, like: Tensor) -> None:
     """Check the type of cu_seqlens (B + 1,), the bounds of packed sequences."""
     tensor("cu_seqlens", cu_seqlens, like=like, dtypes=(torch.int32, torch.int64))
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
@@ -124,6 +124,15 @@ def bounds_values(cu: Tensor, n: int) -> None:
     if looks_at_values(cu) and (cu[0] != 0 or cu[-1] != n or bool((cu.diff() < 0).any())):
         raise ValueError(
             f"cu_seqlens: expected a non-decreasing sequence from 0 to N = {n}, got {cu.tolist()}"
+        )
+
+
+def one_row_each(cu: Tensor) -> None:
+    """Raise ValueError if B advantages for N = B rows could be one per sequence or one per row."""
+    if looks_at_values(cu) and bool((cu.diff() != 1).any()):
+        raise ValueError(
+            f"advantages: expected a shape that tells sequences from tokens, got {len(cu) - 1} for "
+            f"as many of both (cu_seqlens {cu.tolist()}); leave out the empty sequences"
         )
 
 

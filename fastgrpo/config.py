@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 
@@ -140,14 +141,19 @@ class LossConfig:
     """What is differentiated: the "value"; k2 under this value ("straight_through"); the ratio
     times it ("importance"); or exp(logp - sg(logp)) times it ("score_function")."""
     kl_input_clamp: float | None = None
-    """ref_logps - logps stay within +-this, without gradient outside (verl, NeMo-RL: 20)."""
+    """ref_logps - logps stay within +-this, without gradient outside but for "straight_through"
+    (verl, NeMo-RL: 20)."""
     kl_output_clamp: float | None = None
-    """The estimate stays within +-this, without gradient outside (verl, NeMo-RL: 10)."""
+    """The estimate stays within +-this, without gradient outside but for "straight_through" (verl,
+    NeMo-RL: 10)."""
 
     entropy: str = "none"
     """What `GRPOLoss.entropy` holds: "none", "detached" or "differentiable" values."""
     entropy_coef: float = 0.0
     """Entropy bonus: the loss is lowered by this times the entropy, aggregated like the loss."""
+
+    key: ClassVar[str]
+    """The fields as JSON: how a config travels through `torch.library` ops."""
 
     def __new__(cls, **given: object) -> LossConfig:
         known = [f.name for f in fields(cls)]
@@ -160,6 +166,8 @@ class LossConfig:
         self._check_names()
         self._check_numbers()
         self._check_combination()
+        # Made here, as `torch.compile` cannot trace what would make it later.
+        object.__setattr__(self, "key", json.dumps(asdict(self)))
 
     def _check_names(self) -> None:
         _one_of("surrogate", self.surrogate, tuple(SURROGATES))
@@ -242,28 +250,38 @@ class LossConfig:
             self._needs(name, self.beta != 0, "beta=0")
         if self.kl_gradient == "importance":
             self._needs("kl_gradient", self.ratio_level != "none", "ratio_level='none'")
+            self._expects(
+                "kl_gradient", self.surrogate != "gmpo", "'value', 'straight_through' or "
+                "'score_function' with surrogate='gmpo', whose ratio is bounded by the sign of A",
+            )  # fmt: skip
         if self.kl_gradient == "straight_through":
             self._needs("kl_gradient", self.kl != "k2", "kl='k2'")
-        if self.anchor == "sampler" and self.correction != "none":
-            raise ValueError(
-                "correction: expected 'none' with anchor='sampler', whose ratio contains it; "
-                f"got {self.correction!r}"
-            )
-        if self.rejection != "none" and self.rejection_max is None:
-            raise ValueError(
-                f"rejection_max: expected a bound as rejection is {self.rejection!r}, got None"
-            )
-        if self.rejection != "none" and self.rejection_bounds[0] > self.rejection_bounds[1]:
-            raise ValueError(
-                f"rejection_min: expected at most rejection_max={self.rejection_max}, "
-                f"got {self.rejection_bounds[0]}"
-            )
-        if self.folds_correction and CORRECTIONS[self.correction][0]:
-            raise ValueError(
-                f"correction: expected one of ['none', 'token_tis', 'icepop'] with "
-                f"surrogate={self.surrogate!r}, which multiplies it over the sequence; "
-                f"got {self.correction!r}"
-            )
+        self._expects(
+            "correction", self.anchor == "old" or self.correction == "none",
+            "'none' with anchor='sampler', whose ratio contains it",
+        )  # fmt: skip
+        if self.surrogate == "dro":
+            self._expects("proximal_coef", self.proximal_coef > 0, "a number > 0 with 'dro'")
+            self._expects(
+                "log_ratio_clamp", self.log_ratio_clamp is None,
+                "None with 'dro', part of whose gradient does not pass through the ratio",
+            )  # fmt: skip
+        if self.rejection != "none":
+            given = self.rejection_max is not None
+            self._expects("rejection_max", given, f"a bound as rejection is {self.rejection!r}")
+            low, high = self.rejection_bounds
+            if self.rejection_min is None:
+                self._expects("rejection_max", low <= high, "at least 1, or a rejection_min")
+            self._expects("rejection_min", low <= high, f"at most rejection_max={high}")
+        self._expects(
+            "correction", not (self.folds_correction and CORRECTIONS[self.correction][0]),
+            "one of ['none', 'token_tis', 'icepop'] with surrogate='vespo', which multiplies it "
+            "over the sequence",
+        )  # fmt: skip
+
+    def _expects(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name}: expected {expected}; got {getattr(self, name)!r}")
 
     def _needs(self, name: str, condition: bool, otherwise: str) -> None:
         default = type(self).__dataclass_fields__[name].default
@@ -331,11 +349,6 @@ class LossConfig:
     def zero_advantage_is_inert(self) -> bool:
         """Whether a token with advantage 0 is known to have no gradient before it is scored."""
         return self.separable and self.rule.inert and self.beta == 0 and self.entropy_coef == 0
-
-    @cached_property
-    def key(self) -> str:
-        """The fields as JSON: how a config travels through `torch.library` ops."""
-        return json.dumps(asdict(self))
 
 
 def needs_entropy(config: LossConfig) -> bool:

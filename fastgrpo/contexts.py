@@ -6,6 +6,7 @@ statistics over ranks or micro-batches are the caller's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def drawn_covariance(config: LossConfig, rows: Population) -> Tensor:
     generator = None
     if rows.seed is not None:
         generator = torch.Generator(ratio.device).manual_seed(rows.seed)
-    order = torch.rand(ratio.shape, generator=generator, device=ratio.device)
+    order = torch.rand(ratio.shape, generator=generator, dtype=ratio.dtype, device=ratio.device)
     return 1.0 - _highest(order.masked_fill(~eligible, -1.0), config.cov_ratio) * eligible
 
 
@@ -72,7 +73,7 @@ def log_weight(config: LossConfig, rows: Population) -> Tensor:
     log_w = rows.log_ratio
     if rows.correction is not None:
         # log 0 of a token that IcePop dropped is -inf: the bound.
-        log_w = log_w + rows.correction.log().clamp(-18.420680743952367, 20.0)
+        log_w = log_w + rows.correction.log().clamp(math.log(1e-8), 20.0)
     return rows.segments.sum(log_w)
 
 
@@ -97,8 +98,8 @@ def discounted_sum(x: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
 def _covariance(rows: Population) -> Tensor:
     """Each token's term of the covariance of advantage and log-prob."""
     n = max(len(rows.logps), 1)
-    centred = (x - x.sum() / n for x in (rows.advantages, rows.logps))
-    return next(centred) * next(centred)
+    advantages = rows.advantages - rows.advantages.sum() / n
+    return advantages * (rows.logps - rows.logps.sum() / n)
 
 
 def _highest(x: Tensor, share: float) -> Tensor:

@@ -16,6 +16,8 @@ from fastgrpo import checks
 from fastgrpo.backend import resolve
 from fastgrpo.config import REJECTIONS, LossConfig
 from fastgrpo.packing import Segments, Sequences
+from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
+from fastgrpo_kernels.twins import torch_twin
 
 
 class SamplerWeights(NamedTuple):
@@ -67,13 +69,15 @@ def keep(
 ) -> Tensor:
     """Return where (n,) the divergence between trainer and sampler is within its bounds."""
     level, k = rejection.rsplit("_", 1)
-    x = log_w.clamp(-20, 20)
-    divergence = {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - 1 - x}[k]
-    if level != "token":
-        divergence = getattr(segments, level.removeprefix("seq_"))(divergence)
+    divergence, _ = torch_twin(KL_ESTIMATORS[k].fn)(log_w.clamp(-20, 20))
+    if level == "seq_sum":
+        divergence = segments.sum(divergence)
+    elif level == "seq_mean":
+        divergence = segments.mean(divergence)
+    elif level == "seq_max":
+        divergence = segments.max(divergence)
     low, high = (math.log(b) for b in bounds) if k == "k1" else bounds
-    # k2 and k3 have no lower bound; rounding may leave k3 just below 0.
-    return (divergence <= high) if k != "k1" else (divergence >= low) & (divergence <= high)
+    return (divergence >= low) & (divergence <= high)
 
 
 def rejection_mask(

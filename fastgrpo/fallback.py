@@ -71,7 +71,7 @@ def tile_exp(
     """
     if bias is not None:
         z.add_(bias)
-    slope = _slope(inv_temperature, logit_scale)
+    slope = _slope(inv_temperature, logit_scale, z)
     if slope is not None:
         z.mul_(slope)
     anchor, moved = _move_maximum(z, ids, vocab_start, state)
@@ -90,7 +90,7 @@ def tile_exp_grad(
     dlogps: Tensor,  # (n,)
 ) -> None:
     """Turn exponentials into the gradient with respect to the raw logits."""
-    slope = _slope(inv_temperature, logit_scale)
+    slope = _slope(inv_temperature, logit_scale, dlogps)
     upstream = dlogps if slope is None else dlogps * slope[..., 0]
     log_scale = anchor - lse
     rows, columns = _targets(ids, vocab_start, e.shape[1])
@@ -135,7 +135,7 @@ def tile_grad(
         log_p = log_p.masked_fill_(p == 0, 0.0).add_(entropy[:, None]).mul_(dentropy[:, None])
         coef.sub_(p[rows, columns] * log_p[rows, columns])
         dz = p.mul_(log_p.add_(dlogps[:, None]).neg_())
-    slope = _slope(inv_temperature, logit_scale)
+    slope = _slope(inv_temperature, logit_scale, z)
     if capped is not None:
         uncapped = 1 - capped.square()
         slope = uncapped if slope is None else uncapped.mul_(slope)
@@ -285,10 +285,10 @@ def _scaled_logits(
     return z if inv_temperature is None else z * inv_temperature[:, None]
 
 
-def _slope(inv_temperature: Tensor | None, logit_scale: float) -> Tensor | None:
+def _slope(inv_temperature: Tensor | None, logit_scale: float, like: Tensor) -> Tensor | None:
     """Return dz/dz0 without a softcap, (n or 1, 1); None for 1."""
     if inv_temperature is None:
-        return None if logit_scale == 1.0 else torch.tensor([[logit_scale]])
+        return None if logit_scale == 1.0 else like.new_full((1, 1), logit_scale)
     return inv_temperature[:, None] * logit_scale
 
 

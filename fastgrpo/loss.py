@@ -43,7 +43,7 @@ def grpo_loss(
     normalizer: float | int | Tensor | None = None,
     config: str | LossConfig = "grpo",
     bias: Tensor | None = None,  # (V,)
-    temperature: float | Tensor = 1.0,  # or as completion_ids
+    temperature: float | Tensor = 1.0,  # (), or as completion_ids
     logit_scale: float = 1.0,
     softcap: float | None = None,
     workspace_mb: float | None = None,
@@ -72,9 +72,9 @@ def grpo_loss(
         old_logps: log-probs when the completions were sampled; None: on-policy, the ratio is 1 in
             value and has its gradient.
         ref_logps: log-probs of the reference policy, required if config.beta > 0.
-        sampler_logps: log-probs that the inference engine reported, NaN where it has none (counts
-            as equal to old_logps): for `correction`, `rejection`, `off_policy_mask_threshold`,
-            `anchor`="sampler", and the metrics.
+        sampler_logps: log-probs that the inference engine reported, for `correction`, `rejection`,
+            `off_policy_mask_threshold`, `anchor`="sampler", and the metrics. A NaN, where it has
+            none, counts as ratio 1: weight 1, never rejected, no evidence of being off-policy.
         cu_seqlens: (B + 1,) int32 bounds of packed sequences, from 0 to N.
         group_ids_or_size: each completion's prompt, for aggregation "prompt_mean", as in
             `group_advantages`. A prompt's completions belong in one call.
@@ -166,6 +166,12 @@ class FusedGRPOLoss(nn.Module):
     def __init__(self, config: str | LossConfig = "grpo", **options: object) -> None:
         super().__init__()
         self.config = LossConfig.preset(config) if isinstance(config, str) else config
+        if not isinstance(self.config, LossConfig):
+            raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
+        known = set(grpo_loss.__kwdefaults__) - {"config"}
+        for name in options:
+            if name not in known:
+                raise ValueError(f"{name}: expected an option of grpo_loss, one of {sorted(known)}")
         self.options = options
 
     def forward(
@@ -228,7 +234,7 @@ def _flatten(
         sequences, length = shape
         cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * length
     else:
-        checks.bounds(cu_seqlens, n, hidden)
+        checks.bounds(cu_seqlens, hidden)
         sequences = len(cu_seqlens) - 1
     checks.tensor("advantages", advantages, like=hidden, dtypes=checks.FLOATS)
     if tuple(advantages.shape) not in ((sequences,), shape):
@@ -250,7 +256,8 @@ def _flatten(
 
 
 def _per_row(temperature: float | Tensor) -> float | Tensor:
-    return temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
+    per_token = isinstance(temperature, Tensor) and temperature.dim()
+    return temperature.reshape(-1) if per_token else temperature
 
 
 def _scalar(x: float | Tensor | None, like: Tensor) -> Tensor | None:
@@ -259,6 +266,7 @@ def _scalar(x: float | Tensor | None, like: Tensor) -> Tensor | None:
 
 def _metrics(metrics: Tensor, config: LossConfig, batch: _Batch) -> dict[str, Tensor]:
     computed = {
+        "kl": batch.ref_logps is not None,
         "sampler_kl": batch.sampler_logps is not None,
         "correction_mean": config.correction != "none",
         "correction_clipped": config.correction != "none",

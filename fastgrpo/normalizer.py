@@ -22,7 +22,8 @@ def count_normalizer(
     """Return the denominator of one optimizer step, (): what `normalizer` takes.
 
     Args:
-        completion_masks: the (B, T) bool masks of all micro-batches of the step (or one of them).
+        completion_masks: the (B, T) bool masks of all micro-batches of the step (or one of them);
+            where tokens are counted, packed ones (N,) too.
         config: the loss; its aggregation decides what is counted: tokens for "token_mean",
             sequences for "sequence_mean" and "sequence_sum", sequences * max_completion_length for
             "fixed_length", prompts for "prompt_mean".
@@ -42,7 +43,7 @@ def count_normalizer(
         raise ValueError("completion_masks: expected at least one mask, got none")
     for mask in masks:
         checks.tensor("completion_masks", mask, dtypes=(torch.bool,))
-        if mask.dim() != 2:
+        if mask.dim() != 2 and (mask.dim(), config.aggregation) != (1, "token_mean"):
             raise ValueError(f"completion_masks: expected shape (B, T), got {tuple(mask.shape)}")
     if group_size is not None and config.aggregation != "prompt_mean":
         raise ValueError(f"group_size has no effect with aggregation={config.aggregation!r}")

@@ -58,8 +58,12 @@ class Sequences(NamedTuple):
         return cls(cu_seqlens, index, lengths.index_add_(0, index, mask.to(torch.int64)))
 
     def per_row(self, x: Tensor) -> Tensor:
-        """Return x (N,), given one value per sequence (B,) or per row."""
-        return x[self.index] if len(x) == len(self.lengths) else x
+        """Return advantages (N,), given one per sequence (B,) or per row."""
+        if len(x) != len(self.lengths):
+            return x
+        if len(x) == len(self.index):
+            checks.one_row_each(self.cu_seqlens)
+        return x[self.index]
 
     def segments(self, impl: ModuleType, rows: Index) -> Segments:
         """Return the sequences of the unmasked rows, in their order."""

@@ -22,6 +22,8 @@ from fastgrpo.contexts import CONTEXTS, Population
 from fastgrpo.corrections import SamplerWeights, sampler_gap, sampler_weights
 from fastgrpo.packing import Segments, Sequences
 from fastgrpo.tiles import Logps, Upstream
+from fastgrpo_kernels.kl_estimators import k3
+from fastgrpo_kernels.twins import torch_twin
 
 
 class PolicyRows(NamedTuple):
@@ -116,7 +118,8 @@ def policy_terms(
         dlogps = dlogps + torch.where(token_ratio == unbounded, dratio, 0.0)
     if config.surrogate == "gmpo":
         kl, ratio, _, _, *extrema = stats
-        moved = ((unbounded < token_ratio).sum(), (unbounded > token_ratio).sum())
+        live = rows.advantages != 0
+        moved = (((unbounded < token_ratio) & live).sum(), ((unbounded > token_ratio) & live).sum())
         stats = torch.stack([kl, ratio, *(x.to(stats.dtype) for x in moved), *extrema])
     dentropy = None
     if config.entropy_coef:
@@ -130,7 +133,7 @@ def _token_log_ratio(config: LossConfig, logps: Tensor, rows: PolicyRows) -> Ten
     """Return each token's log-ratio to the anchor, 0 where there is none."""
     anchor = rows.old_logps
     if config.anchor == "sampler" and rows.sampler_logps is not None:
-        anchor = torch.where(rows.sampler_logps.isnan(), logps, rows.sampler_logps)
+        anchor = torch.where(rows.sampler_logps.isfinite(), rows.sampler_logps, logps)
     if anchor is None or config.ratio_level == "none":
         return torch.zeros_like(logps)
     return logps - anchor
@@ -208,8 +211,7 @@ def _metrics(terms: Terms, scored: Logps, rows: PolicyRows) -> Tensor:
         if x is None:
             return zero, zero
         known = ~x.isnan()
-        x = torch.where(known, x, 0.0).clamp(max=80)
-        return mean(x.exp() - 1 - x, known.sum())
+        return mean(torch_twin(k3)(torch.where(known, x, 0.0))[0], known.sum())
 
     importance = terms.log_ratio.clamp(max=80).exp()
     if terms.sampler is not None:
@@ -254,21 +256,19 @@ def token_weights(
 ) -> Tensor:
     """Return each row's weight (n,): its share of the loss, over `normalizer` or a local count."""
     lengths, sequence = owner.lengths, owner.index[rows]
-    sequences = lengths.new_tensor(max(len(lengths), 1))
     share = torch.ones_like(sequence, dtype=dtype)
+    local: int | Tensor = max(len(lengths), 1)
     if config.aggregation == "token_mean":
         local = lengths.sum().clamp(min=1)
     elif config.aggregation == "token_sum":
-        local = torch.ones_like(sequences)
+        local = 1
     elif config.aggregation == "fixed_length":
-        local = sequences * (config.max_completion_length or 1)
+        local *= config.max_completion_length or 1
+    elif config.aggregation == "sequence_mean":
+        share = share / lengths[sequence]
     elif config.aggregation == "prompt_mean":
         prompts, index = groups.unique(return_inverse=True)
         tokens = torch.zeros_like(prompts).index_add_(0, index, lengths)
-        local = sequences.new_tensor(max(len(prompts), 1))
-        share = share / tokens[index[sequence]].to(dtype)
-    else:
-        local = sequences
-        if config.aggregation == "sequence_mean":
-            share = share / lengths[sequence].to(dtype)
-    return share / (local if normalizer is None else normalizer).to(dtype)
+        local = max(len(prompts), 1)
+        share = share / tokens[index[sequence]]
+    return (share / (local if normalizer is None else normalizer)).to(dtype)

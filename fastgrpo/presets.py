@@ -12,7 +12,9 @@ _KIMI_KL = 2e-3  # prime-rl's kl_tau = 1e-3 multiplies the square, proximal_coef
 PRESETS: dict[str, dict[str, object]] = {
     # ---- losses ----------------------------------------------------------------------------------
     "reinforce": dict(surrogate="reinforce", ratio_level="none", aggregation="token_mean"),
+    # -w log p: its weights are passed as advantages.
     "nll": dict(surrogate="reinforce", ratio_level="none", aggregation="token_mean"),
+    # The two differ in their advantages: a critic's, or the group's.
     "ppo": dict(),
     "grpo": dict(),
     "bnpo": dict(aggregation="token_mean"),
@@ -62,5 +64,6 @@ PRESETS: dict[str, dict[str, object]] = {
     "openrlhf_rf++": dict(aggregation="token_mean", log_ratio_clamp=20.0),
     "cispo_minimax": dict(surrogate="cispo_raw", aggregation="token_mean", epsilon_high=5.0),
     "dapo_paper": dict(aggregation="token_mean", epsilon_high=0.28),
+    # beta is verl's kl_loss_coef and the threshold slime's: the paper prints neither.
     "dsv32": dict(beta=1e-3, kl_gradient="importance", off_policy_mask_threshold=1e-4),
 }

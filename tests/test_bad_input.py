@@ -105,6 +105,9 @@ PACKED = {
     "cu_seqlens: expected dtype": dict(cu_seqlens=torch.tensor([0.0, 2.0, 6.0])),
     r"cu_seqlens: expected shape \(B \+ 1,\)": dict(cu_seqlens=bounds(0, 2, 6)[None]),
     r"advantages: expected shape \(3,\) or \(6,\), got \(2,\)": dict(cu_seqlens=bounds(0, 2, 4, 6)),
+    "advantages: expected a shape that tells sequences from tokens, got 6 for as many": dict(
+        cu_seqlens=bounds(0, 0, 2, 3, 4, 5, 6), advantages=torch.ones(6)
+    ),
 }
 
 
@@ -172,8 +175,18 @@ CONFIGS = {
         rejection="token_k3", rejection_max=1.0, rejection_min=0.5
     ),
     "rejection_max: expected a bound as rejection is 'seq_sum_k1'": dict(rejection="seq_sum_k1"),
-    "rejection_min: expected at most rejection_max=0.5": dict(
+    "rejection_max: expected at least 1, or a rejection_min; got 0.5": dict(
         rejection="token_k1", rejection_max=0.5
+    ),
+    "rejection_min: expected at most rejection_max=0.5; got 0.7": dict(
+        rejection="token_k1", rejection_max=0.5, rejection_min=0.7
+    ),
+    "kl_gradient: expected 'value'.* with surrogate='gmpo'": dict(
+        surrogate="gmpo", ratio_level="sequence", beta=0.1, kl_gradient="importance"
+    ),
+    "proximal_coef: expected a number > 0 with 'dro'; got 0.0": dict(surrogate="dro"),
+    "log_ratio_clamp: expected None with 'dro'": dict(
+        surrogate="dro", proximal_coef=0.1, log_ratio_clamp=20.0
     ),
     "kl='k1' has no effect with beta=0": dict(kl="k1"),
     "kl_gradient='importance' has no effect with beta=0": dict(kl_gradient="importance"),
@@ -216,6 +229,13 @@ def test_presets_take_overrides_and_refuse_unknown_names():
         LossConfig.preset("GRPO")
     with pytest.raises(ValueError, match="no field 'eps'"):
         LossConfig.preset("grpo", eps=0.1)
+
+
+def test_the_module_refuses_what_the_function_does_not_take():
+    with pytest.raises(ValueError, match="temprature: expected an option of grpo_loss"):
+        fastgrpo.FusedGRPOLoss("dapo", temprature=0.5)
+    with pytest.raises(ValueError, match="config: expected a preset's name or a LossConfig"):
+        fastgrpo.FusedGRPOLoss({"surrogate": "ppo_clip"})
 
 
 def test_a_backend_never_falls_back():

@@ -139,6 +139,15 @@ def test_the_head_transforms_reach_every_route(backend, entropy_coef):
             assert_close(batch, config, head=head, frozen=frozen, backend=backend)
 
 
+def test_a_temperature_may_be_a_scalar_tensor(backend):
+    batch = make_batch()
+    for entropy in ("none", "differentiable"):
+        config = LossConfig(entropy=entropy)
+        a, b = (fused(batch, config, temperature=t, backend=backend)[0].loss
+                for t in (0.75, torch.tensor(0.75)))  # fmt: skip
+        assert a == b
+
+
 def test_bias_gradient(backend):
     batch = make_batch()
     bias = torch.randn(batch.weight.shape[0], dtype=torch.float64, requires_grad=True)

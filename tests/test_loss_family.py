@@ -339,6 +339,34 @@ def test_clip_cov_draws_the_share_it_is_told_to():
     assert torch.equal(dropped[0], dropped[2]) and not torch.equal(dropped[0], dropped[1])
 
 
+def test_metrics_keep_their_digits_near_on_policy():
+    """Gaps of 1e-4 nats in fp32: k3 is 5e-9, where exp(x) - 1 - x has no digit left."""
+    batch = make_batch()
+    arguments = (batch.hidden, batch.weight, *batch[2:5])
+    logps = fastgrpo.grpo_loss(*arguments).logps
+    out = fastgrpo.grpo_loss(*arguments, old_logps=logps - 1e-4, sampler_logps=logps + 1e-4)
+    for name in ("approx_kl", "sampler_kl"):
+        assert out.metrics[name].item() == pytest.approx(5e-9, rel=2e-2)
+
+
+def test_numbers_do_not_take_the_default_dtype():
+    batch = make_batch(sequences=12)
+    config = config_of("ppo_clip", "token", correction="token_tis")
+    options = {"logit_scale": 0.7, "temperature": 0.9}
+    before = torch.get_default_dtype()
+    wanted = fused(batch, config, **options)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = fused(batch, config, **options)
+    finally:
+        torch.set_default_dtype(before)
+    assert actual[0].loss == wanted[0].loss and torch.equal(actual[1], wanted[1])
+    logits = batch.hidden.double() @ batch.weight.double().T * 0.7 / 0.9
+    exact_logps = logits.log_softmax(-1).gather(-1, batch.completion_ids[..., None])[..., 0]
+    m = batch.completion_mask
+    torch.testing.assert_close(wanted[0].logps[m], exact_logps[m], rtol=1e-12, atol=1e-12)
+
+
 def test_a_new_surrogate_is_one_entry(monkeypatch):
     """A researcher's loss: its function, its formula and one line."""
     from fastgrpo_kernels.runtime import jit

@@ -24,6 +24,7 @@ def test_what_is_counted():
     assert count(MASKS, LossConfig.preset("dr_grpo", max_completion_length=5)) == 15
     prompts = LossConfig(aggregation="prompt_mean")
     assert count([*MASKS, MASKS[1]], prompts, group_size=2) == 2
+    assert count(MASKS[0].flatten(), "dapo") == 3
     assert count(torch.zeros(2, 3, dtype=torch.bool), "dapo") == 1
 
 

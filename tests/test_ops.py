@@ -83,11 +83,11 @@ def test_compiled_equals_eager(preset, entropy, backend_of_compile, monkeypatch,
 
     compiled = torch.compile(step, fullgraph=True, backend=backend_of_compile)
     results = []
-    for function in (step, compiled):
+    for function in (compiled, step):  # an eager call must not have to come first
         hidden, weight = (x.clone().requires_grad_() for x in batch[:2])
         outputs = function(hidden, weight, *batch[2:], 0.8)
         results.append((*outputs, *torch.autograd.grad(outputs[0], (hidden, weight))))
-    for eager, traced in zip(*results, strict=True):
+    for traced, eager in zip(*results, strict=True):
         assert torch.allclose(eager, traced, rtol=1e-6, atol=1e-7)
 
 

@@ -36,6 +36,7 @@ def token_terms(
 ):
     """multiplier L + beta kl of one token: (value, its part in dlogp, in dlog_ratio, clipped)."""
     loss, slope, clipped = SURROGATE(logp, log_ratio, advantage, context, *parameters)
+    clipped = tl.where(advantage == 0.0, 0.0, clipped)
     loss = loss * multiplier
     slope = slope * multiplier
     if SLOPE_OF_RATIO:
