@@ -89,7 +89,7 @@ def transform(logit_scale: float, softcap: float | None, workspace_mb: float | N
 
 
 def temperature(value: object, shape: tuple[int, ...], like: Tensor) -> None:
-    """Check a temperature: a number > 0, or a tensor () or per token, whose values the op checks."""
+    """Check a temperature: a number > 0, or a tensor () or per token whose values the op checks."""
     if isinstance(value, Tensor):
         tensor("temperature", value, shape if value.dim() else (), like=like, dtypes=FLOATS)
     elif finite("temperature", value) <= 0:

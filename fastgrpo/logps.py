@@ -56,7 +56,7 @@ def linear_logps(
             whatever they hold (NaN too) changes nothing. Out of range: ValueError on a CPU and
             inside `fastgrpo.checked()`, otherwise the row's log-prob is NaN.
         bias: (V,), in hidden's dtype or fp32.
-        temperature: a number > 0, or a tensor (...) of one per token.
+        temperature: a number > 0, or a tensor: (), or (...) of one per token.
         logit_scale: factor on the logits (Cohere; Granite's `logits_scaling` is 1 over it).
         softcap: c in c * tanh(z / c) (Gemma); None for none.
         entropy: "none", "detached", or "differentiable", whose gradient costs nothing more.
