@@ -187,8 +187,8 @@ class LossConfig:
             )
 
     def _check_numbers(self) -> None:
-        ratio_is_offset = not {"gmpo", "cispo_raw"} & {self.surrogate}
-        _number("epsilon_low", self.epsilon_low, 0.0, 1.0 if ratio_is_offset else math.inf)
+        in_log_space = self.surrogate == "gmpo"
+        _number("epsilon_low", self.epsilon_low, 0.0, math.inf if in_log_space else 1.0)
         if self.surrogate == "cispo_raw" and _number("epsilon_high", self.epsilon_high) <= 1.0:
             raise ValueError(
                 "epsilon_high: expected a bound > 1 on the ratio itself with "

@@ -77,7 +77,8 @@ def grpo_loss(
             none, counts as ratio 1: weight 1, never rejected, no evidence of being off-policy.
         cu_seqlens: (B + 1,) int32 bounds of packed sequences, from 0 to N.
         group_ids_or_size: each completion's prompt, for aggregation "prompt_mean", as in
-            `group_advantages`. A prompt's completions belong in one call.
+            `group_advantages`. A prompt's completions belong in one call, which on a GPU waits for
+            the host once more.
         entropy_threshold: nats; stands in for the quantile that `top_entropy_quantile` takes over
             this call's tokens, where the population is larger than a call.
         normalizer: the denominator itself, counted over the whole optimizer step: tokens for a mean
