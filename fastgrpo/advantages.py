@@ -16,6 +16,7 @@ from fastgrpo.estimators import (
     check_rewards,
     whiten,
 )
+from fastgrpo.values import finite, one_of
 
 
 def group_advantages(
@@ -83,7 +84,7 @@ def group_advantages(
         ValueError: for a wrong shape, dtype or value, for an option that the estimator needs and
             that is missing, and for one that it ignores.
     """
-    checks.one_of("estimator", estimator, tuple(ESTIMATORS))
+    one_of("estimator", estimator, tuple(ESTIMATORS))
     checks.tensor("rewards", rewards)
     dims, shape = (2, "(B, K)") if estimator == "gdpo" else (1, "(B,)")
     if rewards.dim() != dims:
@@ -143,7 +144,7 @@ def reinforce_plus_plus(
         raise ValueError(f"token_rewards: expected shape (B, T), got {tuple(token_rewards.shape)}")
     shape = tuple(token_rewards.shape)
     checks.tensor("completion_mask", completion_mask, shape, token_rewards, (torch.bool,))
-    if not 0 <= checks.finite("gamma", gamma) <= 1:
+    if not 0 <= finite("gamma", gamma) <= 1:
         raise ValueError(f"gamma: expected a number in [0, 1], got {gamma}")
     _check_ddof(ddof)
     returns = token_rewards.detach().masked_fill(~completion_mask, 0.0)
@@ -172,9 +173,9 @@ def _check_options(estimator: str, options: dict[str, object], rewards: Tensor) 
         if not given and name in ESTIMATORS[estimator].needs:
             raise ValueError(f"{name}: expected shape (B,) for estimator={estimator!r}, got None")
     _check_ddof(options["ddof"])
-    if checks.finite("eps", options["eps"]) < 0:
+    if finite("eps", options["eps"]) < 0:
         raise ValueError(f"eps: expected a number >= 0, got {options['eps']}")
-    if checks.finite("f_norm", options["f_norm"]) <= 0:
+    if finite("f_norm", options["f_norm"]) <= 0:
         raise ValueError(f"f_norm: expected a number > 0, got {options['f_norm']}")
     if options["lengths"] is not None:
         check_lengths(options["lengths"], (len(rewards),), rewards)
@@ -186,7 +187,7 @@ def _check_options(estimator: str, options: dict[str, object], rewards: Tensor) 
                 f"reward_weights: expected {rewards.shape[1]} numbers, got {weights!r}"
             )
         for weight in weights:
-            checks.finite("reward_weights", weight)
+            finite("reward_weights", weight)
 
 
 def _check_ddof(ddof: object) -> None:

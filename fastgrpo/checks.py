@@ -7,13 +7,13 @@ above zero) would make a GPU wait for the host: it is done on CPUs, and on GPUs 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastgrpo.config import LossConfig
+from fastgrpo.values import finite
 
 _values_checked_on_gpu = False
 
@@ -219,21 +219,9 @@ def dense_only(sparsity: float, seed: int | None = None, old_logps: Tensor | Non
         raise ValueError("old_logps has no effect with sparsity=0.0")
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
-
-
 def positive_normalizer(value: Tensor) -> None:
     if looks_at_values(value) and not (value > 0 and value.isfinite()):
         raise ValueError(f"normalizer: expected a number > 0, got {value.item()}")
-
-
-def finite(name: str, value: object) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

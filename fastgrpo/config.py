@@ -4,7 +4,7 @@
     ratio level    which log-ratio it sees           `RATIO_LEVELS`
     correction     constants on the policy loss      `fastgrpo.corrections`
     kl, entropy    what is added to it               `fastgrpo_kernels.kl_estimators`
-    aggregation    how tokens are weighed            `AGGREGATIONS`
+    aggregation    how tokens are weighed            `fastgrpo.choices.AGGREGATIONS`
 
 Names for combinations are in `fastgrpo.presets`; docs/losses.md tabulates all of it.
 """
@@ -19,36 +19,11 @@ from typing import ClassVar
 
 import torch
 
+from fastgrpo import choices
+from fastgrpo.choices import CORRECTIONS
 from fastgrpo.presets import PRESETS
-from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
-from fastgrpo_kernels.surrogates import RATIO_LEVELS, SURROGATES, Surrogate
-
-AGGREGATIONS = (
-    "token_mean",  # sum over tokens / number of tokens
-    "sequence_mean",  # mean over sequences of the mean over their tokens
-    "fixed_length",  # sum over tokens / (B * max_completion_length)
-    "token_sum",  # sum over tokens
-    "sequence_sum",  # mean over sequences of the sum over their tokens
-    "prompt_mean",  # mean over prompts of the mean over the tokens of all their completions
-)
-ENTROPY_MODES = ("none", "detached", "differentiable")
-ANCHORS = ("old", "sampler")
-
-# Correction -> (is its decision one per sequence, its default bounds).
-CORRECTIONS: dict[str, tuple[bool, tuple[float, float]]] = {
-    "none": (False, (0.0, math.inf)),
-    "token_tis": (False, (0.0, 2.0)),
-    "icepop": (False, (0.5, 5.0)),
-    "sequence_tis": (True, (0.0, 2.0)),
-    "sequence_mis": (True, (0.0, 3.0)),
-    "seq_mask_tis": (True, (0.999, 1.002)),
-}
-REJECTIONS = ("none",) + tuple(
-    f"{level}_{k}"
-    for level in ("token", "seq_sum", "seq_mean", "seq_max")
-    for k in ("k1", "k2", "k3")
-    if (level, k) != ("seq_max", "k1")
-)
+from fastgrpo.values import one_of
+from fastgrpo_kernels.surrogates import SURROGATES, Surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +43,7 @@ class LossConfig:
     """What the ratio is to: "old" (old_logps), or "sampler" (sampler_logps; old_logps where none
     are given)."""
     aggregation: str = "sequence_mean"
-    """How tokens are weighed: one of `AGGREGATIONS`."""
+    """How tokens are weighed: one of `fastgrpo.choices.AGGREGATIONS`."""
     max_completion_length: int | None = None
     """L_max of "fixed_length"; may be left out when the call gives `normalizer`."""
 
@@ -163,135 +138,14 @@ class LossConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self._check_names()
-        self._check_numbers()
-        self._check_combination()
+        choices.check(self)
         # Made here, as `torch.compile` cannot trace what would make it later.
         object.__setattr__(self, "key", json.dumps(asdict(self)))
-
-    def _check_names(self) -> None:
-        _one_of("surrogate", self.surrogate, tuple(SURROGATES))
-        _one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
-        _one_of("anchor", self.anchor, ANCHORS)
-        _one_of("aggregation", self.aggregation, AGGREGATIONS)
-        _one_of("correction", self.correction, tuple(CORRECTIONS))
-        _one_of("rejection", self.rejection, REJECTIONS)
-        _one_of("kl", self.kl, tuple(KL_ESTIMATORS))
-        _one_of("kl_gradient", self.kl_gradient, tuple(KL_GRADIENTS))
-        _one_of("entropy", self.entropy, ENTROPY_MODES)
-        levels = SURROGATES[self.surrogate].ratio_levels
-        if self.ratio_level not in levels:
-            raise ValueError(
-                f"ratio_level: expected one of {list(levels)} with surrogate={self.surrogate!r}, "
-                f"got {self.ratio_level!r}"
-            )
-
-    def _check_numbers(self) -> None:
-        in_log_space = self.surrogate == "gmpo"
-        _number("epsilon_low", self.epsilon_low, 0.0, math.inf if in_log_space else 1.0)
-        if self.surrogate == "cispo_raw" and _number("epsilon_high", self.epsilon_high) <= 1.0:
-            raise ValueError(
-                "epsilon_high: expected a bound > 1 on the ratio itself with "
-                f"surrogate='cispo_raw' (1 + epsilon, not epsilon), got {self.epsilon_high}"
-            )
-        for name in ("epsilon_high", "beta", "proximal_coef", "kl_cov_coef", "fipo_low"):
-            _number(name, getattr(self, name), 0.0)
-        for name in ("cov_low", "cov_high", "entropy_coef", "vespo_k_pos", "vespo_k_neg"):
-            _number(name, getattr(self, name))
-        for name in (
-            "sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg",
-            "fipo_half_life",
-        ):  # fmt: skip
-            _positive(name, getattr(self, name))
-        for name in (
-            "delta", "log_ratio_clamp", "fipo_safety_ratio", "correction_max", "rejection_min",
-            "rejection_max", "kl_input_clamp", "kl_output_clamp",
-        ):  # fmt: skip
-            if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        if self.off_policy_mask_threshold is not None:
-            _number("off_policy_mask_threshold", self.off_policy_mask_threshold)
-        if self.correction_min is not None:
-            _number("correction_min", self.correction_min, 0.0)
-        _share("cov_ratio", self.cov_ratio)
-        _share("top_entropy_quantile", self.top_entropy_quantile)
-        for low, high in (("cov_low", "cov_high"), ("fipo_low", "fipo_high")):
-            if getattr(self, low) >= _number(high, getattr(self, high)):
-                raise ValueError(
-                    f"{low}: expected less than {high}={getattr(self, high)}, "
-                    f"got {getattr(self, low)}"
-                )
-        if self.correction_bounds[0] > self.correction_bounds[1]:
-            raise ValueError(
-                f"correction_min: expected at most correction_max={self.correction_bounds[1]}, "
-                f"got {self.correction_bounds[0]}"
-            )
-        length = self.max_completion_length
-        is_count = isinstance(length, int) and not isinstance(length, bool) and length >= 1
-        if length is not None and not is_count:
-            raise ValueError(f"max_completion_length: expected an int >= 1, got {length!r}")
-
-    def _check_combination(self) -> None:
-        """Refuse a field that differs from its default and would be ignored."""
-        used = {*self.rule.parameters, *self.rule.options}
-        of_some_surrogate = {n for s in SURROGATES.values() for n in (*s.parameters, *s.options)}
-        for name in sorted(of_some_surrogate - used):
-            self._needs(name, False, f"surrogate={self.surrogate!r}")
-        for name in ("anchor", "log_ratio_clamp"):
-            self._needs(name, self.ratio_level != "none", "ratio_level='none'")
-        fixed = self.aggregation == "fixed_length"
-        self._needs("max_completion_length", fixed, f"aggregation={self.aggregation!r}")
-        for name in ("correction_min", "correction_max"):
-            self._needs(name, self.correction != "none", "correction='none'")
-        self._needs("rejection_max", self.rejection != "none", "rejection='none'")
-        k1 = self.rejection.endswith("k1")
-        self._needs("rejection_min", k1, f"rejection={self.rejection!r}")
-        for name in ("kl", "kl_gradient", "kl_input_clamp", "kl_output_clamp"):
-            self._needs(name, self.beta != 0, "beta=0")
-        if self.kl_gradient == "importance":
-            self._needs("kl_gradient", self.ratio_level != "none", "ratio_level='none'")
-            self._expects(
-                "kl_gradient", self.surrogate != "gmpo", "'value', 'straight_through' or "
-                "'score_function' with surrogate='gmpo', whose ratio is bounded by the sign of A",
-            )  # fmt: skip
-        if self.kl_gradient == "straight_through":
-            self._needs("kl_gradient", self.kl != "k2", "kl='k2'")
-        self._expects(
-            "correction", self.anchor == "old" or self.correction == "none",
-            "'none' with anchor='sampler', whose ratio contains it",
-        )  # fmt: skip
-        if self.surrogate == "dro":
-            self._expects("proximal_coef", self.proximal_coef > 0, "a number > 0 with 'dro'")
-            self._expects(
-                "log_ratio_clamp", self.log_ratio_clamp is None,
-                "None with 'dro', part of whose gradient does not pass through the ratio",
-            )  # fmt: skip
-        if self.rejection != "none":
-            given = self.rejection_max is not None
-            self._expects("rejection_max", given, f"a bound as rejection is {self.rejection!r}")
-            low, high = self.rejection_bounds
-            if self.rejection_min is None:
-                self._expects("rejection_max", low <= high, "at least 1, or a rejection_min")
-            self._expects("rejection_min", low <= high, f"at most rejection_max={high}")
-        self._expects(
-            "correction", not (self.folds_correction and CORRECTIONS[self.correction][0]),
-            "one of ['none', 'token_tis', 'icepop'] with surrogate='vespo', which multiplies it "
-            "over the sequence",
-        )  # fmt: skip
-
-    def _expects(self, name: str, condition: bool, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{name}: expected {expected}; got {getattr(self, name)!r}")
-
-    def _needs(self, name: str, condition: bool, otherwise: str) -> None:
-        default = type(self).__dataclass_fields__[name].default
-        if not condition and getattr(self, name) != default:
-            raise ValueError(f"{name}={getattr(self, name)!r} has no effect with {otherwise}")
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> LossConfig:
         """Return the loss called `name` with fields replaced: `preset("dapo", beta=0.04)`."""
-        _one_of("config", name, tuple(PRESETS))
+        one_of("config", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **overrides})
 
     @property
@@ -366,25 +220,3 @@ def config_of_preset(name: str) -> LossConfig:
 def config_from_key(key: str) -> LossConfig:
     """Return the config that `LossConfig.key` describes."""
     return LossConfig(**json.loads(key))
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
-
-
-def _number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name}: expected a finite number in [{low}, {high}], got {value!r}")
-    return float(value)
-
-
-def _positive(name: str, value: object) -> None:
-    if _number(name, value) <= 0:
-        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
-
-
-def _share(name: str, value: object) -> None:
-    if not 0 < _number(name, value) <= 1:
-        raise ValueError(f"{name}: expected a share in (0, 1], got {value!r}")

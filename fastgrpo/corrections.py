@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.backend import resolve
-from fastgrpo.config import REJECTIONS, LossConfig
+from fastgrpo.choices import REJECTIONS
+from fastgrpo.config import LossConfig
 from fastgrpo.packing import Segments, Sequences
+from fastgrpo.values import one_of
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
 from fastgrpo_kernels.twins import torch_twin
 
@@ -106,7 +108,7 @@ def rejection_mask(
     Raises:
         ValueError: for a wrong shape, dtype or value, and for rejection_min without k1.
     """
-    checks.one_of("rejection", rejection, REJECTIONS[1:])
+    one_of("rejection", rejection, REJECTIONS[1:])
     config = LossConfig(
         rejection=rejection, rejection_min=rejection_min, rejection_max=rejection_max
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import checks, ops
+from fastgrpo.values import one_of
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -79,8 +80,8 @@ def linear_logps(
     shape = tuple(hidden.shape[:-1])
     checks.tensor("token_ids", token_ids, shape, like=hidden, dtypes=(torch.int64,))
     checks.temperature(temperature, shape, hidden)
-    checks.one_of("entropy", entropy, ("none", "detached", "differentiable"))
-    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    one_of("entropy", entropy, ("none", "detached", "differentiable"))
+    one_of("backend", backend, ("auto", "triton", "torch"))
 
     grad = torch.is_grad_enabled()
     head_needs = weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -11,6 +11,7 @@ from fastgrpo import checks, ops
 from fastgrpo.config import LossConfig, config_of_preset, needs_entropy
 from fastgrpo.logps import Backend, linear_logps, scalar, temperature_tensor
 from fastgrpo.policy import METRICS
+from fastgrpo.values import one_of
 
 
 class GRPOLoss(NamedTuple):
@@ -110,7 +111,7 @@ def grpo_loss(
     checks.head(hidden, weight, bias, backend)
     checks.transform(logit_scale, softcap, workspace_mb)
     checks.dense_only(sparsity)
-    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    one_of("backend", backend, ("auto", "triton", "torch"))
     batch = _flatten(
         hidden, completion_ids, completion_mask, advantages, old_logps, ref_logps, sampler_logps,
         cu_seqlens, temperature,

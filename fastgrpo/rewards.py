@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.estimators import Groups, check_lengths, check_rewards
+from fastgrpo.values import finite, one_of
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
 from fastgrpo_kernels.twins import torch_twin
 
@@ -38,7 +39,7 @@ def kl_penalty(
     Raises:
         ValueError: for a wrong shape, dtype or value.
     """
-    checks.one_of("kl", kl, tuple(KL_ESTIMATORS))
+    one_of("kl", kl, tuple(KL_ESTIMATORS))
     _check_mask(completion_mask)
     for name, x in (("logps", logps), ("ref_logps", ref_logps)):
         checks.tensor(name, x, tuple(completion_mask.shape), completion_mask, checks.FLOATS)
@@ -87,7 +88,7 @@ def length_penalty(
     checks.tensor("rewards", rewards)
     check_rewards("rewards", rewards, (rewards.numel(),))
     check_lengths(lengths, tuple(rewards.shape), rewards)
-    if checks.finite("weight", weight) < 0:
+    if finite("weight", weight) < 0:
         raise ValueError(f"weight: expected a number >= 0, got {weight}")
     groups = Groups(group_ids_or_size, rewards)
     r, length = groups.sort(rewards.detach()), groups.sort(lengths.detach().float())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastgrpo import LossConfig, count_normalizer
-from fastgrpo.config import AGGREGATIONS, ANCHORS, CORRECTIONS, ENTROPY_MODES, REJECTIONS
+from fastgrpo.choices import AGGREGATIONS, ANCHORS, CORRECTIONS, ENTROPY_MODES, REJECTIONS
 from fastgrpo.packing import Sequences
 from fastgrpo.policy import METRICS, token_weights
 from fastgrpo.presets import PRESETS

@@ -14,7 +14,7 @@ import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, reference, testing
-from fastgrpo.config import AGGREGATIONS, CORRECTIONS, REJECTIONS
+from fastgrpo.choices import AGGREGATIONS, CORRECTIONS, REJECTIONS
 from fastgrpo.presets import PRESETS
 from fastgrpo.testing import relative_error
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS

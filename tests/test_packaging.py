@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # A module may import only from the layers before its own.
 LAYERS = [
-    {"presets"},
-    {"config"},
+    {"values", "presets"},
+    {"choices", "config"},
     {"fallback", "backend", "checks"},
     {"tiles", "packing"},
     {"gradients", "corrections", "contexts"},

@@ -1,0 +1,189 @@
+"""What each field of `LossConfig` may be, and together with what."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from fastgrpo.values import finite, one_of, positive, share
+from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
+from fastgrpo_kernels.surrogates import RATIO_LEVELS, SURROGATES
+
+if TYPE_CHECKING:
+    from fastgrpo.config import LossConfig
+
+AGGREGATIONS = (
+    "token_mean",  # sum over tokens / number of tokens
+    "sequence_mean",  # mean over sequences of the mean over their tokens
+    "fixed_length",  # sum over tokens / (B * max_completion_length)
+    "token_sum",  # sum over tokens
+    "sequence_sum",  # mean over sequences of the sum over their tokens
+    "prompt_mean",  # mean over prompts of the mean over the tokens of all their completions
+)
+ENTROPY_MODES = ("none", "detached", "differentiable")
+ANCHORS = ("old", "sampler")
+
+# Correction -> (is its decision one per sequence, its default bounds).
+CORRECTIONS: dict[str, tuple[bool, tuple[float, float]]] = {
+    "none": (False, (0.0, math.inf)),
+    "token_tis": (False, (0.0, 2.0)),
+    "icepop": (False, (0.5, 5.0)),
+    "sequence_tis": (True, (0.0, 2.0)),
+    "sequence_mis": (True, (0.0, 3.0)),
+    "seq_mask_tis": (True, (0.999, 1.002)),
+}
+REJECTIONS = ("none",) + tuple(
+    f"{level}_{k}"
+    for level in ("token", "seq_sum", "seq_mean", "seq_max")
+    for k in ("k1", "k2", "k3")
+    if (level, k) != ("seq_max", "k1")
+)
+
+
+def check(config: LossConfig) -> None:
+    """Raise ValueError for a wrong value, and for one without effect beside the others."""
+    _names(config)
+    _numbers(config)
+    _combination(config)
+
+
+def _names(config: LossConfig) -> None:
+    one_of("surrogate", config.surrogate, tuple(SURROGATES))
+    one_of("ratio_level", config.ratio_level, RATIO_LEVELS)
+    one_of("anchor", config.anchor, ANCHORS)
+    one_of("aggregation", config.aggregation, AGGREGATIONS)
+    one_of("correction", config.correction, tuple(CORRECTIONS))
+    one_of("rejection", config.rejection, REJECTIONS)
+    one_of("kl", config.kl, tuple(KL_ESTIMATORS))
+    one_of("kl_gradient", config.kl_gradient, tuple(KL_GRADIENTS))
+    one_of("entropy", config.entropy, ENTROPY_MODES)
+    levels = SURROGATES[config.surrogate].ratio_levels
+    if config.ratio_level not in levels:
+        raise ValueError(
+            f"ratio_level: expected one of {list(levels)} with surrogate={config.surrogate!r}, "
+            f"got {config.ratio_level!r}"
+        )
+
+
+def _numbers(config: LossConfig) -> None:
+    in_log_space = config.surrogate == "gmpo"
+    finite("epsilon_low", config.epsilon_low, 0.0, math.inf if in_log_space else 1.0)
+    if config.surrogate == "cispo_raw" and finite("epsilon_high", config.epsilon_high) <= 1.0:
+        raise ValueError(
+            "epsilon_high: expected a bound > 1 on the ratio itself with "
+            f"surrogate='cispo_raw' (1 + epsilon, not epsilon), got {config.epsilon_high}"
+        )
+    for name in ("epsilon_high", "beta", "proximal_coef", "kl_cov_coef", "fipo_low"):
+        finite(name, getattr(config, name), 0.0)
+    for name in ("cov_low", "cov_high", "entropy_coef", "vespo_k_pos", "vespo_k_neg"):
+        finite(name, getattr(config, name))
+    for name in (
+        "sapo_temperature_pos",
+        "sapo_temperature_neg",
+        "vespo_lambda_pos",
+        "vespo_lambda_neg",
+        "fipo_half_life",
+    ):
+        positive(name, getattr(config, name))
+    for name in (
+        "delta",
+        "log_ratio_clamp",
+        "fipo_safety_ratio",
+        "correction_max",
+        "rejection_min",
+        "rejection_max",
+        "kl_input_clamp",
+        "kl_output_clamp",
+    ):
+        if getattr(config, name) is not None:
+            positive(name, getattr(config, name))
+    if config.off_policy_mask_threshold is not None:
+        finite("off_policy_mask_threshold", config.off_policy_mask_threshold)
+    if config.correction_min is not None:
+        finite("correction_min", config.correction_min, 0.0)
+    share("cov_ratio", config.cov_ratio)
+    share("top_entropy_quantile", config.top_entropy_quantile)
+    for low, high in (("cov_low", "cov_high"), ("fipo_low", "fipo_high")):
+        if getattr(config, low) >= finite(high, getattr(config, high)):
+            raise ValueError(
+                f"{low}: expected less than {high}={getattr(config, high)}, "
+                f"got {getattr(config, low)}"
+            )
+    if config.correction_bounds[0] > config.correction_bounds[1]:
+        raise ValueError(
+            f"correction_min: expected at most correction_max={config.correction_bounds[1]}, "
+            f"got {config.correction_bounds[0]}"
+        )
+    length = config.max_completion_length
+    is_count = isinstance(length, int) and not isinstance(length, bool) and length >= 1
+    if length is not None and not is_count:
+        raise ValueError(f"max_completion_length: expected an int >= 1, got {length!r}")
+
+
+def _combination(config: LossConfig) -> None:
+    """Refuse a field that differs from its default and would be ignored."""
+    used = {*config.rule.parameters, *config.rule.options}
+    of_some_surrogate = {n for s in SURROGATES.values() for n in (*s.parameters, *s.options)}
+    for name in sorted(of_some_surrogate - used):
+        _needs(config, name, False, f"surrogate={config.surrogate!r}")
+    for name in ("anchor", "log_ratio_clamp"):
+        _needs(config, name, config.ratio_level != "none", "ratio_level='none'")
+    fixed = config.aggregation == "fixed_length"
+    _needs(config, "max_completion_length", fixed, f"aggregation={config.aggregation!r}")
+    for name in ("correction_min", "correction_max"):
+        _needs(config, name, config.correction != "none", "correction='none'")
+    _needs(config, "rejection_max", config.rejection != "none", "rejection='none'")
+    k1 = config.rejection.endswith("k1")
+    _needs(config, "rejection_min", k1, f"rejection={config.rejection!r}")
+    for name in ("kl", "kl_gradient", "kl_input_clamp", "kl_output_clamp"):
+        _needs(config, name, config.beta != 0, "beta=0")
+    if config.kl_gradient == "importance":
+        _needs(config, "kl_gradient", config.ratio_level != "none", "ratio_level='none'")
+        _expects(
+            config,
+            "kl_gradient",
+            config.surrogate != "gmpo",
+            "'value', 'straight_through' or "
+            "'score_function' with surrogate='gmpo', whose ratio is bounded by the sign of A",
+        )
+    if config.kl_gradient == "straight_through":
+        _needs(config, "kl_gradient", config.kl != "k2", "kl='k2'")
+    _expects(
+        config,
+        "correction",
+        config.anchor == "old" or config.correction == "none",
+        "'none' with anchor='sampler', whose ratio contains it",
+    )
+    if config.surrogate == "dro":
+        _expects(config, "proximal_coef", config.proximal_coef > 0, "a number > 0 with 'dro'")
+        _expects(
+            config,
+            "log_ratio_clamp",
+            config.log_ratio_clamp is None,
+            "None with 'dro', part of whose gradient does not pass through the ratio",
+        )
+    if config.rejection != "none":
+        given = config.rejection_max is not None
+        _expects(config, "rejection_max", given, f"a bound as rejection is {config.rejection!r}")
+        low, high = config.rejection_bounds
+        if config.rejection_min is None:
+            _expects(config, "rejection_max", low <= high, "at least 1, or a rejection_min")
+        _expects(config, "rejection_min", low <= high, f"at most rejection_max={high}")
+    _expects(
+        config,
+        "correction",
+        not (config.folds_correction and CORRECTIONS[config.correction][0]),
+        "one of ['none', 'token_tis', 'icepop'] with surrogate='vespo', which multiplies it "
+        "over the sequence",
+    )
+
+
+def _expects(config: LossConfig, name: str, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}; got {getattr(config, name)!r}")
+
+
+def _needs(config: LossConfig, name: str, condition: bool, otherwise: str) -> None:
+    default = type(config).__dataclass_fields__[name].default
+    if not condition and getattr(config, name) != default:
+        raise ValueError(f"{name}={getattr(config, name)!r} has no effect with {otherwise}")
