@@ -1,6 +1,6 @@
 """Five estimators of one gradient that backpropagation cannot give, at equal numbers of sentences.
 
-  python examples/estimators.py --output-dir out      # six minutes on two cores; --quick: seconds
+  python examples/estimators.py --output-dir out      # 12 CPU minutes; --quick: less than one
 
 A small recurrent network writes sentences letter by letter, and each should be ten letters long:
 the loss (10 - |y|)^2 counts letters and has no gradient. Every method gets the same network,
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, required=True, help="Folder for both files.")
-    parser.add_argument("--quick", action="store_true", help="A run for tests: seconds, no result.")
+    parser.add_argument("--quick", action="store_true", help="A run for tests, no result.")
     options = parser.parse_args(arguments)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     result = compare(QUICK if options.quick else Settings())

@@ -20,7 +20,7 @@ PARAMETERS = {
 # Around both clip edges, around each delta, at ratio 1, and far away on both sides.
 EDGES = torch.tensor([1 - LOW, 1 + HIGH, 1.1, 1.28, 3.0, 1.0], dtype=torch.float64)
 NEAR = [EDGES * (1 + s) for s in (-1e-9, 1e-9, -0.05, 0.05)]
-RATIOS = torch.cat([*NEAR, torch.logspace(-6, 1, 25, dtype=torch.float64)])
+RATIOS = torch.cat([*NEAR, torch.logspace(-6, 6, 25, dtype=torch.float64)])
 # None; equal to the upper clip edge; below it (TRL permits it); above it, as in the paper.
 DELTAS = (math.inf, 1 + HIGH, 1.1, 3.0)
 CASES = [
@@ -64,7 +64,9 @@ def test_surrogate_is_its_formula_and_derivative(name, delta, advantage):
     # At a token the log-ratio moves with logp; where the slope is of the ratio, logp adds nothing.
     if SURROGATES[name].slope == "ratio":
         assert by_logp.eq(0).all()
-    torch.testing.assert_close(slope, by_logp + by_ratio, rtol=1e-9, atol=1e-12)
+    # Far above 1 autograd's 1 - sigmoid of SAPO's gate has no digit left to compare with.
+    exact = RATIOS <= 10 if name == "sapo" else RATIOS > 0
+    torch.testing.assert_close(slope[exact], (by_logp + by_ratio)[exact], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("advantage, edge", [(1.0, 1 + HIGH), (-1.0, 1 - LOW)])

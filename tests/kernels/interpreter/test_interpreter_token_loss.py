@@ -47,7 +47,7 @@ def assert_same(rows, *options, **keywords):
     for x, y in zip(actual[:3], twin[:3], strict=True):
         assert (x is None) == (y is None)
         if x is not None:
-            torch.testing.assert_close(x, y, rtol=3e-6, atol=1e-9)
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(actual[3], twin[3], rtol=1e-5, atol=1e-5)
     return actual
 
