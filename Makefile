@@ -13,7 +13,8 @@ train: $(VENV)/.train  ## embedded default: about four minutes on two cores
 test: $(VENV)/.test  ## the whole suite, without a GPU
 	@log=$$(mktemp); failed=; export OMP_NUM_THREADS=1; \
 	TRITON_INTERPRET=1 $(RUN) -m pytest -W ignore tests/kernels tests/test_linear_logps.py \
-	    tests/test_grpo_loss.py tests/test_gpu_route.py > $$log 2>&1 & interpreter=$$!; \
+	    tests/test_grpo_loss.py tests/test_gpu_route.py tests/test_sparse_backends.py \
+	    > $$log 2>&1 & interpreter=$$!; \
 	$(RUN) -m pytest tests || failed=1; \
 	wait $$interpreter || failed=1; \
 	echo "TRITON_INTERPRET=1:"; cat $$log; rm $$log; test -z "$$failed"

@@ -146,6 +146,8 @@ def loss_options(
     entropy_threshold: object,
     normalizer: object,
     seed: object,
+    sparsity: float,
+    skip_zero_advantage: bool,
 ) -> None:
     """Check what the loss needs from the call, and that the call gives it nothing else."""
     if not isinstance(config, LossConfig):
@@ -165,6 +167,15 @@ def loss_options(
         raise ValueError(
             "group_ids_or_size: expected ids or a size as aggregation is 'prompt_mean', got None"
         )
+    if skip_zero_advantage and not config.zero_advantage_is_inert:
+        raise ValueError(
+            "skip_zero_advantage: expected a loss that tokens with advantage 0 have no part in, "
+            "got one with statistics of sequences or of the batch, a KL term or an entropy bonus"
+        )
+    if skip_zero_advantage and (config.entropy == "differentiable"):
+        raise ValueError("skip_zero_advantage has no effect with entropy='differentiable'")
+    if skip_zero_advantage and config.corrects_sequences and old_logps is None:
+        raise ValueError("skip_zero_advantage: expected old_logps beside a sequence's correction")
     scalar("entropy_threshold", entropy_threshold, like)
     if entropy_threshold is not None and config.top_entropy_quantile == 1:
         raise ValueError("entropy_threshold has no effect with top_entropy_quantile=1")
@@ -179,12 +190,11 @@ def loss_options(
                 "max_completion_length: expected a length in the LossConfig, or a normalizer, for "
                 "aggregation='fixed_length'; got neither"
             )
-    if seed is not None and config.surrogate != "clip_cov":
+    if seed is not None and config.surrogate != "clip_cov" and not sparsity:
         raise ValueError(
-            f"seed has no effect with surrogate={config.surrogate!r}: it draws nothing"
+            f"seed has no effect with surrogate={config.surrogate!r} and sparsity=0: nothing is "
+            "drawn"
         )
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise ValueError(f"seed: expected an int, got {seed!r}")
 
 
 def scalar(name: str, value: object, like: Tensor) -> None:
@@ -210,13 +220,14 @@ def groups(given: object, sequences: int, like: Tensor) -> Tensor | None:
     return torch.arange(sequences, device=like.device) // given
 
 
-def dense_only(sparsity: float, seed: int | None = None, old_logps: Tensor | None = None) -> None:
-    if sparsity != 0.0:
-        raise ValueError(f"sparsity: expected 0.0, the only value supported so far; got {sparsity}")
-    if seed is not None:
-        raise ValueError("seed has no effect with sparsity=0.0")
-    if old_logps is not None:
-        raise ValueError("old_logps has no effect with sparsity=0.0")
+def sparsity(value: float, seed: object) -> None:
+    """Check the sparse backward's threshold and seed."""
+    if finite("sparsity", value, 0.0) >= 1:
+        raise ValueError(f"sparsity: expected a number in [0, 1), got {value}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ValueError(f"seed: expected an int, got {seed!r}")
+    if seed is not None and not -(2**62) <= seed < 2**62:
+        raise ValueError(f"seed: expected an int of 63 bits, got {seed}")
 
 
 def positive_normalizer(value: Tensor) -> None:

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastgrpo.fallback_entries import bag_sum, entry_logits, tile_draw
+from fastgrpo.fallback_logits import logit_slope, scaled_logits, targets
 from fastgrpo_kernels import STATS, GroupStats, RowState
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS, k3
 from fastgrpo_kernels.policy_loss import token_terms
@@ -26,6 +28,9 @@ __all__ = [
     "tile_exp_grad",
     "tile_grad",
     "scatter_rows",
+    "tile_draw",
+    "entry_logits",
+    "bag_sum",
     "token_loss",
     "segment_reduce",
     "group_stats",
@@ -46,7 +51,7 @@ def tile_stats(
     with_entropy: bool,
 ) -> None:
     """Fold one tile of logits into the running softmax statistics of its rows."""
-    z = _scaled_logits(z, bias, inv_temperature, logit_scale, softcap)
+    z = scaled_logits(z, bias, inv_temperature, logit_scale, softcap)
     anchor, moved = _move_maximum(z, ids, vocab_start, state)
     e = (z - anchor[:, None]).exp_()
     if with_entropy:
@@ -71,7 +76,7 @@ def tile_exp(
     """
     if bias is not None:
         z.add_(bias)
-    slope = _slope(inv_temperature, logit_scale, z)
+    slope = logit_slope(inv_temperature, logit_scale, z)
     if slope is not None:
         z.mul_(slope)
     anchor, moved = _move_maximum(z, ids, vocab_start, state)
@@ -90,10 +95,10 @@ def tile_exp_grad(
     dlogps: Tensor,  # (n,)
 ) -> None:
     """Turn exponentials into the gradient with respect to the raw logits."""
-    slope = _slope(inv_temperature, logit_scale, dlogps)
+    slope = logit_slope(inv_temperature, logit_scale, dlogps)
     upstream = dlogps if slope is None else dlogps * slope[..., 0]
     log_scale = anchor - lse
-    rows, columns = _targets(ids, vocab_start, e.shape[1])
+    rows, columns = targets(ids, vocab_start, e.shape[1])
     coef = -torch.expm1(e[rows, columns].log() + log_scale[rows]) * upstream[rows]
     e.mul_((-upstream * log_scale.exp())[:, None])
     e[rows, columns] = coef
@@ -124,7 +129,7 @@ def tile_grad(
             capped = torch.tanh(scaled / softcap)
             scaled = softcap * capped
         z = scaled if inv_temperature is None else scaled.mul_(inv_temperature[:, None])
-    rows, columns = _targets(ids, vocab_start, z.shape[1])
+    rows, columns = targets(ids, vocab_start, z.shape[1])
     log_p = z.sub_(lse[:, None])
     # The target's 1 - p, from its log-prob: accurate also where p is nearly 1.
     coef = -torch.expm1(log_p[rows, columns]) * dlogps[rows]
@@ -135,7 +140,7 @@ def tile_grad(
         log_p = log_p.masked_fill_(p == 0, 0.0).add_(entropy[:, None]).mul_(dentropy[:, None])
         coef.sub_(p[rows, columns] * log_p[rows, columns])
         dz = p.mul_(log_p.add_(dlogps[:, None]).neg_())
-    slope = _slope(inv_temperature, logit_scale, z)
+    slope = logit_slope(inv_temperature, logit_scale, z)
     if capped is not None:
         uncapped = 1 - capped.square()
         slope = uncapped if slope is None else uncapped.mul_(slope)
@@ -160,7 +165,7 @@ def scatter_rows(
     vocab_start: int,
 ) -> None:
     """Add coef * row to acc[id - vocab_start] for every id inside the slice."""
-    inside, columns = _targets(sorted_ids, vocab_start, acc.shape[0])
+    inside, columns = targets(sorted_ids, vocab_start, acc.shape[0])
     source = order[inside]
     acc.index_add_(0, columns, coef[source, None] * rows[source].to(acc.dtype))
 
@@ -272,26 +277,6 @@ def group_stats(
     return GroupStats(*(x.float() for x in (count, mean, gap, square, high)))
 
 
-def _scaled_logits(
-    z: Tensor, bias: Tensor | None, inv_temperature: Tensor | None, scale: float, softcap: float
-) -> Tensor:
-    """Return softcap(scale * (z + bias)) * inv_temperature; z itself when all of them are off."""
-    if bias is not None:
-        z = z + bias
-    if scale != 1.0:
-        z = z * scale
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
-    return z if inv_temperature is None else z * inv_temperature[:, None]
-
-
-def _slope(inv_temperature: Tensor | None, logit_scale: float, like: Tensor) -> Tensor | None:
-    """Return dz/dz0 without a softcap, (n or 1, 1); None for 1."""
-    if inv_temperature is None:
-        return None if logit_scale == 1.0 else like.new_full((1, 1), logit_scale)
-    return inv_temperature[:, None] * logit_scale
-
-
 def _move_maximum(
     z: Tensor, ids: Tensor, vocab_start: int, state: RowState
 ) -> tuple[Tensor, Tensor]:
@@ -304,13 +289,6 @@ def _move_maximum(
     anchor = new_max.masked_fill(new_max == -torch.inf, 0.0)
     moved = state.max - anchor
     state.max.copy_(new_max)
-    rows, columns = _targets(ids, vocab_start, z.shape[1])
+    rows, columns = targets(ids, vocab_start, z.shape[1])
     state.target[rows] = z[rows, columns]
     return anchor, moved
-
-
-def _targets(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the rows whose id lies in the slice, and its column there."""
-    columns = ids - vocab_start
-    rows = ((columns >= 0) & (columns < width)).nonzero()[:, 0]
-    return rows, columns[rows]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.tiles import Grads, Head, Needs, Plan, Rows
+from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream
 
 
 class Targets(NamedTuple):
@@ -26,6 +26,16 @@ class Targets(NamedTuple):
         if not plan.mixed:
             return cls()
         coef = torch.zeros_like(rows.ids, dtype=plan.accumulator)
+        return cls(coef, *rows.ids.sort(stable=True))
+
+    @classmethod
+    def of_scores(cls, rows: Rows, head: Head, scored: Logps, upstream: Upstream) -> Targets:
+        """Return the target entries where there is no tile of logits to find them in."""
+        coef = -torch.expm1(scored.logps) * upstream.dlogps * rows.slope(head)
+        if head.softcap:
+            z = scored.logps + scored.lse
+            z = z if rows.inv_temperature is None else z / rows.inv_temperature
+            coef *= 1 - (z / head.softcap).square()
         return cls(coef, *rows.ids.sort(stable=True))
 
     def add_to(self, dhidden: Tensor | None, rows: Rows, head: Head) -> None:
@@ -108,12 +118,41 @@ def add_tile(
     if grads.bias is not None:
         grads.bias.add_(dz.sum(0, dtype=grads.bias.dtype))
     if targets.coef is not None:
-        where = (targets.sorted_ids, targets.order, targets.coef)
-        if grads.weight is not None:
-            impl.scatter_rows(grads.weight, *where, hidden, v.start)
-        if grads.bias is not None:
-            ones = torch.ones_like(targets.coef)[:, None]
-            impl.scatter_rows(grads.bias[:, None], *where, ones, v.start)
+        add_targets(impl, grads, v, hidden, targets)
+
+
+def add_exps(
+    impl: ModuleType,
+    grads: Grads,
+    exps: Tensor,  # (n, Vs) bf16: 0 at the targets
+    scale: Tensor,  # (n,) fp32: times it, an entry is a gradient of the raw logits
+    v: slice,
+    hidden: Tensor,  # (n, H)
+    scaled_hidden: Tensor,  # (n, H) bf16: scale * hidden
+    targets: Targets,
+    accumulate: bool,
+) -> None:
+    """Add what a slice of exponentials gives to weight and bias, like `add_tile`."""
+    if grads.weight is not None:
+        matmul(grads.weight, exps.t(), scaled_hidden, accumulate)
+    if grads.bias is not None:
+        # In two 16-bit parts: there is no product with `hidden` to average their rounding.
+        high = scale.to(exps.dtype)
+        parts = torch.stack([high, (scale - high).to(exps.dtype)], 1)
+        sums = scale.new_empty((exps.shape[1], 2))
+        matmul(sums, exps.t(), parts)
+        grads.bias.add_(sums.sum(1))
+    add_targets(impl, grads, v, hidden, targets)
+
+
+def add_targets(impl: ModuleType, grads: Grads, v: slice, hidden: Tensor, targets: Targets) -> None:
+    """Add the target entries that lie in a slice of the vocabulary to weight and bias."""
+    where = (targets.sorted_ids, targets.order, targets.coef)
+    if grads.weight is not None:
+        impl.scatter_rows(grads.weight, *where, hidden, v.start)
+    if grads.bias is not None:
+        ones = torch.ones_like(targets.coef)[:, None]
+        impl.scatter_rows(grads.bias[:, None], *where, ones, v.start)
 
 
 def matmul(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:

@@ -63,12 +63,19 @@ def linear_logps(
         entropy: "none", "detached", or "differentiable", whose gradient costs nothing more.
         workspace_mb: MiB for the logits tile; default `fastgrpo.default_workspace_mb`.
             Less costs speed, never exactness.
-        sparsity, seed, old_logps: reserved for the sparse backward; anything but the defaults
-            raises.
+        sparsity: 0, exact gradients; tau in (0, 1): unbiased ones from about 1/tau entries of a row
+            or fewer, of which the log-probs and entropies know nothing (docs/sparse-backward.md).
+            Their variance exceeds that of sampling the tokens by tau / (1 - tau) at most.
+        seed: of the entries that `sparsity` draws: the same seed gives the same bits, a new one for
+            each step the right mean. None: PyTorch's generator.
+        old_logps: (...), nats, of about the same policy (those at sampling time): with them entries
+            are drawn in the forward, without them in a second pass of the backward. How far off
+            they are changes the number of entries, not the mean; NaN where there is none.
         backend: "auto" (Triton kernels on GPUs, else torch), "triton" or "torch".
 
     Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With
-    a frozen head (weight and bias without gradient) 4NVH in all, and no GEMM in the backward.
+    a frozen head (weight and bias without gradient) 4NVH in all, and no GEMM in the backward. With
+    `sparsity` and `old_logps` 2NVH in all; without `old_logps` 2NVH more on rows with a gradient.
 
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value. Second derivatives
@@ -76,35 +83,69 @@ def linear_logps(
     """
     checks.head(hidden, weight, bias, backend)
     checks.transform(logit_scale, softcap, workspace_mb)
-    checks.dense_only(sparsity, seed, old_logps)
+    checks.sparsity(sparsity, seed)
     shape = tuple(hidden.shape[:-1])
     checks.tensor("token_ids", token_ids, shape, like=hidden, dtypes=(torch.int64,))
     checks.temperature(temperature, shape, hidden)
+    for name, value in (("seed", seed), ("old_logps", old_logps)):
+        if value is not None and not sparsity:
+            raise ValueError(f"{name} has no effect with sparsity=0.0")
+    if old_logps is not None:
+        checks.tensor("old_logps", old_logps, shape, like=hidden, dtypes=checks.FLOATS)
     one_of("entropy", entropy, ("none", "detached", "differentiable"))
     one_of("backend", backend, ("auto", "triton", "torch"))
+    ids = token_ids.reshape(-1)
+    scored, _ = score(
+        hidden.reshape(-1, hidden.shape[-1]), weight, ids, ids != ignore_index, bias,
+        temperature_tensor(temperature, hidden), logit_scale, softcap, entropy, workspace_mb,
+        sparsity, seed, None if old_logps is None else old_logps.detach().reshape(-1), backend,
+    )  # fmt: skip
+    return TokenLogps(*(None if x is None else x.view(shape) for x in scored))
 
+
+def score(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,
+    ids: Tensor,  # (N,)
+    mask: Tensor,  # (N,) bool
+    bias: Tensor | None,
+    temperature: Tensor | None,  # (N,), () or None
+    logit_scale: float,
+    softcap: float | None,
+    entropy: str,
+    workspace_mb: float | None,
+    sparsity: float,
+    seed: int | None,
+    old_logps: Tensor | None,  # (N,)
+    backend: Backend,
+) -> tuple[TokenLogps, Tensor | None]:
+    """Return the scores of rows, and `sparse.METRICS` (len, 2) where entries were drawn."""
     grad = torch.is_grad_enabled()
     head_needs = weight.requires_grad or (bias is not None and bias.requires_grad)
-    ids = token_ids.reshape(-1)
-    logps, lse, entropies, _ = ops.linear_logps(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        ids,
-        ids != ignore_index,
-        bias,
-        temperature_tensor(temperature, hidden),
-        float(logit_scale),
-        float(softcap or 0.0),
+    sparsity = float(sparsity) if grad and (hidden.requires_grad or head_needs) else 0.0
+    frozen = grad and hidden.requires_grad and not head_needs
+    logps, lse, entropies, _, *_, metrics = ops.linear_logps(
+        hidden, weight, ids, mask, bias, temperature, float(logit_scale), float(softcap or 0.0),
         entropy != "none",
-        grad and hidden.requires_grad and not head_needs and entropy != "differentiable",
+        frozen and entropy != "differentiable" and not sparsity,
         workspace_mb,
+        sparsity,
+        draw_seed(seed, hidden) if sparsity else None,
+        old_logps if sparsity else None,
         backend,
-    )
+    )  # fmt: skip
     if entropy == "none":
-        return TokenLogps(logps.view(shape), None, lse.view(shape))
-    if entropy == "detached":
+        entropies = None
+    elif entropy == "detached":
         entropies = entropies.detach()
-    return TokenLogps(logps.view(shape), entropies.view(shape), lse.view(shape))
+    return TokenLogps(logps, entropies, lse), metrics if len(metrics) else None
+
+
+def draw_seed(seed: int | None, like: Tensor) -> Tensor:
+    """Return a seed as the ops take it: () int64 on the device, so that nobody waits for it."""
+    if seed is None:
+        return torch.randint(2**62, (), device=like.device)
+    return torch.full((), seed, dtype=torch.int64, device=like.device)
 
 
 def temperature_tensor(temperature: float | Tensor, like: Tensor) -> Tensor | None:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgrpo import checks, ops
+from fastgrpo import checks, ops, sparse
 from fastgrpo.config import LossConfig, config_of_preset, needs_entropy
-from fastgrpo.logps import Backend, linear_logps, scalar, temperature_tensor
-from fastgrpo.policy import METRICS
+from fastgrpo.logps import Backend, draw_seed, scalar, score, temperature_tensor
+from fastgrpo.policy import METRICS, nearest
 from fastgrpo.values import one_of
 
 
@@ -49,6 +49,7 @@ def grpo_loss(
     softcap: float | None = None,
     workspace_mb: float | None = None,
     backend: Backend = "auto",
+    skip_zero_advantage: bool = False,
     sparsity: float = 0.0,
     seed: int | None = None,
 ) -> GRPOLoss:
@@ -88,8 +89,15 @@ def grpo_loss(
             averaged over ranks, divide it by their number. None: counted in this call.
         config: a preset's name or a `LossConfig`.
         bias, temperature, logit_scale, softcap, workspace_mb, backend: as in `linear_logps`.
-        sparsity: reserved for the sparse backward; anything but 0 raises.
-        seed: makes the draw of surrogate "clip_cov" repeatable. None: PyTorch's generator.
+        skip_zero_advantage: do not even score tokens with advantage 0, which have no gradient here:
+            2NVH less for each. Loss and gradients are the same; their log-probs and entropies are
+            returned as 0, and metrics are means over the others.
+        sparsity: 0, exact gradients; tau in (0, 1): unbiased ones at the price of the forward, as
+            in `linear_logps`. The loss, log-probs and metrics stay exact. The estimate of the
+            log-probs is the first given one of old_logps, sampler_logps and ref_logps; without any
+            a second pass draws.
+        seed: of what `sparsity` and surrogate "clip_cov" draw: one for each step. None: PyTorch's
+            generator.
 
     Metrics, means over unmasked tokens unless said otherwise:
         ratio_mean, ratio_min, ratio_max   of the ratio at its level
@@ -102,6 +110,12 @@ def grpo_loss(
         correction_mean, correction_clipped, rejected   weight; share out of bounds; share dropped
         live_rows                          share with a gradient
         entropy                            if it is computed
+        kept_entries, kept_entries_max     entries of a row that its sparse gradient is made of
+        overflow_rows                      share whose gradient is dense, as they kept too many
+        variance_bound_max                 largest tau' / (1 - tau'), tau' being tau as the row's
+                                           estimate made it; it bounds what sparsity adds to the
+                                           variance of sampling the token
+                                           (these four: of the rows for which entries were drawn)
 
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value, and for options
@@ -110,7 +124,7 @@ def grpo_loss(
     config = config_of_preset(config) if isinstance(config, str) else config
     checks.head(hidden, weight, bias, backend)
     checks.transform(logit_scale, softcap, workspace_mb)
-    checks.dense_only(sparsity)
+    checks.sparsity(sparsity, seed)
     one_of("backend", backend, ("auto", "triton", "torch"))
     batch = _flatten(
         hidden, completion_ids, completion_mask, advantages, old_logps, ref_logps, sampler_logps,
@@ -118,35 +132,34 @@ def grpo_loss(
     )  # fmt: skip
     checks.loss_options(
         config, hidden, old_logps, ref_logps, sampler_logps, group_ids_or_size, entropy_threshold,
-        normalizer, seed,
+        normalizer, seed, sparsity, skip_zero_advantage,
     )  # fmt: skip
     policy_args = (
         batch.cu_seqlens, batch.advantages, batch.old_logps, batch.ref_logps, batch.sampler_logps,
         checks.groups(group_ids_or_size, len(batch.cu_seqlens) - 1, hidden),
         _scalar(entropy_threshold, hidden), _scalar(normalizer, hidden), seed, config.key,
     )  # fmt: skip
+    inverse = temperature_tensor(temperature, hidden)
     if config.entropy == "differentiable":
         # Gradients of the entropy that the caller sends back can only be made in the backward.
-        ids = batch.ids.masked_fill(~batch.mask, -100)
-        scored = linear_logps(
-            batch.hidden, weight, ids, bias=bias, temperature=_per_row(temperature),
-            logit_scale=logit_scale, softcap=softcap, entropy="differentiable",
-            workspace_mb=workspace_mb, backend=backend,
+        given = (batch.old_logps, batch.sampler_logps, batch.ref_logps)
+        scored, drawn = score(
+            batch.hidden, weight, batch.ids, batch.mask, bias, inverse, logit_scale, softcap,
+            "differentiable", workspace_mb, sparsity, seed, nearest(*given), backend,
         )  # fmt: skip
         loss, _, _, metrics = ops.policy_loss_op(
             scored.logps, scored.entropy, batch.mask, *policy_args, backend
         )
         logps, entropy = scored.logps.detach(), scored.entropy
+        metrics = metrics if drawn is None else torch.cat([metrics, drawn])
     else:
         grad = torch.is_grad_enabled()
+        needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
+        sparsity = float(sparsity) if any(needs) else 0.0
         loss, logps, entropy, metrics, *_ = ops.grpo_loss(
             batch.hidden, weight, batch.ids, batch.mask, bias,
-            temperature_tensor(temperature, hidden), float(logit_scale), float(softcap or 0.0),
-            *policy_args,
-            grad and hidden.requires_grad,
-            grad and weight.requires_grad,
-            grad and bias is not None and bias.requires_grad,
-            workspace_mb, backend,
+            inverse, float(logit_scale), float(softcap or 0.0), *policy_args, *needs, workspace_mb,
+            skip_zero_advantage, sparsity, draw_seed(seed, hidden) if sparsity else None, backend,
         )  # fmt: skip
     shape = completion_ids.shape
     return GRPOLoss(
@@ -257,11 +270,6 @@ def _flatten(
     )
 
 
-def _per_row(temperature: float | Tensor) -> float | Tensor:
-    per_token = isinstance(temperature, Tensor) and temperature.dim()
-    return temperature.reshape(-1) if per_token else temperature
-
-
 def _scalar(x: float | Tensor | None, like: Tensor) -> Tensor | None:
     return scalar(float(x), like) if isinstance(x, (int, float)) else x
 
@@ -276,7 +284,8 @@ def _metrics(metrics: Tensor, config: LossConfig, batch: _Batch) -> dict[str, Te
         "entropy": needs_entropy(config),
     }
     named = {}
-    for name, (value, count) in zip(METRICS, metrics, strict=True):
+    # Of a sparse backward there is something to tell only where it drew.
+    for name, (value, count) in zip(METRICS + sparse.METRICS, metrics, strict=False):
         if computed.get(name, True):
             named[name], named[f"{name}_count"] = value, count
     return named

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgrpo import checks
+from fastgrpo import checks, sparse
 from fastgrpo.backend import resolve
 from fastgrpo.chunked import logps_bwd, logps_fwd
 from fastgrpo.config import LossConfig, config_from_key, needs_entropy
@@ -28,6 +28,7 @@ from fastgrpo.fused import logps_and_jacobian, loss_and_grads
 from fastgrpo.packing import Index, Sequences, live_first, spread, unmasked
 from fastgrpo.policy import METRICS, PolicyRows, policy_loss, token_weights
 from fastgrpo.tiles import Head, Logps, Needs, Rows, Upstream, plan
+from fastgrpo_kernels import Kept
 
 
 def _without_autocast(fn: Callable) -> Callable:
@@ -58,57 +59,80 @@ def linear_logps(
     with_entropy: bool,
     with_jacobian: bool,
     workspace_mb: float | None,
+    sparsity: float,  # 0: an exact backward
+    draw_seed: Tensor | None,  # () int64
+    old_logps: Tensor | None,  # (N,): keep the entries of a sparse backward in this pass
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return logps (N,), lse (N,), entropy (N,) and dlogps/dhidden (N, H)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return logps (N,), lse (N,), entropy (N,), dlogps/dhidden (N, H); with `old_logps` what
+    `sparse.Entries` holds, (N, K), (N, K), (N,), (N,), and `sparse.METRICS` (len, 2)."""
     impl = resolve(hidden.device, backend)
     head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
     where = unmasked(mask)
     rows = _rows(hidden, "token_ids", token_ids, temperature, where, len(weight))
+    jacobian, drawn, metrics = None, (None,) * 4, None
     if with_jacobian:
         scored, jacobian = logps_and_jacobian(impl, rows, head, budget, with_entropy)
-        jacobian = spread(jacobian, where, len(mask))
+    elif old_logps is None:
+        scored = logps_fwd(impl, rows, head, budget, with_entropy)
     else:
-        scored, jacobian = logps_fwd(impl, rows, head, budget, with_entropy), None
-    results = (*(spread(x, where, len(mask)) for x in scored), jacobian)
-    return _or_empty(results, scored.logps)
+        draw = sparse.Draw.of(sparsity, draw_seed, len(mask), len(weight))[where]
+        estimate = old_logps[where].to(budget.accumulator)
+        scored, entries = sparse.logps_and_entries(
+            impl, rows, head, budget, with_entropy, draw, estimate
+        )
+        drawn, metrics = (*entries.kept, entries.anchor), sparse.metrics(entries, scored)
+    results = (spread(x, where, len(mask)) for x in (*scored, jacobian, *drawn))
+    return _or_empty((*results, metrics), scored.logps)
 
 
 @linear_logps.register_fake
 def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, with_entropy,
-      with_jacobian, workspace_mb, backend):  # fmt: skip
+      with_jacobian, workspace_mb, sparsity, draw_seed, old_logps, backend):  # fmt: skip
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    n = hidden.shape[0]
-    sizes = (n, n, n if with_entropy else 0, hidden.shape if with_jacobian else 0)
-    return tuple(hidden.new_empty(size, dtype=dtype) for size in sizes)
+    n, drawn = hidden.shape[0], old_logps is not None
+    kept = (n, sparse.slots(sparsity, weight.shape[0])) if drawn else (0,)
+    sizes = ((n,), (n,), (n if with_entropy else 0,), hidden.shape if with_jacobian else (0,))
+    sizes += (kept, kept, (n if drawn else 0,), (n if drawn else 0,))
+    dtypes = [dtype] * len(sizes)
+    if drawn:
+        dtypes[4] = dtypes[6] = torch.int32
+    return (
+        *(hidden.new_empty(size, dtype=d) for size, d in zip(sizes, dtypes, strict=True)),
+        hidden.new_empty((len(sparse.METRICS), 2) if drawn else (0,), dtype=dtype),
+    )
 
 
 def _linear_logps_setup(ctx, inputs, output) -> None:
-    *tensors, scale, softcap, with_entropy, with_jacobian, workspace_mb, backend = inputs
-    _, lse, entropy, jacobian = output
+    (*tensors, scale, softcap, with_entropy, with_jacobian, workspace_mb, sparsity, draw_seed, _,
+     backend) = inputs  # fmt: skip
+    logps, lse, entropy, jacobian, *entries, metrics = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, jacobian, *([] if with_entropy else [entropy]))
+    no_gradient = (lse, jacobian, *entries, metrics)
+    ctx.mark_non_differentiable(*no_gradient, *([] if with_entropy else [entropy]))
     ctx.with_jacobian, ctx.dtype = with_jacobian, tensors[0].dtype
-    ctx.options = (scale, softcap, workspace_mb, backend)
-    ctx.save_for_backward(*([jacobian] if with_jacobian else [*tensors, lse, entropy]))
+    ctx.options = (scale, softcap, workspace_mb, sparsity, backend)
+    saved = [jacobian] if with_jacobian else [*tensors, logps, lse, entropy, draw_seed]
+    ctx.save_for_backward(*saved, *([] if with_jacobian else entries))
 
 
-def _linear_logps_backward(ctx, dlogps, dlse, dentropy, djacobian):
+def _linear_logps_backward(ctx, dlogps, dlse, dentropy, *_):
     _refuse_double_backward()
-    nothing = (None,) * 12
+    nothing = (None,) * 15
     if dlogps is None and dentropy is None:
         return nothing
     if ctx.with_jacobian:
         (jacobian,) = ctx.saved_tensors
         return ((jacobian * dlogps[:, None]).to(ctx.dtype), *nothing[1:])
-    *tensors, lse, entropy = ctx.saved_tensors
-    scale, softcap, workspace_mb, backend = ctx.options
+    *tensors, logps, lse, entropy, draw_seed = ctx.saved_tensors[:-4]
+    entries = ctx.saved_tensors[-4:]
+    scale, softcap, workspace_mb, sparsity, backend = ctx.options
     need_hidden, need_weight, _, _, need_bias, *_ = ctx.needs_input_grad
     dlogps = torch.zeros_like(lse) if dlogps is None else dlogps.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
     dhidden, dweight, dbias = linear_logps_bwd(
-        *tensors, scale, softcap, lse, entropy, dlogps, dentropy,
-        need_hidden, need_weight, need_bias, workspace_mb, backend,
+        *tensors, scale, softcap, logps, lse, entropy, dlogps, dentropy,
+        need_hidden, need_weight, need_bias, workspace_mb, sparsity, draw_seed, *entries, backend,
     )  # fmt: skip
     return (
         dhidden if need_hidden else None,
@@ -134,6 +158,7 @@ def linear_logps_bwd(
     temperature: Tensor | None,
     logit_scale: float,
     softcap: float,
+    logps: Tensor,  # (N,)
     lse: Tensor,  # (N,)
     entropy: Tensor,  # (N,), or empty
     dlogps: Tensor,  # (N,)
@@ -142,20 +167,32 @@ def linear_logps_bwd(
     need_weight: bool,
     need_bias: bool,
     workspace_mb: float | None,
+    sparsity: float,
+    draw_seed: Tensor | None,  # () int64
+    kept_ids: Tensor,  # (N, K) int32, or empty, as the next ones: the entries are drawn here
+    kept_logits: Tensor,  # (N, K)
+    kept_count: Tensor,  # (N,) int32
+    anchor: Tensor,  # (N,)
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, in their dtypes."""
     live = dlogps != 0 if dentropy is None else (dlogps != 0) | (dentropy != 0)
     where = unmasked(mask & live)
-    grads = logps_bwd(
-        resolve(hidden.device, backend),
-        _rows(hidden, "token_ids", token_ids, temperature, where, len(weight)),
-        Head(weight, bias, logit_scale, softcap),
-        plan(hidden, weight, workspace_mb),
-        Logps(lse[where], lse[where], entropy[where] if len(entropy) else None),
-        Upstream(dlogps[where], None if dentropy is None else dentropy[where]),
-        Needs(need_hidden, need_weight, need_bias),
-    )
+    impl = resolve(hidden.device, backend)
+    rows = _rows(hidden, "token_ids", token_ids, temperature, where, len(weight))
+    head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
+    scored = Logps(logps[where], lse[where], entropy[where] if len(entropy) else None)
+    upstream = Upstream(dlogps[where], None if dentropy is None else dentropy[where])
+    needs = Needs(need_hidden, need_weight, need_bias)
+    if not sparsity:
+        grads = logps_bwd(impl, rows, head, budget, scored, upstream, needs)
+    else:
+        if len(anchor):
+            entries = sparse.Entries(Kept(kept_ids, kept_logits, kept_count), anchor)[where]
+        else:
+            draw = sparse.Draw.of(sparsity, draw_seed, len(mask), len(weight))[where]
+            entries = sparse.entries_of(impl, rows, head, budget, draw, scored)
+        grads = sparse.entries_bwd(impl, rows, head, budget, scored, upstream, entries, needs)
     grads = grads._replace(hidden=spread(grads.hidden, where, len(mask)))
     dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     grads = (None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
@@ -163,8 +200,9 @@ def linear_logps_bwd(
 
 
 @linear_logps_bwd.register_fake
-def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, lse, entropy,
-      dlogps, dentropy, need_hidden, need_weight, need_bias, workspace_mb, backend):  # fmt: skip
+def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, logps, lse,
+      entropy, dlogps, dentropy, need_hidden, need_weight, need_bias, workspace_mb, sparsity,
+      draw_seed, kept_ids, kept_logits, kept_count, anchor, backend):  # fmt: skip
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else hidden.new_empty(0),
@@ -200,22 +238,29 @@ def grpo_loss(
     need_weight: bool,
     need_bias: bool,
     workspace_mb: float | None,
+    skip_zero_advantage: bool,
+    sparsity: float,  # 0: exact gradients
+    draw_seed: Tensor | None,  # () int64
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss (), logps (N,), entropy (N,), `METRICS` with their counts (len, 2), and the
-    gradients of hidden, weight and bias, in their dtypes (fp32 for fp16)."""
+    """Return loss (), logps (N,), entropy (N,), `METRICS` with their counts (len, 2), with
+    `sparsity` followed by `sparse.METRICS`, and the gradients of hidden, weight and bias, in their
+    dtypes (fp32 for fp16)."""
     config, needs = config_from_key(config_key), Needs(need_hidden, need_weight, need_bias)
     head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
     owner = Sequences.of(cu_seqlens, mask)
     advantages = owner.per_row(advantages)
     impl = resolve(hidden.device, backend)
-    inert = any(needs) and config.zero_advantage_is_inert
+    inert = (any(needs) or skip_zero_advantage) and config.zero_advantage_is_inert
     inert = inert and (old_logps is not None or not config.corrects_sequences)
     where, live = live_first(mask, advantages == 0 if inert else None)
+    if skip_zero_advantage:
+        where = where if isinstance(where, slice) else where[:live]
     policy_rows = _policy_rows(
         impl, config, mask, where, owner, advantages, old_logps, ref_logps, sampler_logps, groups,
         normalizer, budget.accumulator,
     )  # fmt: skip
+    draw = sparse.Draw.of(sparsity, draw_seed, len(mask), len(weight))[where] if sparsity else None
     scored, result, grads = loss_and_grads(
         impl,
         config,
@@ -224,6 +269,7 @@ def grpo_loss(
         owner.segments(impl, where),
         entropy_threshold,
         seed,
+        draw,
         live,
         head,
         budget,
@@ -240,10 +286,12 @@ def grpo_loss(
 @grpo_loss.register_fake
 def _(hidden, weight, completion_ids, mask, bias, temperature, logit_scale, softcap, cu_seqlens,
       advantages, old_logps, ref_logps, sampler_logps, groups, entropy_threshold, normalizer, seed,
-      config_key, need_hidden, need_weight, need_bias, workspace_mb, backend):  # fmt: skip
+      config_key, need_hidden, need_weight, need_bias, workspace_mb, skip_zero_advantage, sparsity,
+      draw_seed, backend):  # fmt: skip
     config = config_from_key(config_key)
     dtype, n = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
-    sizes = ((), n, n if needs_entropy(config) else 0, (len(METRICS), 2))
+    metrics = len(METRICS) + (len(sparse.METRICS) if sparsity else 0)
+    sizes = ((), n, n if needs_entropy(config) else 0, (metrics, 2))
     wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
     return (
         *(hidden.new_empty(size, dtype=dtype) for size in sizes),
@@ -264,7 +312,7 @@ def _grpo_loss_setup(ctx, inputs, output) -> None:
 
 def _grpo_loss_backward(ctx, dloss, *_):
     _refuse_double_backward()
-    nothing = (None,) * 23
+    nothing = (None,) * 26
     if dloss is None:
         return nothing
     dhidden, dweight, dbias = (

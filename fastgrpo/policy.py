@@ -40,6 +40,13 @@ class PolicyRows(NamedTuple):
         return PolicyRows(*(None if x is None else x[index] for x in self))
 
 
+def nearest(
+    old_logps: Tensor | None, sampler_logps: Tensor | None, ref_logps: Tensor | None
+) -> Tensor | None:
+    """Return the log-probs that are nearest to the policy's among those that are given."""
+    return next((x for x in (old_logps, sampler_logps, ref_logps) if x is not None), None)
+
+
 class Terms(NamedTuple):
     """The loss, row by row."""
 

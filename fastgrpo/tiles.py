@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 from fastgrpo_kernels import RowState
+from fastgrpo_kernels.runtime import multiprocessors
 
 MIB = 2**20
 CPU_CHUNK_ROWS = 256  # of a CPU's tile that holds all logits of its rows
 GPU_CHUNK_ROWS = 8192
+GPU_WORKSPACE_MB = 2560
 SLICE = 8192  # columns of a tile that holds some of the logits
 CPU_CHUNK_SLICE = 32768  # columns of one that holds all of them and is worked on where it lies
 CPU_SLICE_BYTES = 16 * MIB  # of such a tile: what stays in cache between its GEMM and the rest
+GEMM_ROWS, GEMM_COLUMNS = 128, 256  # of the tile in which a Hopper GEMM makes its result
+# Adding a GEMM's result to a sum in memory costs as much time as so many rows of that GEMM: 8 bytes
+# per entry at an H200's 4.3 TB/s, next to 2 operations per row and entry at its 790 TFLOP/s.
+ACCUMULATION_ROWS = 735
 
 
 class Head(NamedTuple):
@@ -40,6 +46,12 @@ class Rows(NamedTuple):
         return Rows(
             self.hidden[index], self.ids[index], None if temperature is None else temperature[index]
         )
+
+    def slope(self, head: Head) -> float | Tensor:
+        """Return the derivative of a logit by its raw value, but for the softcap's part of it."""
+        if self.inv_temperature is None:
+            return head.logit_scale
+        return self.inv_temperature * head.logit_scale
 
 
 class Needs(NamedTuple):
@@ -83,6 +95,8 @@ class Plan(NamedTuple):
     chunk_width: int  # columns of it that one step works on
     slice_width: int  # columns of a tile that holds some logits
     slice_rows: int  # and its rows
+    exps_rows: int  # rows of a 16-bit tile that holds the exponentials of all their logits
+    multiprocessors: int  # of the device
 
     @property
     def mixed(self) -> bool:
@@ -97,6 +111,11 @@ class Plan(NamedTuple):
         """
         by_slice = needs.weight and head.weight.dtype != self.accumulator
         return n <= self.chunk or not by_slice or head.weight.is_cuda
+
+    def exps_chunk(self, n: int, head: Head, needs: Needs) -> int:
+        """Return the rows of an n-row pass that share a tile of exponentials."""
+        hidden_size = head.weight.shape[1]
+        return chunk_rows(n, self.exps_rows, hidden_size, self.multiprocessors, needs.weight)
 
     def new_tile(self, impl: ModuleType, rows: Rows, width: int) -> Tensor:
         """Return an uninitialised tile of logits (len(rows), width)."""
@@ -113,14 +132,40 @@ class Plan(NamedTuple):
             yield v, weight[v].to(self.operand), b
 
 
+def chunk_rows(n: int, most: int, hidden_size: int, multiprocessors: int, accumulate: bool) -> int:
+    """Return how many of n rows to take at once: about as many each time, and at most `most`.
+
+    More chunks than necessary pay where the GEMM for dhidden, whose result has few tiles, then
+    fills its last wave of multiprocessors. Each further chunk adds to dweight, if there is one.
+    """
+    columns = -(-hidden_size // GEMM_COLUMNS)
+    addition = ACCUMULATION_ROWS * hidden_size / (GEMM_ROWS * GEMM_COLUMNS) * accumulate
+
+    def cost(count: int) -> float:
+        """Time of the GEMMs for dhidden, and of the additions to dweight, in GEMM tiles."""
+        waves = -(-(-(-n // (count * GEMM_ROWS)) * columns) // multiprocessors)
+        return count * waves * multiprocessors + (count - 1) * addition
+
+    fewest = -(-n // most)
+    count = min(range(fewest, fewest + 8), key=cost) if n else 1
+    whole_tiles = -(-n // (count * GEMM_ROWS)) * GEMM_ROWS
+    return max(1, min(n, most, whole_tiles))
+
+
+def padded(vocab: int) -> int:
+    """Return the width of a row of 16-bit exponentials that begins, like the next, at 16 bytes."""
+    return -(-vocab // 8) * 8
+
+
 def default_workspace_mb(vocab: int, device_type: str) -> float:
     """Return the default budget in MiB for the logits tiles.
 
-    A CPU gets 256 rows of fp32 logits, a GPU 8192 rows of an fp32 and a 16-bit tile, at most 2 GiB.
+    A CPU gets 256 rows of fp32 logits, a GPU 8192 rows of an fp32 and a 16-bit tile, at most 2.5
+    GiB: of the 16-bit tile alone, where it is enough, 8192 rows of 151,936 logits or more.
     """
     if device_type == "cpu":
         return CPU_CHUNK_ROWS * vocab * 4 / MIB
-    return min(2048.0, GPU_CHUNK_ROWS * vocab * 6 / MIB)
+    return min(GPU_WORKSPACE_MB, GPU_CHUNK_ROWS * vocab * 6 / MIB)
 
 
 def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
@@ -154,6 +199,8 @@ def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
         chunk_width=width if hidden.is_cuda or copied else CPU_CHUNK_SLICE,
         slice_width=width,
         slice_rows=max(1, tile // (width * per_logit)),
+        exps_rows=max(1, budget // (padded(vocab) * hidden.dtype.itemsize)),
+        multiprocessors=multiprocessors(hidden.device),
     )
 
 

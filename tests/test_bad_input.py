@@ -81,9 +81,21 @@ LOSS = {
     "workspace_mb: expected a number of MiB > 0": dict(workspace_mb=0),
     r"workspace_mb: expected at least .* one row of 5 logits; got 1e-06": dict(workspace_mb=1e-6),
     "backend: expected one of .* got 'cuda'": dict(backend="cuda"),
-    "sparsity: expected 0.0": dict(sparsity=0.1),
-    "seed has no effect with surrogate='ppo_clip'": dict(seed=1),
-    "seed: expected an int": dict(config="clip_cov", seed=1.5),
+    r"sparsity: expected a number in \[0, 1\), got 1": dict(sparsity=1),
+    "sparsity: expected a finite number.*got -0.1": dict(sparsity=-0.1),
+    "sparsity: expected a finite number.*got nan": dict(sparsity=float("nan")),
+    "skip_zero_advantage: expected a loss": dict(config="gspo", skip_zero_advantage=True),
+    "skip_zero_advantage has no effect with entropy": dict(
+        config=LossConfig(entropy="differentiable"), skip_zero_advantage=True
+    ),
+    "skip_zero_advantage: expected old_logps": dict(
+        config=LossConfig(correction="sequence_mis"),
+        sampler_logps=torch.zeros(B, T),
+        skip_zero_advantage=True,
+    ),
+    "seed has no effect with surrogate='ppo_clip' and sparsity=0": dict(seed=1),
+    "seed: expected an int, got 1.5": dict(config="clip_cov", seed=1.5),
+    "seed: expected an int of 63 bits": dict(sparsity=0.1, seed=2**63),
     "sampler_logps: expected log-probs as correction is 'sequence_mis'": dict(config="trl_dapo"),
     "off_policy_mask_threshold has no effect without": dict(
         config=LossConfig(off_policy_mask_threshold=0.1)

@@ -7,6 +7,9 @@ import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, reference
+from fastgrpo import fused as routes
+from fastgrpo.chunked import logps_fwd
+from fastgrpo.presets import PRESETS as ALL_PRESETS
 from fastgrpo.testing import make_batch, relative_error, rms
 
 # One of each shape that a loss takes on its way through the ops; tests/test_loss_family.py has all.
@@ -340,6 +343,42 @@ def test_clipped_and_zero_advantage_rows_get_exactly_zero(backend):
     assert dead.sum() > 5 and dhidden[dead].eq(0).all()
     alive = batch.completion_mask & ~dead
     assert dhidden[alive].ne(0).any(-1).all()
+
+
+INERT = [name for name in ALL_PRESETS if config_of(name).zero_advantage_is_inert]
+
+
+@pytest.mark.parametrize("preset", INERT)
+def test_tokens_with_advantage_0_need_not_be_scored(backend, preset, monkeypatch):
+    batch = make_batch(sequences=5)
+    batch.advantages[:2] = 0.0
+    config = config_of(preset)
+    known = {"old_logps": batch.old_logps, "sampler_logps": batch.sampler_logps}
+    scored, results = [], []
+
+    def counting(impl, rows, *args):
+        scored.append(len(rows.ids))
+        return logps_fwd(impl, rows, *args)
+
+    monkeypatch.setattr(routes, "logps_fwd", counting)
+    for skip in (False, True):
+        hidden, weight = (x.clone().requires_grad_() for x in batch[:2])
+        out = fastgrpo.grpo_loss(
+            hidden, weight, *batch[2:5], **known, config=config, backend=backend,
+            skip_zero_advantage=skip,
+        )  # fmt: skip
+        out.loss.backward()
+        results.append((out, hidden.grad, weight.grad))
+    (whole, *grads), (part, *part_grads) = results
+    left_out = batch.completion_mask & (batch.advantages == 0)[:, None]
+    assert scored == [left_out.sum()], "once, without the option"
+    torch.testing.assert_close(part.loss, whole.loss)
+    for a, b in zip(part_grads, grads, strict=True):
+        torch.testing.assert_close(a, b)
+    assert (part.logps[left_out] == 0).all() and (whole.logps[left_out] < 0).all()
+    kept = batch.completion_mask & ~left_out
+    torch.testing.assert_close(part.logps[kept], whole.logps[kept])
+    assert part.metrics["live_rows_count"] == kept.sum()
 
 
 def test_two_backwards_agree_and_scale_with_the_upstream_gradient(backend):

@@ -29,7 +29,16 @@ def test_opcheck_linear_logps(entropy, jacobian):
     bias = torch.randn(len(weight), requires_grad=not jacobian)
     temperature = torch.rand(len(ids)) + 0.5
     arguments = (hidden, weight, ids, mask, bias, temperature, 1.0, 0.0, entropy, jacobian, None)
-    torch.library.opcheck(ops.linear_logps, (*arguments, "torch"))
+    torch.library.opcheck(ops.linear_logps, (*arguments, 0.0, None, None, "torch"))
+
+
+@pytest.mark.parametrize("drawn_in", ["forward", "backward"])
+def test_opcheck_sparse_linear_logps(drawn_in):
+    batch = make_batch()
+    hidden, weight, (ids, mask), (_, _, old_logps, *_) = flat(batch)
+    old_logps = old_logps if drawn_in == "forward" else None
+    arguments = (hidden, weight, ids, mask, None, None, 1.0, 0.0, True, False, None)
+    torch.library.opcheck(ops.linear_logps, (*arguments, 0.01, torch.tensor(3), old_logps, "torch"))
 
 
 OPTIONS = {
@@ -38,15 +47,17 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.01])
 @pytest.mark.parametrize("preset", OPTIONS)
-def test_opcheck_grpo_loss(preset):
+def test_opcheck_grpo_loss(preset, sparsity):
+    seed = torch.tensor(3) if sparsity else None
     hidden, weight, (ids, mask), policy = flat(make_batch())
     config = LossConfig.preset(preset, beta=0.1, entropy_coef=0.1, **OPTIONS[preset])
     groups, threshold, normalizer = torch.arange(4) % 2, torch.tensor(1.0), torch.tensor(3.0)
     torch.library.opcheck(
         ops.grpo_loss,
         (hidden, weight, ids, mask, None, None, 1.0, 0.0, *policy, groups, threshold, normalizer)
-        + (None, config.key, True, True, False, None, "torch"),
+        + (None, config.key, True, True, False, None, False, sparsity, seed, "torch"),
     )
 
 

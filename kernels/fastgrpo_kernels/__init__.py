@@ -4,22 +4,42 @@ Callers pack: rows that a mask or an ignored id leaves out never reach a launche
 memory and tiling: kernels/README.md.
 """
 
+from .anchored_logps import Anchored, Draw, anchored_logps_fwd, has_anchored, mask_words
 from .group_advantages import GroupStats, group_stats
 from .linear_logps import linear_logps_fwd
 from .logits_tile import RowState, scatter_rows, tile_grad, tile_stats
 from .policy_loss import STATS, segment_reduce, token_loss
+from .sparse_entries import (
+    WORD_BITS,
+    Kept,
+    bag_sum,
+    entry_logits,
+    linear_draw_fwd,
+    tile_draw,
+)
 
 ROW_MAJOR_TILES = True  # one program reads one row of a tile
 
 __all__ = [
     "ROW_MAJOR_TILES",
     "STATS",
+    "WORD_BITS",
+    "Anchored",
+    "Draw",
     "GroupStats",
+    "Kept",
     "RowState",
+    "anchored_logps_fwd",
+    "bag_sum",
+    "entry_logits",
     "group_stats",
+    "has_anchored",
+    "linear_draw_fwd",
     "linear_logps_fwd",
+    "mask_words",
     "scatter_rows",
     "segment_reduce",
+    "tile_draw",
     "tile_grad",
     "tile_stats",
     "token_loss",

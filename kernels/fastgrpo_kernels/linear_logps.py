@@ -8,12 +8,15 @@ how many rows there are nor on which of them it is.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .logit_math import merge_stats, slice_index, softmax_stats, transform_logits
 from .runtime import (
     INTERPRETED,
+    Launch,
     architecture,
     device_of,
     dot_precision,
@@ -21,6 +24,13 @@ from .runtime import (
     launch_for,
     tl,
 )
+
+
+class RowList(NamedTuple):
+    """Some of the rows, listed on the device, so that the host need not know how many."""
+
+    index: Tensor  # (n,) int32: the first `count` are meant, in ascending order
+    count: Tensor  # (1,) int32
 
 
 @jit
@@ -34,6 +44,59 @@ def _grouped_program(N, V, BLOCK_N: tl.constexpr, SPLIT_V: tl.constexpr, GROUP_N
     return first + program % group_size % rows, program % group_size // rows
 
 
+@jit
+def _listed_rows(row_block, index_ptr, count_ptr, N, BLOCK_N: tl.constexpr):
+    """Places of this block among the rows that are meant, the rows there, and how many there are.
+
+    Without a list every row is meant.
+    """
+    places = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = places
+    count = N
+    if index_ptr is not None:
+        count = tl.load(count_ptr)
+        rows = tl.load(index_ptr + places, mask=places < count, other=0).to(tl.int64)
+    return places, rows, count
+
+
+@jit
+def _logits(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    rows,  # (BLOCK_N,) int64
+    inside_n,  # (BLOCK_N, 1)
+    offs_v,  # (BLOCK_V,)
+    V,
+    H,
+    stride_hidden,
+    stride_weight,
+    RAGGED_H: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """z0 = h W^T + b of some rows and columns, fp32 (BLOCK_N, BLOCK_V)."""
+    inside_v = offs_v[:, None] < V
+    hidden_ptrs = hidden_ptr + rows[:, None] * stride_hidden
+    weight_ptrs = weight_ptr + offs_v[:, None].to(tl.int64) * stride_weight
+    z0 = tl.zeros([rows.shape[0], offs_v.shape[0]], tl.float32)
+    for start_h in range(0, H, BLOCK_H):
+        offs_h = start_h + tl.arange(0, BLOCK_H)[None, :]
+        mask_n, mask_v = inside_n, inside_v
+        if RAGGED_H:
+            mask_n, mask_v = inside_n & (offs_h < H), inside_v & (offs_h < H)
+        h = tl.load(hidden_ptrs + offs_h, mask=mask_n, other=0.0)
+        w = tl.load(weight_ptrs + offs_h, mask=mask_v, other=0.0)
+        if UPCAST:
+            h = h.to(tl.float32)
+            w = w.to(tl.float32)
+        z0 = tl.dot(h, tl.trans(w), z0, input_precision=PRECISION)
+    if bias_ptr is not None:
+        z0 += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+    return z0
+
+
 @jit(do_not_specialize=["N"])
 def _linear_logps_kernel(
     # inputs: (N, H), (V, H), (N,) int64, (V,) or None, (N,) fp32 or None
@@ -42,6 +105,9 @@ def _linear_logps_kernel(
     ids_ptr,
     bias_ptr,
     inv_temperature_ptr,
+    # a RowList or None
+    index_ptr,
+    count_ptr,
     # output: (3 or 4, splits, N) fp32: max, sum, target, dot
     partials_ptr,
     N,
@@ -64,57 +130,49 @@ def _linear_logps_kernel(
 ):
     """One block of rows, one split of the vocabulary: softmax statistics and the target's logit."""
     row_block, split = _grouped_program(N, V, BLOCK_N, SPLIT_V, GROUP_N)
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_n = rows[:, None] < N
-    ids = tl.load(ids_ptr + rows, mask=rows < N, other=-1)
+    places, rows, count = _listed_rows(row_block, index_ptr, count_ptr, N, BLOCK_N)
+    inside = places < count
+    ids = tl.load(ids_ptr + rows, mask=inside, other=-1)
     inv_temperature = 1.0
     if inv_temperature_ptr is not None:
-        inv_temperature = tl.load(inv_temperature_ptr + rows, mask=rows < N, other=1.0)[:, None]
+        inv_temperature = tl.load(inv_temperature_ptr + rows, mask=inside, other=1.0)[:, None]
     index = slice_index(ids, 0, V)
+    end = tl.minimum(V, (split + 1) * SPLIT_V)
+    if index_ptr is not None:
+        end = tl.where(row_block * BLOCK_N < count, end, 0)
 
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
     d = tl.zeros([BLOCK_N], tl.float32)
     target = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(split * SPLIT_V, tl.minimum(V, (split + 1) * SPLIT_V), BLOCK_V):
+    for start in range(split * SPLIT_V, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        inside_v = offs_v[:, None] < V
-        hidden_ptrs = hidden_ptr + rows[:, None] * stride_hidden
-        weight_ptrs = weight_ptr + offs_v[:, None].to(tl.int64) * stride_weight
-        z0 = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for start_h in range(0, H, BLOCK_H):
-            offs_h = start_h + tl.arange(0, BLOCK_H)[None, :]
-            mask_n, mask_v = inside_n, inside_v
-            if RAGGED_H:
-                mask_n, mask_v = inside_n & (offs_h < H), inside_v & (offs_h < H)
-            h = tl.load(hidden_ptrs + offs_h, mask=mask_n, other=0.0)
-            w = tl.load(weight_ptrs + offs_h, mask=mask_v, other=0.0)
-            if UPCAST:
-                h = h.to(tl.float32)
-                w = w.to(tl.float32)
-            z0 = tl.dot(h, tl.trans(w), z0, input_precision=PRECISION)
-        if bias_ptr is not None:
-            z0 += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+        z0 = _logits(
+            hidden_ptr, weight_ptr, bias_ptr, rows, inside[:, None], offs_v, V, H, stride_hidden,
+            stride_weight, RAGGED_H, UPCAST, PRECISION, BLOCK_H,
+        )  # fmt: skip
         z, _ = transform_logits(z0, logit_scale, softcap, inv_temperature, SOFTCAP)
         z = tl.where(offs_v[None, :] < V, z, float("-inf"))
         target += tl.sum(tl.where(offs_v[None, :] == index[:, None], z, 0.0), 1)
         m2, s2, d2 = softmax_stats(z, WITH_ENTROPY)
         m, s, d = merge_stats(m, s, d, m2, s2, d2)
 
-    partials_ptr += split.to(tl.int64) * N + rows
+    partials_ptr += split.to(tl.int64) * N + places
     stride_stat = tl.cdiv(V, SPLIT_V).to(tl.int64) * N
-    tl.store(partials_ptr, m, mask=rows < N)
-    tl.store(partials_ptr + stride_stat, s, mask=rows < N)
-    tl.store(partials_ptr + 2 * stride_stat, target, mask=rows < N)
+    tl.store(partials_ptr, m, mask=inside)
+    tl.store(partials_ptr + stride_stat, s, mask=inside)
+    tl.store(partials_ptr + 2 * stride_stat, target, mask=inside)
     if WITH_ENTROPY:
-        tl.store(partials_ptr + 3 * stride_stat, d, mask=rows < N)
+        tl.store(partials_ptr + 3 * stride_stat, d, mask=inside)
 
 
 @jit(do_not_specialize=["N"])
 def _merge_splits_kernel(
-    # inputs: (3 or 4, splits, N) fp32, (N,) int64
+    # inputs: (3 or 4, splits, N) fp32, (N,) int64, a RowList or None
     partials_ptr,
     ids_ptr,
+    index_ptr,
+    count_ptr,
     # outputs, (N,) fp32
     logps_ptr,
     lse_ptr,
@@ -125,11 +183,11 @@ def _merge_splits_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Merge the splits' statistics in order; the target comes from the split that owns it."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < N
+    places, rows, count = _listed_rows(tl.program_id(0), index_ptr, count_ptr, N, BLOCK_N)
+    inside = places < count
     splits = tl.cdiv(V, SPLIT_V)
     stride_stat = splits.to(tl.int64) * N
-    partials_ptr += rows
+    partials_ptr += places
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
     d = tl.zeros([BLOCK_N], tl.float32)
@@ -155,6 +213,150 @@ def _merge_splits_kernel(
         tl.store(entropy_ptr + rows, log_sum - d / s, mask=inside)
 
 
+@jit(do_not_specialize=["N"])
+def _exps_kernel(
+    # inputs: (N, H), (V, H), (N,) int64, (V,) or None, (N,) fp32 or None, (N,) fp32, a RowList
+    hidden_ptr,
+    weight_ptr,
+    ids_ptr,
+    bias_ptr,
+    inv_temperature_ptr,
+    lse_ptr,
+    index_ptr,
+    count_ptr,
+    # output: (N, V)
+    exps_ptr,
+    N,
+    V,
+    H,
+    stride_hidden,
+    stride_weight,
+    stride_exps,
+    logit_scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    RAGGED_H: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SPLIT_V: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    """One block of listed rows, one split: exp(z - lse) times the slope of the softcap."""
+    row_block, split = _grouped_program(N, V, BLOCK_N, SPLIT_V, GROUP_N)
+    places, rows, count = _listed_rows(row_block, index_ptr, count_ptr, N, BLOCK_N)
+    inside = places < count
+    index = slice_index(tl.load(ids_ptr + rows, mask=inside, other=-1), 0, V)
+    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)[:, None]
+    inv_temperature = 1.0
+    if inv_temperature_ptr is not None:
+        inv_temperature = tl.load(inv_temperature_ptr + rows, mask=inside, other=1.0)[:, None]
+    end = tl.where(row_block * BLOCK_N < count, tl.minimum(V, (split + 1) * SPLIT_V), 0)
+    for start in range(split * SPLIT_V, end, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z0 = _logits(
+            hidden_ptr, weight_ptr, bias_ptr, rows, inside[:, None], offs_v, V, H, stride_hidden,
+            stride_weight, RAGGED_H, UPCAST, PRECISION, BLOCK_H,
+        )  # fmt: skip
+        z, slope = transform_logits(z0, logit_scale, softcap, inv_temperature, SOFTCAP)
+        e = tl.exp(z - lse)
+        if SOFTCAP:
+            e *= slope / (logit_scale * inv_temperature)
+        e = tl.where(offs_v[None, :] == index[:, None], 0.0, e)
+        tl.store(
+            exps_ptr + rows[:, None] * stride_exps + offs_v[None, :],
+            e.to(exps_ptr.dtype.element_ty),
+            mask=inside[:, None] & (offs_v[None, :] < V),
+        )
+
+
+def _gemm(hidden: Tensor, weight: Tensor, narrow: bool = False) -> tuple[Launch, dict[str, Any]]:
+    """The launch entry of a portable logits GEMM, and how it treats its operands.
+
+    `narrow` tiles leave registers to an epilogue that stores a number per logit.
+    """
+    same_dtype = hidden.dtype == weight.dtype
+    bits = 32 if hidden.dtype == torch.float32 or not same_dtype else 16
+    arch = architecture(hidden.device)
+    launch = launch_for("linear_logps", bits, arch)
+    ragged = narrow or hidden.shape[1] % launch.blocks["BLOCK_H"] != 0
+    if ragged:
+        launch = launch_for("linear_logps_ragged_h", bits, arch)
+    # The interpreter multiplies 16-bit floats as the integers that hold them.
+    upcast = INTERPRETED or not same_dtype
+    return launch, {"RAGGED_H": ragged, "UPCAST": upcast, "PRECISION": dot_precision(bits)}
+
+
+def score_rows(
+    hidden: Tensor,  # (n, H) bf16 | fp16 | fp32, adjacent columns
+    weight: Tensor,  # (V, H) dtype of hidden, or fp32; adjacent columns
+    ids: Tensor,  # (n,) int64
+    bias: Tensor | None,  # (V,)
+    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
+    logit_scale: float,
+    softcap: float,  # 0.0: off
+    logps: Tensor,  # (n,) fp32, written
+    lse: Tensor,  # (n,) fp32, written
+    entropy: Tensor | None,  # (n,) fp32, written
+    some: RowList | None = None,
+) -> None:
+    """Write logps, lse and entropy of the listed rows, or of all."""
+    n, vocab_size = hidden.shape[0], weight.shape[0]
+    launch, operands = _gemm(hidden, weight)
+    merge = launch_for("merge_splits", 0, architecture(hidden.device))
+    blocks, split_size = -(-n // launch.blocks["BLOCK_N"]), launch.blocks["SPLIT_V"]
+    splits, with_entropy = -(-vocab_size // split_size), entropy is not None
+    index, count = some or (None, None)
+    shape = (3 + with_entropy, splits, n)
+    partials = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    with device_of(hidden):
+        if n:
+            _linear_logps_kernel[(blocks * splits,)](
+                *(hidden, weight, ids, bias, inv_temperature, index, count, partials),
+                *(n, vocab_size, hidden.shape[1], hidden.stride(0), weight.stride(0)),
+                *(logit_scale, softcap),
+                SOFTCAP=softcap != 0.0,
+                WITH_ENTROPY=with_entropy,
+                **operands,
+                **launch.kwargs(),
+            )
+            _merge_splits_kernel[(-(-n // merge.blocks["BLOCK_N"]),)](
+                *(partials, ids, index, count, logps, lse, entropy, n, vocab_size),
+                SPLIT_V=split_size,
+                **merge.kwargs(),
+            )
+
+
+def exps_of_rows(
+    hidden: Tensor,  # (n, H) like every tensor up to softcap as in `score_rows`
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    inv_temperature: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    lse: Tensor,  # (n,) fp32
+    exps: Tensor,  # (n, V), adjacent columns; the listed rows are written
+    some: RowList,
+) -> None:
+    """Write exp(z - lse) times the softcap's slope to the listed rows, and 0 at their targets."""
+    n, vocab_size = exps.shape
+    launch, operands = _gemm(hidden, weight, narrow=True)
+    blocks = -(-n // launch.blocks["BLOCK_N"]) * -(-vocab_size // launch.blocks["SPLIT_V"])
+    with device_of(hidden):
+        if n:
+            _exps_kernel[(blocks,)](
+                *(hidden, weight, ids, bias, inv_temperature, lse, *some, exps),
+                *(n, vocab_size, hidden.shape[1], hidden.stride(0), weight.stride(0)),
+                *(exps.stride(0), logit_scale, softcap),
+                SOFTCAP=softcap != 0.0,
+                **operands,
+                **launch.kwargs(),
+            )
+
+
 def linear_logps_fwd(
     hidden: Tensor,  # (n, H) bf16 | fp16 | fp32
     weight: Tensor,  # (V, H) dtype of hidden, or fp32
@@ -171,41 +373,12 @@ def linear_logps_fwd(
     not in [0, V) is NaN. Scratch: 12 or 16 bytes per row and split of 4096 vocabulary entries.
     """
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
-    n, hidden_size = hidden.shape
-    vocab_size = weight.shape[0]
-    same_dtype = hidden.dtype == weight.dtype
-    bits = 32 if hidden.dtype == torch.float32 or not same_dtype else 16
-    arch = architecture(hidden.device)
-    launch = launch_for("linear_logps", bits, arch)
-    ragged = hidden_size % launch.blocks["BLOCK_H"] != 0
-    if ragged:
-        launch = launch_for("linear_logps_ragged_h", bits, arch)
-    merge = launch_for("merge_splits", 0, arch)
-    blocks, split_size = -(-n // launch.blocks["BLOCK_N"]), launch.blocks["SPLIT_V"]
-    splits = -(-vocab_size // split_size)
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=hidden.device)
-
-    logps, lse, entropy = new(n), new(n), new(n) if with_entropy else None
-    partials = new(3 + with_entropy, splits, n)
-    with device_of(hidden):
-        if n:
-            _linear_logps_kernel[(blocks * splits,)](
-                *(hidden, weight, ids, bias, inv_temperature, partials),
-                *(n, vocab_size, hidden_size, hidden.stride(0), weight.stride(0)),
-                *(logit_scale, softcap),
-                SOFTCAP=softcap != 0.0,
-                WITH_ENTROPY=with_entropy,
-                # The interpreter multiplies 16-bit floats as the integers that hold them.
-                RAGGED_H=ragged,
-                UPCAST=INTERPRETED or not same_dtype,
-                PRECISION=dot_precision(bits),
-                **launch.kwargs(),
-            )
-            _merge_splits_kernel[(-(-n // merge.blocks["BLOCK_N"]),)](
-                *(partials, ids, logps, lse, entropy, n, vocab_size),
-                SPLIT_V=split_size,
-                **merge.kwargs(),
-            )
+    n = hidden.shape[0]
+    logps, lse, entropy = (
+        torch.empty(n, dtype=torch.float32, device=hidden.device) if wanted else None
+        for wanted in (True, True, with_entropy)
+    )
+    score_rows(
+        hidden, weight, ids, bias, inv_temperature, logit_scale, softcap, logps, lse, entropy
+    )
     return logps, lse, entropy

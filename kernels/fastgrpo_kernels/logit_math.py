@@ -17,15 +17,33 @@ def one_minus_exp(x):
 
 
 @jit
+def log1p_exp(x):
+    """log(1 + exp(x)), with its relative accuracy kept where it is small."""
+    y = tl.exp(-tl.abs(x))
+    # log(1 + y) = 2 artanh(y / (2 + y)), whose argument is at most 1/3.
+    s = y / (2.0 + y)
+    s2 = s * s
+    series = 1 / 9 + s2 * (1 / 11 + s2 * (1 / 13 + s2 * (1 / 15)))
+    series = 1.0 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * series)))
+    return tl.maximum(x, 0.0) + 2.0 * s * series
+
+
+@jit
+def softcapped(z, softcap):
+    """softcap tanh(z / softcap), and its derivative."""
+    # One live value per element: the epilogue of a wide tile has no registers for more.
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp(z * (2.0 / softcap)))
+    return tanh * softcap, 1.0 - tanh * tanh
+
+
+@jit
 def transform_logits(z0, logit_scale, softcap, inv_temperature, SOFTCAP: tl.constexpr):
     """z = softcap(logit_scale z0) inv_temperature, and dz/dz0."""
     z = z0 * logit_scale
     slope = logit_scale * inv_temperature
     if SOFTCAP:
-        # One live value per element: the epilogue of a wide tile has no registers for more.
-        tanh = 1.0 - 2.0 / (1.0 + tl.exp(z * (2.0 / softcap)))
-        z = tanh * softcap
-        slope = slope * (1.0 - tanh * tanh)
+        z, uncapped = softcapped(z, softcap)
+        slope = slope * uncapped
     return z * inv_temperature, slope
 
 

@@ -29,7 +29,7 @@ class RowState(NamedTuple):
 
 
 @jit
-def _load_logits(
+def load_logits(
     z_ptr, bias_ptr, offs_v, Vs, logit_scale, softcap, inv_temperature, SOFTCAP: tl.constexpr
 ):
     """z and dz/dz0 of one block of columns, (1, BLOCK_V); padding is -inf."""
@@ -77,7 +77,7 @@ def _tile_stats_kernel(
     z_ptr += tl.program_id(0).to(tl.int64) * stride_z
     for start in range(0, Vs, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        z, _ = _load_logits(
+        z, _ = load_logits(
             z_ptr, bias_ptr, offs_v, Vs, logit_scale, softcap, inv_temperature, SOFTCAP
         )
         target += tl.sum(tl.where(offs_v[None, :] == index[:, None], z, 0.0), 1)
@@ -151,7 +151,7 @@ def _tile_grad_kernel(
     out_ptr += row * stride_out
     for start in range(0, Vs, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        z, slope = _load_logits(
+        z, slope = load_logits(
             z_ptr, bias_ptr, offs_v, Vs, logit_scale, softcap, inv_temperature, SOFTCAP
         )
         is_target = offs_v[None, :] == index

@@ -54,11 +54,21 @@ def _gemm(rows: int, vocab: int, hidden: int, num_warps: int, num_stages: int) -
     return Launch(blocks, num_warps, num_stages)
 
 
+def _persistent(vocab: int, num_warps: int, num_stages: int, warp_specialize=False) -> Launch:
+    blocks = {"BLOCK_N": 128, "BLOCK_V": vocab, "BLOCK_H": 64, "GROUP_N": 16}
+    # Flattened, the loads of the next tile are in flight during the epilogue of this one. The
+    # compiler specialises warps only where the loop is not flattened, and then does the same.
+    flags = {"FLATTEN": not warp_specialize, "WARP_SPECIALIZE": warp_specialize}
+    return Launch(blocks | flags, num_warps, num_stages)
+
+
 # Large enough that the interpreter is bearable, and small enough that small shapes have several
 # blocks and splits.
 _INTERPRETED_GEMM = Launch(
     {"BLOCK_N": 64, "BLOCK_V": 256, "BLOCK_H": 64, "SPLIT_V": 512, "GROUP_N": 2}
 )
+
+ANCHORED_SMALL_H = 1536
 
 # Kernel -> (bits of the dot operands, architecture class) -> launch, with 0 bits where the kernel
 # has no dot and "any" where the architecture does not matter. No entry depends on the number of
@@ -89,6 +99,39 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
         (16, "interpreter"): _INTERPRETED_GEMM,
         (32, "interpreter"): _INTERPRETED_GEMM,
     },
+    "anchored_logps": {
+        # 144 KiB of the 227, and 64 more where a tile is stored as well. 128 columns and 4 warps
+        # leave room for two blocks per multiprocessor, but read a third more per product.
+        (16, "sm_90"): _persistent(256, num_warps=8, num_stages=3),
+        # The accumulator comes into registers at once, as in linear_logps: 256 columns spill.
+        (16, "sm_100"): _persistent(128, num_warps=8, num_stages=4),
+        (16, "interpreter"): Launch(
+            {"BLOCK_N": 32, "BLOCK_V": 128, "BLOCK_H": 64, "GROUP_N": 2}
+            | {"FLATTEN": True, "WARP_SPECIALIZE": False}
+        ),
+    },
+    # A producer warp and two consumer groups, for H up to ANCHORED_SMALL_H and log-probs alone:
+    # where the epilogue is a quarter of the work, hiding it should matter, and nowhere else. A
+    # prediction until a record says otherwise.
+    "anchored_logps_small_h": {
+        (16, "sm_90"): _persistent(256, num_warps=4, num_stages=3, warp_specialize=True)
+    },
+    # 8 gathered weight rows in flight per program.
+    "anchor_rows": {
+        (0, "any"): Launch({"BLOCK_N": 8, "BLOCK_H": 256}),
+        (0, "interpreter"): Launch({"BLOCK_N": 16, "BLOCK_H": 64}),
+    },
+    # Few rows and many tiles at a time: hundreds of partials per row, one after the other, would
+    # wait for memory as often.
+    "finish_anchored": {
+        (0, "any"): Launch({"BLOCK_T": 32, "BLOCK_N": 32}),
+        (0, "interpreter"): Launch({"BLOCK_T": 4, "BLOCK_N": 32}),
+    },
+    # One program walks over all rows.
+    "list_rows": {
+        (0, "any"): Launch({"BLOCK_N": 2048}, num_warps=8),
+        (0, "interpreter"): Launch({"BLOCK_N": 64}),
+    },
     # Three floats per row and split: bound by latency, so few rows per program.
     "merge_splits": {(0, "any"): Launch({"BLOCK_N": 128})},
     # Bound by memory, 16 bytes per lane and load: 2048 columns keep two loads of each lane in
@@ -105,6 +148,30 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
     "scatter_rows": {
         (0, "any"): Launch({"BLOCK_R": 8, "BLOCK_H": 256}),
         (0, "interpreter"): Launch({"BLOCK_R": 4, "BLOCK_H": 64}),
+    },
+    # Like tile_stats; the running count ties the blocks together.
+    "tile_draw": {
+        (0, "any"): Launch({"BLOCK_V": 2048}),
+        (0, "interpreter"): Launch({"BLOCK_V": 512}),
+    },
+    # 4 KiB of bits a step, of which a handful are set.
+    "compact_mask": {
+        (0, "any"): Launch({"BLOCK_W": 1024}),
+        (0, "interpreter"): Launch({"BLOCK_W": 8}),
+    },
+    # 16 gathered weight rows in flight, a dozen registers of each per lane.
+    "entry_logits": {
+        (0, "any"): Launch({"BLOCK_E": 16, "BLOCK_H": 256}),
+        (0, "interpreter"): Launch({"BLOCK_E": 4, "BLOCK_H": 64}),
+    },
+    "target_logits": {
+        (0, "any"): Launch({"BLOCK_E": 1, "BLOCK_H": 1024}),
+        (0, "interpreter"): Launch({"BLOCK_E": 1, "BLOCK_H": 64}),
+    },
+    # Most bags of a vocabulary are empty: a program looks at several.
+    "bag_sum": {
+        (0, "any"): Launch({"BAGS": 8, "BLOCK_E": 16, "BLOCK_H": 256}),
+        (0, "interpreter"): Launch({"BAGS": 4, "BLOCK_E": 4, "BLOCK_H": 64}),
     },
     "token_loss": {
         (0, "any"): Launch({"BLOCK_N": 512}),
@@ -154,6 +221,13 @@ def launch_for(kernel: str, bits: int, arch: str) -> Launch:
     """The table's entry for a kernel, the bits of its dot operands (0: no dot) and a class."""
     table = LAUNCHES[kernel]
     return table.get((bits, arch)) or table[bits, "any"]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent kernel run at once; few where it is interpreted."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

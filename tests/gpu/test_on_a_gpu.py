@@ -6,14 +6,17 @@ import pytest
 import torch
 
 import fastgrpo
-from fastgrpo import LossConfig, fallback
+from fastgrpo import LossConfig, fallback, tiles
 from fastgrpo.estimators import ESTIMATORS
 from fastgrpo.presets import PRESETS
 from fastgrpo.testing import Batch, make_batch, relative_error, rms
-from fastgrpo_kernels import segment_reduce, token_loss
+from fastgrpo_kernels import anchored_logps, anchored_logps_fwd, segment_reduce, token_loss
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
+from fastgrpo_kernels.runtime import LAUNCHES, architecture
 from fastgrpo_kernels.surrogates import SURROGATES
+from tests import test_gpu_route as dense
 from tests import test_loss_family as family
+from tests.kernels.interpreter import test_interpreter_anchored_logps as anchored
 from tests.kernels.interpreter import test_interpreter_token_loss as rowwise
 from tests.test_grpo_loss import PRESETS as ROUTED
 from tests.test_grpo_loss import config_of, exact, fused
@@ -175,3 +178,120 @@ def test_no_kernel_waits_for_the_host_more_than_once():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in waits if "synchronizing" in str(w.message)]) <= 1
+
+
+# ---- the anchored kernel -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper():
+    """The launch entries of this part, where it has any."""
+    key = (16, architecture(torch.device(DEVICE)))
+    if key not in LAUNCHES["anchored_logps"]:
+        pytest.skip("no entry for this part")
+    return LAUNCHES["anchored_logps"][key], LAUNCHES["anchored_logps_small_h"].get(key)
+
+
+def moved(values):
+    return tuple(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in values)
+
+
+@pytest.mark.parametrize("hidden_size", [72, 1024, 2048], ids="H {}".format)
+@pytest.mark.parametrize("transform", anchored.TRANSFORMS.values(), ids=anchored.TRANSFORMS)
+@pytest.mark.parametrize("dtype", anchored.DTYPES, ids=str)
+def test_anchored_log_probs(hopper, dtype, transform, hidden_size):
+    """H 72 and 1024 take the warp-specialised variant where there is one."""
+    n, vocab = 300, 50_021
+    operands = anchored.problem(n, vocab, hidden_size, dtype)
+    options = transform(vocab, n, dtype)
+    wanted = anchored.oracle(*operands, *options)
+    result = anchored_logps_fwd(*moved(operands), *moved(options), True)
+    assert not result.redone.any()
+    anchored.assert_accurate([x.cpu() for x in result[:3]], wanted)
+
+
+@pytest.mark.parametrize("transform", anchored.TRANSFORMS.values(), ids=anchored.TRANSFORMS)
+def test_anchored_exponentials_and_marks(hopper, transform):
+    n, vocab, tau = 300, 5003, 1e-2
+    operands = anchored.problem(n, vocab, 200, torch.bfloat16)
+    options = transform(vocab, n, torch.bfloat16)
+    exps = torch.empty((n, 5008), dtype=torch.bfloat16, device=DEVICE)[:, :vocab]
+    result = anchored_logps_fwd(*moved(operands), *moved(options), True, exps=exps)
+    on_cpu = anchored_logps.Anchored(*(x.cpu() for x in result))
+    anchored.assert_exps(exps.cpu(), on_cpu, *operands, options)
+
+    lse = anchored.oracle(*operands, *options)[1]
+    draw = anchored.draw_of(n, vocab, (lse + torch.tensor(tau).log()).float())
+    on_gpu = anchored_logps.Draw(*moved(draw))
+    anchored_logps_fwd(*moved(operands), *moved(options), False, draw=on_gpu)
+    anchored.assert_marks(draw._replace(mask=on_gpu.mask.cpu()), *operands, options)
+
+
+def test_anchored_rows_beyond_the_safe_range(hopper):
+    gaps = [20.0, 8.0, 60.0, 0.0, -40.0, -100.0, -120.0, -200.0, -1000.0] * 40
+    operands = anchored.confident(gaps)
+    exps = torch.empty((len(gaps), 608), dtype=torch.bfloat16, device=DEVICE)[:, :601]
+    result = anchored_logps_fwd(*moved(operands), *anchored.PLAIN, True, exps=exps)
+    result = anchored_logps.Anchored(*(x.cpu() for x in result))
+    assert result.redone.tolist() == [gap < -109 for gap in gaps]
+    anchored.assert_accurate(result[:3], anchored.oracle(*operands), atol=6e-5, rms=3e-5)
+    anchored.assert_exps(exps.cpu(), result, *operands, anchored.PLAIN)
+
+
+def test_anchored_rows_have_the_same_bits_in_any_batch(hopper):
+    for hidden_size in (1024, 2048):
+        hidden, weight, ids = moved(anchored.problem(1000, 5003, hidden_size, torch.bfloat16))
+        hidden[::50] *= 8  # some of them are done again
+        whole = anchored_logps_fwd(hidden, weight, ids, *anchored.PLAIN, True)
+        for some in (torch.arange(7), torch.randperm(1000)[:300]):
+            some = some.to(DEVICE)
+            alone = anchored_logps_fwd(hidden[some], weight, ids[some], *anchored.PLAIN, True)
+            assert all(torch.equal(a, w[some]) for a, w in zip(alone, whole, strict=True))
+
+
+@pytest.mark.parametrize("hidden_size", [64, 512, 1024, 1536])
+def test_specialised_warps_give_the_same_sums(hopper, hidden_size):
+    """Many times: what could go wrong is a race."""
+    flattened, specialised = hopper
+    if specialised is None:
+        pytest.skip("one variant only")
+    hidden, weight, ids = moved(anchored.problem(1000, 50_021, hidden_size, torch.bfloat16))
+    anchor = torch.full((1000,), 40.0, device=DEVICE)
+
+    def sums(launch):
+        arguments = (launch, hidden, weight, ids, *anchored.PLAIN, anchor, True, None, None)
+        partials, kernel = anchored_logps._sum_tiles(*arguments)
+        return partials, "ttg.warp_specialize" in kernel.asm["ttgir"]
+
+    expected, engaged = sums(flattened)
+    assert not engaged
+    for _ in range(50):
+        actual, engaged = sums(specialised)
+        assert engaged
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0.0)
+
+
+def test_specialised_warps_pass_their_trial(hopper):
+    if hopper[1] is None:
+        pytest.skip("one variant only")
+    assert anchored_logps._launch(*2 * [torch.empty(8, 1024, device=DEVICE)], True) is hopper[1]
+
+
+@pytest.mark.parametrize("rows_at_once, dead", dense.CHUNKING.values(), ids=dense.CHUNKING)
+@pytest.mark.parametrize("options", dense.OPTIONS.values(), ids=dense.OPTIONS)
+@pytest.mark.parametrize("needs", dense.NEEDS.values(), ids=dense.NEEDS)
+@pytest.mark.parametrize("logit_std", [1.0, 6.0], ids=["flat", "peaked"])
+def test_gradients_from_exponentials(hopper, logit_std, needs, options, rows_at_once, dead):
+    given = dense.rows_with_upstream(logit_std, options, dead, DEVICE, **SHAPES["ragged"])
+    plan = tiles.plan(given.rows.hidden, given.head.weight, None)._replace(exps_rows=rows_at_once)
+    dense.check_gradients_from_exponentials(given, plan, needs)
+
+
+def test_anchored_log_probs_never_wait_for_the_host(hopper):
+    operands = moved(anchored.problem(300, 5003, 1024, torch.bfloat16))
+    anchored_logps_fwd(*operands, *anchored.PLAIN, True)  # compiles, and tries its variants
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        anchored_logps_fwd(*operands, *anchored.PLAIN, True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

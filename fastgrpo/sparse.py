@@ -1,0 +1,272 @@
+"""The unbiased sparse backward: 2NVH for scores and gradients, whatever the loss.
+
+A row's gradient by its logits is g ([v = y] - p_v) (1/T, softcap and an entropy term aside). Its
+second half is estimated: an entry v is kept with probability pi_v, near min(1, p_v / tau), and
+counts p_v / pi_v, so that the mean over seeds is the exact gradient. The target is always kept, and
+exact. Gradients of hidden and weight are then sums over a few rows of the other. The variance that
+this adds is at most tau / (1 - tau) of that which sampling the token has: docs/sparse-backward.md.
+
+The entries are drawn while the logits are at hand, which needs an estimate of each row's lse before
+the pass; it decides how many are kept, never what the mean is. Without an estimate a second pass
+over the rows that have a gradient draws them: 4NVH.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo.chunked import finish, fold, logps_bwd, new_state
+from fastgrpo.gradients import matmul
+from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream, chunks, take
+from fastgrpo_kernels import WORD_BITS, Kept
+
+MOST_SLOTS = 2048
+METRICS = ("kept_entries", "kept_entries_max", "overflow_rows", "variance_bound_max")
+
+
+class Draw(NamedTuple):
+    """What decides which entries are kept, besides their probabilities."""
+
+    tau: float
+    column_words: Tensor  # (V,) int32
+    row_words: Tensor  # (n,) int32
+
+    @classmethod
+    def of(cls, sparsity: float, seed: Tensor, rows: int, vocab: int) -> Draw:
+        return cls(sparsity, random_words(2 * seed, vocab), random_words(2 * seed + 1, rows))
+
+    def __getitem__(self, index: Tensor | slice) -> Draw:  # type: ignore[override]
+        return self._replace(row_words=self.row_words[index])
+
+
+class Entries(NamedTuple):
+    """The kept entries of rows, and what they were drawn with."""
+
+    kept: Kept
+    anchor: Tensor  # (n,) log(tau) above the estimate of lse
+
+    def __getitem__(self, index: Tensor | slice) -> Entries:  # type: ignore[override]
+        return Entries(Kept(*(x[index] for x in self.kept)), self.anchor[index])
+
+    def overflow(self, scored: Logps) -> Tensor:
+        """Return the rows (n,) bool whose entries do not all fit, or were not drawn for NaN."""
+        usable = self.anchor.isfinite() & scored.lse.isfinite()
+        return (self.kept.count > self.kept.ids.shape[1]) | ~usable
+
+
+def random_words(seed: Tensor, n: int) -> Tensor:
+    """Return n words (n,) int32 of `WORD_BITS` bits, the same for a seed () int64 on any device.
+
+    SplitMix64 (Steele, Lea, Flood 2014): a counter times an odd constant, finalised.
+    """
+    x = seed * -7046029254386353131 + torch.arange(1, n + 1, device=seed.device)
+    x = x * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ _shifted(x, shift)) * factor
+    return _shifted(x ^ _shifted(x, 31), 64 - WORD_BITS).to(torch.int32)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros, where int64 would fill with its sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def slots(tau: float, vocab: int) -> int:
+    """Return how many entries a row may keep, its target among them.
+
+    With an estimate that is right a row keeps 1/tau on average at most, whatever its entropy.
+    """
+    return 1 + min(vocab, math.ceil(1.25 / tau) + 64, MOST_SLOTS)
+
+
+def logps_and_entries(
+    impl: ModuleType,
+    rows: Rows,
+    head: Head,
+    plan: Plan,
+    with_entropy: bool,
+    draw: Draw,
+    estimate: Tensor,  # (n,) log-probs of about the same policy, nats
+) -> tuple[Logps, Entries]:
+    """Score rows and keep entries in the same pass: 2NVH."""
+    kept = _target_only(impl, rows, head, plan, draw.tau)
+    anchor = kept.logits[:, 0] - estimate.nan_to_num(0.0) + math.log(draw.tau)
+    entries = Entries(kept, anchor)
+    if _draws_while_scoring(impl, rows, head):
+        return _scored_drawing(impl, rows, head, with_entropy, draw, entries), entries
+    state = new_state(rows, plan)
+    for tile, v, bias, c in _tiles(impl, rows, head, plan):
+        fold(impl, tile, v, bias, rows[c], head, take(state, c), with_entropy)
+        _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
+    return finish(state, with_entropy), entries
+
+
+def entries_of(
+    impl: ModuleType, rows: Rows, head: Head, plan: Plan, draw: Draw, scored: Logps
+) -> Entries:
+    """Keep entries of rows whose lse is known: 2NVH more."""
+    kept = _target_only(impl, rows, head, plan, draw.tau)
+    entries = Entries(kept, scored.lse + math.log(draw.tau))
+    if _draws_while_scoring(impl, rows, head):
+        _scored_drawing(impl, rows, head, False, draw, entries)
+        return entries
+    for tile, v, bias, c in _tiles(impl, rows, head, plan):
+        _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
+    return entries
+
+
+def entries_bwd(
+    impl: ModuleType,
+    rows: Rows,
+    head: Head,
+    plan: Plan,
+    scored: Logps,
+    upstream: Upstream,
+    entries: Entries,
+    needs: Needs,
+) -> Grads:
+    """Return the gradients from the kept entries; rows that overflow take the dense backward."""
+    alive = upstream.dlogps != 0
+    if upstream.dentropy is not None:
+        alive = alive | (upstream.dentropy != 0)
+    overflow = alive & entries.overflow(scored)
+    dense = overflow.nonzero()[:, 0]
+    grads = logps_bwd(impl, rows[dense], head, plan, take(scored, dense), take(upstream, dense),
+                      needs)  # fmt: skip
+    kept = entries.kept
+    used = torch.arange(kept.ids.shape[1], device=kept.ids.device) < kept.count[:, None]
+    row, slot = (used & (alive & ~overflow)[:, None]).nonzero().unbind(1)
+    ids = kept.ids[row, slot].long()
+    inverse = None if rows.inv_temperature is None else rows.inv_temperature[row]
+    coef = _entry_gradients(
+        kept.logits[row, slot], slot == 0, inverse, head,
+        take(scored, row), take(upstream, row), entries.anchor[row],
+    )  # fmt: skip
+    dhidden = None
+    if needs.hidden:
+        dhidden = coef.new_zeros(rows.hidden.shape)
+        impl.bag_sum(dhidden, head.weight, ids, coef, _bounds(row, len(rows.ids)))
+        dhidden.index_copy_(0, dense, grads.hidden)
+    if needs.weight or needs.bias:
+        order = ids.argsort(stable=True)
+        row, coef, bounds = row[order], coef[order], _bounds(ids[order], len(head.weight))
+        if needs.weight:
+            impl.bag_sum(grads.weight, rows.hidden.to(plan.operand), row, coef, bounds)
+        if needs.bias:
+            ones = coef.new_ones(len(rows.ids), 1)
+            impl.bag_sum(grads.bias[:, None], ones, row, coef, bounds)
+    return grads._replace(hidden=dhidden)
+
+
+def metrics(entries: Entries, scored: Logps) -> Tensor:
+    """Return `METRICS` (len, 2) of the rows for which entries were drawn, with their number."""
+    excess = (entries.anchor - scored.lse).exp()
+    overflow = entries.overflow(scored)
+    bound = torch.where(excess < 1, excess / (1 - excess), torch.inf)
+    # Rows that overflow are exact.
+    bound = bound.masked_fill(overflow, 0.0)
+    count = entries.kept.count.clamp(max=entries.kept.ids.shape[1]).to(excess.dtype)
+    n = excess.new_full((), len(excess))
+    values = (count.sum(), count.sum(), overflow.sum(), bound.sum()) if not len(excess) else (
+        count.mean(), count.amax(), overflow.to(excess.dtype).mean(), bound.amax()
+    )  # fmt: skip
+    return torch.stack([torch.stack([x.to(excess.dtype), n]) for x in values])
+
+
+def _entry_gradients(
+    z: Tensor,  # (E,)
+    is_target: Tensor,  # (E,) bool
+    inv_temperature: Tensor | None,  # (E,)
+    head: Head,
+    scored: Logps,  # of each entry's row
+    upstream: Upstream,
+    anchor: Tensor,  # (E,)
+) -> Tensor:
+    """Return dL/dz0 (E,) of entries: exact at the target, elsewhere p / pi in the place of p."""
+    levels = 2**WORD_BITS
+    p = (z - scored.lse).exp()
+    # Of the 2^23 uniform numbers those below e keep the entry, and 0 is one of them.
+    inclusion = ((z - anchor).exp() * levels).ceil().clamp(1, levels) / levels
+    weight = torch.where(is_target, p, p / inclusion)
+    if head.softcap:
+        capped = z if inv_temperature is None else z / inv_temperature
+        slope = 1 - (capped / head.softcap).square()
+    else:
+        slope = torch.ones_like(z)
+    gradient = torch.where(
+        is_target, -torch.expm1(scored.logps) * upstream.dlogps, -weight * upstream.dlogps
+    )
+    if upstream.dentropy is not None:
+        gradient = gradient - upstream.dentropy * weight * (z - scored.lse + scored.entropy)
+    slope = slope * head.logit_scale
+    return gradient * (slope if inv_temperature is None else slope * inv_temperature)
+
+
+def _target_only(impl: ModuleType, rows: Rows, head: Head, plan: Plan, tau: float) -> Kept:
+    """Return empty slots with the target in the first one."""
+    n, width = len(rows.ids), slots(tau, len(head.weight))
+    kept = Kept(
+        rows.ids.new_zeros((n, width), dtype=torch.int32),
+        rows.ids.new_zeros((n, width), dtype=plan.accumulator),
+        rows.ids.new_ones((n,), dtype=torch.int32),
+    )
+    target = rows.ids[:, None].to(torch.int32)
+    z = target.new_empty(target.shape, dtype=plan.accumulator)
+    impl.entry_logits(
+        rows.hidden, head.weight, head.bias, rows.inv_temperature, head.logit_scale, head.softcap,
+        target, None, z,
+    )  # fmt: skip
+    kept.ids[:, :1], kept.logits[:, :1] = target, z
+    return kept
+
+
+def _draws_while_scoring(impl: ModuleType, rows: Rows, head: Head) -> bool:
+    """Whether a kernel of the backend draws in the epilogue of its product, without a tile."""
+    able = hasattr(impl, "linear_draw_fwd") and impl.has_anchored(rows.hidden, head.weight)
+    return able and len(rows.ids) > 0
+
+
+def _scored_drawing(
+    impl: ModuleType, rows: Rows, head: Head, with_entropy: bool, draw: Draw, entries: Entries
+) -> Logps:
+    return Logps(*impl.linear_draw_fwd(
+        rows.hidden, head.weight, rows.ids, head.bias, rows.inv_temperature, head.logit_scale,
+        head.softcap, with_entropy, entries.anchor, draw.column_words, draw.row_words, entries.kept,
+    ))  # fmt: skip
+
+
+def _tiles(impl: ModuleType, rows: Rows, head: Head, plan: Plan):
+    """Yield every tile of logits with its columns, their bias, and its rows."""
+    hidden = rows.hidden.to(plan.operand)
+    for v, weight, bias in plan.slices(head, plan.slice_width):
+        for c in chunks(len(rows.ids), plan.slice_rows):
+            z = plan.new_tile(impl, rows[c], v.stop - v.start)
+            matmul(z, hidden[c], weight.t())
+            yield z, v, bias, c
+
+
+def _draw(
+    impl: ModuleType,
+    z: Tensor,
+    v: slice,
+    bias: Tensor | None,
+    rows: Rows,
+    head: Head,
+    draw: Draw,
+    entries: Entries,
+) -> None:
+    impl.tile_draw(
+        z, rows.ids, v.start, bias, rows.inv_temperature, head.logit_scale, head.softcap,
+        entries.anchor, draw.column_words[v], draw.row_words, entries.kept,
+    )  # fmt: skip
+
+
+def _bounds(sorted_bags: Tensor, bags: int) -> Tensor:
+    """Return where each bag begins and ends (bags + 1,) among entries sorted by bag."""
+    edges = torch.arange(bags + 1, device=sorted_bags.device)
+    return torch.searchsorted(sorted_bags, edges)

@@ -1,0 +1,548 @@
+"""Log-probs on Hopper, and the exponentials that their gradient is made of, in one pass: 2NVH.
+
+The chosen token's logit is a dot product, known before any other. It anchors the softmax: every
+exponential is final as soon as its logit is, without a running maximum and without a second look.
+A persistent kernel multiplies tiles that TMA fetches and takes exp(z - anchor) on the fp32
+accumulator. Sums go to a partial per row and tile; on request the exponentials go to a 16-bit tile,
+and the entries that a sparse backward draws to a bit mask. Rows whose sum leaves the safe range are
+listed on the device and scored again by the portable kernel. Mathematics: kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linear_logps import RowList, exps_of_rows, score_rows
+from .logit_math import log1p_exp, softcapped, transform_logits
+from .runtime import (
+    ANCHORED_SMALL_H,
+    HAS_TRITON,
+    INTERPRETED,
+    LAUNCHES,
+    Launch,
+    architecture,
+    device_of,
+    jit,
+    launch_for,
+    multiprocessors,
+    tl,
+    triton,
+)
+
+if HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+HEADROOM = 40.0  # nats from the target to the anchor: sums are safe for log-probs down to -109
+PARTIALS_BYTES = 64 * 2**20
+WORD = 32  # entries of the vocabulary per word of a mask
+
+
+class Draw(NamedTuple):
+    """Which entries to mark: those whose e = exp(z - anchor) exceeds a uniform number.
+
+    u = (column_words xor row_words) / 2^23. The target's entry is never marked.
+    """
+
+    anchor: Tensor  # (n,) fp32, nats: takes the place of the anchor at the target
+    column_words: Tensor  # (V,) int32, 23 random bits
+    row_words: Tensor  # (n,) int32, 23 random bits
+    mask: Tensor  # (n, mask_words(V)) int32, written: `compact_mask` reads it
+
+    def __getitem__(self, c: slice) -> Draw:  # type: ignore[override]
+        return Draw(self.anchor[c], self.column_words, self.row_words[c], self.mask[c])
+
+
+class Anchored(NamedTuple):
+    """What a pass over the logits gives, fp32 (n,), in nats."""
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    log_scale: Tensor  # anchor - lse: p_v = exp(z_v - anchor) exp(log_scale); 0 where redone
+    redone: Tensor  # bool: scored by the portable kernel; of a Draw, the mask says nothing
+
+
+def mask_words(vocab_size: int) -> int:
+    """Width of a Draw's mask: whole tiles of any launch entry."""
+    return -(-vocab_size // 256) * 256 // WORD
+
+
+def has_anchored(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `anchored_logps_fwd` takes these operands on this device.
+
+    It needs 16-bit operands of one dtype, and a weight that TMA can address. Rows of `hidden` that
+    it cannot are copied: whether a row goes this way must not depend on where it lies.
+    """
+    return (
+        (16, architecture(hidden.device)) in LAUNCHES["anchored_logps"]
+        and hidden.dtype == weight.dtype
+        and hidden.dtype in (torch.bfloat16, torch.float16)
+        and weight.shape[1] % 8 == 0
+        and _addressable(weight)
+    )
+
+
+def _addressable(x: Tensor) -> bool:
+    """Whether TMA can: rows of adjacent columns that begin at multiples of 16 bytes."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return aligned and x.stride(1) == 1 and x.numel() > 0
+
+
+@jit(do_not_specialize=["N"])
+def _anchor_rows_kernel(
+    # inputs: (N, H), (V, H), (N,) int64, (V,) or None, (N,) fp32 or None
+    hidden_ptr,
+    weight_ptr,
+    ids_ptr,
+    bias_ptr,
+    inv_temperature_ptr,
+    # outputs, (N,) fp32; the second may be None
+    target_ptr,
+    anchor_ptr,
+    N,
+    V,
+    H,
+    stride_hidden,
+    stride_weight,
+    logit_scale,
+    softcap,
+    headroom,
+    SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The logit of each row's token, NaN for an id outside [0, V), and the anchor above it."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    ids = tl.load(ids_ptr + rows, mask=inside, other=0)
+    valid = (ids >= 0) & (ids < V)
+    mask = (inside & valid)[:, None]
+    sums = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        offs_h = start + tl.arange(0, BLOCK_H)[None, :]
+        h = tl.load(hidden_ptr + rows[:, None] * stride_hidden + offs_h, mask=mask & (offs_h < H),
+                    other=0.0)  # fmt: skip
+        w = tl.load(weight_ptr + ids[:, None] * stride_weight + offs_h, mask=mask & (offs_h < H),
+                    other=0.0)  # fmt: skip
+        sums += h.to(tl.float32) * w.to(tl.float32)
+    z0 = tl.sum(sums, 1)
+    if bias_ptr is not None:
+        z0 += tl.load(bias_ptr + ids, mask=inside & valid, other=0.0).to(tl.float32)
+    inv_temperature = 1.0
+    if inv_temperature_ptr is not None:
+        inv_temperature = tl.load(inv_temperature_ptr + rows, mask=inside, other=1.0)
+    z, _ = transform_logits(z0, logit_scale, softcap, inv_temperature, SOFTCAP)
+    z = tl.where(valid, z, float("nan"))
+    tl.store(target_ptr + rows, z, mask=inside)
+    if anchor_ptr is not None:
+        tl.store(anchor_ptr + rows, z + headroom, mask=inside)
+
+
+@jit(do_not_specialize=["N"])
+def _anchored_logps_kernel(
+    # inputs: descriptors of (N, H) and (V, H); (N,) int64, (V,) or None, (N,) fp32 or None, (N,)
+    hidden,  # where warps are specialised, the tensor
+    weight,
+    ids_ptr,
+    bias_ptr,
+    inv_temperature_ptr,
+    anchor_ptr,
+    # (V,) int32, (N,) int32, or None
+    column_words_ptr,
+    row_words_ptr,
+    # outputs: (1 or 2, tiles, N) fp32, a descriptor of (N, V) or None, (N, words) int32 or None
+    partials_ptr,
+    exps,
+    mask_ptr,
+    N,
+    V,
+    stride_hidden,
+    stride_mask,
+    logit_scale,
+    softcap,
+    H: tl.constexpr,
+    RAGGED_V: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    """Tile after tile: sums of e = exp(z - anchor) over its columns but the target's, and e."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if WARP_SPECIALIZE:
+        # Each consumer takes half of the rows. The compiler cuts the blocks of descriptors that
+        # it makes itself, and not of those that come from the host.
+        hidden = tl.make_tensor_descriptor(hidden, [N, H], [stride_hidden, 1], [BLOCK_N, BLOCK_H])
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(
+        tl.program_id(0), blocks_n * tiles_v, tl.num_programs(0),
+        flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE,
+    ):  # fmt: skip
+        # GROUP_N blocks of rows share the weight tiles in flight in L2.
+        first = tile // (GROUP_N * tiles_v) * GROUP_N
+        grouped = tl.minimum(blocks_n - first, GROUP_N)
+        start_n = (first + tile % (GROUP_N * tiles_v) % grouped) * BLOCK_N
+        tile_v = tile % (GROUP_N * tiles_v) // grouped
+        start_v = tile_v * BLOCK_V
+        z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for start_h in range(0, H, BLOCK_H):
+            h = hidden.load([start_n, start_h])
+            w = weight.load([start_v, start_h])
+            if UPCAST:
+                h = h.to(tl.float32)
+                w = w.to(tl.float32)
+            z = tl.dot(h, w.T, z, input_precision="ieee")
+
+        rows = start_n + tl.arange(0, BLOCK_N)
+        inside = rows < N
+        cols = tl.arange(0, BLOCK_V)
+        scale = LOG2E
+        if inv_temperature_ptr is not None:
+            scale = (tl.load(inv_temperature_ptr + rows, mask=inside, other=1.0) * LOG2E)[:, None]
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + start_v + cols, mask=start_v + cols < V, other=0.0)
+            z += bias.to(tl.float32)[None, :]
+        if SOFTCAP:
+            z, _ = softcapped(z * logit_scale, softcap)
+        else:
+            scale *= logit_scale
+        if RAGGED_V:
+            padding = cols[None, :] >= V - start_v
+            # Only the last tile has any; but a branch would keep the warps from specialising.
+            if WARP_SPECIALIZE:
+                z = tl.where(padding, -1e30, z)
+            elif start_v + BLOCK_V > V:
+                z = tl.where(padding, -1e30, z)
+        anchor = tl.load(anchor_ptr + rows, mask=inside, other=0.0) * LOG2E
+        t = z * scale - anchor[:, None]
+        if WITH_ENTROPY and bias_ptr is not None:
+            # 2^-300 is 0 like 2^-inf, but 0 times -300 is no NaN. NaN stays NaN.
+            t = tl.maximum(t, -300.0, propagate_nan=tl.PropagateNan.ALL)
+        # Within the tile 32 bits are enough.
+        index = (tl.load(ids_ptr + rows, mask=inside, other=-1) - start_v).to(tl.int32)
+        e = tl.where(cols[None, :] == index[:, None], 0.0, tl.exp2(t))
+        partial_ptrs = partials_ptr + tile_v.to(tl.int64) * N + rows
+        tl.store(partial_ptrs, tl.sum(e, 1), mask=inside)
+        if WITH_ENTROPY:
+            tl.store(partial_ptrs + tiles_v.to(tl.int64) * N, tl.sum(e * t, 1), mask=inside)
+        if exps is not None:
+            if SOFTCAP:
+                # From t again: no registers to keep the slope in since then.
+                tanh = (t + anchor[:, None]) * (1.0 / (scale * softcap))
+                e *= 1.0 - tanh * tanh
+            exps.store([start_n, start_v], e.to(exps.dtype))
+        if mask_ptr is not None:
+            words = tl.load(column_words_ptr + start_v + cols, mask=start_v + cols < V, other=0)
+            word = tl.load(row_words_ptr + rows, mask=inside, other=0)
+            # 23 bits as the mantissa of a number in [1, 2): exact, and no conversion.
+            bits = (words[None, :] ^ word[:, None]) | 0x3F800000
+            marked = e > bits.to(tl.float32, bitcast=True) - 1.0
+            # What a thread holds of a row goes into one word: 16 pairs of columns, 8 apart.
+            bit = (1 << (cols // 8 % 16 * 2 + cols % 2))[None, :]
+            marks = tl.reshape(tl.where(marked, bit, 0), [BLOCK_N, BLOCK_V // 128, 16, 4, 2])
+            packed = tl.reshape(tl.sum(tl.sum(marks, 4), 2), [BLOCK_N, BLOCK_V // 32])
+            offs_w = start_v // 32 + tl.arange(0, BLOCK_V // 32)
+            mask_ptrs = mask_ptr + rows[:, None].to(tl.int64) * stride_mask + offs_w[None, :]
+            tl.store(mask_ptrs, packed, mask=inside[:, None])
+
+
+@jit(do_not_specialize=["N"])
+def _finish_anchored_kernel(
+    # inputs: (1 or 2, T, N), (N,), (N,), fp32
+    partials_ptr,
+    target_ptr,
+    anchor_ptr,
+    # outputs, (N,) fp32, and bool
+    logps_ptr,
+    lse_ptr,
+    entropy_ptr,  # or None
+    log_scale_ptr,
+    redone_ptr,
+    N,
+    T,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Some rows: sum their partials in order, and tell which sums cannot be trusted."""
+    LN2: tl.constexpr = 0.6931471805599453
+    LARGEST: tl.constexpr = 1.2676506e30  # 2^100: gradients multiply by its inverse
+    SMALLEST: tl.constexpr = 8.6736174e-19  # 2^-60: V terms that underflowed are nothing to it
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    target = tl.load(target_ptr + rows, mask=inside, other=0.0)
+    anchor = tl.load(anchor_ptr + rows, mask=inside, other=0.0)
+    partials_ptr += rows[None, :]
+    total = tl.zeros([BLOCK_N], tl.float32)
+    lost = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, T, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)[:, None]
+        mask = (tiles < T) & inside[None, :]
+        s = tl.load(partials_ptr + tiles.to(tl.int64) * N, mask=mask, other=0.0)
+        # Kahan's sum: hundreds of partials, and an entropy that multiplies their error by 40.
+        part = tl.sum(s, 0) - lost
+        longer = total + part
+        lost = (longer - total) - part
+        total = longer
+    logps = -log1p_exp(tl.log(total) + (anchor - target))
+    log_scale = (anchor - target) + logps
+    own = tl.exp(target - anchor)
+    trusted = (total <= LARGEST) & ((total >= SMALLEST) | (own >= SMALLEST))
+    trusted &= tl.abs(target) < float("inf")
+    if entropy_ptr is not None:
+        # -sum p log p, with log p_v = (z_v - anchor) + log_scale tile by tile: the two are large
+        # and nearly cancel.
+        surprise = tl.zeros([BLOCK_N], tl.float32)
+        for start in range(0, T, BLOCK_T):
+            tiles = start + tl.arange(0, BLOCK_T)[:, None]
+            mask = (tiles < T) & inside[None, :]
+            partial_ptrs = partials_ptr + tiles.to(tl.int64) * N
+            s = tl.load(partial_ptrs, mask=mask, other=0.0)
+            d = tl.load(partial_ptrs + tl.cast(T, tl.int64) * N, mask=mask, other=0.0)
+            surprise -= tl.sum(d * LN2 + s * log_scale[None, :], 0)
+        entropy = tl.exp(log_scale) * surprise - tl.exp(logps) * logps
+        trusted &= entropy == entropy
+        tl.store(entropy_ptr + rows, tl.maximum(entropy, 0.0), mask=inside)
+    tl.store(logps_ptr + rows, logps, mask=inside)
+    tl.store(lse_ptr + rows, target - logps, mask=inside)
+    tl.store(log_scale_ptr + rows, tl.where(trusted, log_scale, 0.0), mask=inside)
+    tl.store(redone_ptr + rows, trusted == 0, mask=inside)
+
+
+@jit(do_not_specialize=["N"])
+def _list_rows_kernel(
+    marked_ptr,  # (N,) bool
+    # outputs: (N,) and (1,) int32
+    index_ptr,
+    count_ptr,
+    N,
+    BLOCK_N: tl.constexpr,
+):
+    """The marked rows in ascending order, and how many they are. One program."""
+    count = tl.zeros([1], tl.int32)
+    for start in range(0, N, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        marked = tl.load(marked_ptr + rows, mask=rows < N, other=0).to(tl.int32)
+        places = count + tl.cumsum(marked, 0) - marked
+        tl.store(index_ptr + places, rows, mask=marked != 0)
+        count += tl.sum(marked, 0)
+    tl.store(count_ptr + tl.arange(0, 1), count)
+
+
+def anchored_logps_fwd(
+    hidden: Tensor,  # (n, H) bf16 | fp16
+    weight: Tensor,  # (V, H) likewise
+    ids: Tensor,  # (n,) int64
+    bias: Tensor | None,  # (V,)
+    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
+    logit_scale: float,
+    softcap: float,  # 0.0: off
+    with_entropy: bool,
+    *,
+    exps: Tensor | None = None,  # (n, V) bf16, written: rows that begin at multiples of 16 bytes
+    draw: Draw | None = None,
+) -> Anchored:
+    """Return the scores of the rows as `linear_logps_fwd` does, where `has_anchored`.
+
+    With `exps`, p_v = exps_v exp(log_scale) for every v but the target, where it holds 0; under a
+    softcap it is p_v times the derivative of the capping. bf16 only: fp16 would overflow.
+    Scratch: at most 64 MiB, and 12 or 16 bytes per row and 4096 vocabulary entries.
+    """
+    if exps is not None:
+        assert exps.dtype == torch.bfloat16 and _addressable(exps), "exps: bf16, aligned rows"
+    if not _addressable(hidden):
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    n, vocab_size = len(ids), len(weight)
+    launch = _launch(hidden, weight, scores_only=exps is None and draw is None)
+    tiles = -(-vocab_size // launch.blocks["BLOCK_V"])
+    rows = max(1, PARTIALS_BYTES // (4 * (1 + with_entropy) * tiles))
+
+    def new(dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(n, dtype=dtype, device=hidden.device)
+
+    if exps is not None and inv_temperature is None:
+        # A factor per row: with one for all rows the compiler spills registers in some modes.
+        inv_temperature = torch.ones(n, dtype=torch.float32, device=hidden.device)
+    entropy = new() if with_entropy else None
+    result = Anchored(new(), new(), entropy, new(), new(torch.bool))
+    store = exps
+    if INTERPRETED and exps is not None:
+        # It truncates where hardware rounds to nearest: PyTorch rounds for it.
+        store = torch.empty_strided(exps.shape, exps.stride(), dtype=torch.float32)
+    for start in range(0, n, rows):
+        c = slice(start, start + rows)
+        temperatures, stored = (None if x is None else x[c] for x in (inv_temperature, store))
+        _score(
+            *(launch, hidden[c], weight, ids[c], bias, temperatures, logit_scale, softcap, stored),
+            None if draw is None else draw[c],
+            Anchored(*(None if x is None else x[c] for x in result)),
+        )
+    if store is not exps:
+        exps.copy_(store)
+    return result
+
+
+def _score(
+    launch: Launch,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    inv_temperature: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    exps: Tensor | None,
+    draw: Draw | None,
+    result: Anchored,
+) -> None:
+    """Write the results of rows that share one buffer of partials."""
+    n, vocab_size = len(ids), len(weight)
+    arch = architecture(hidden.device)
+    inputs = (hidden, weight, ids, bias, inv_temperature, logit_scale, softcap)
+    target = torch.empty_like(result.lse)
+    anchor = torch.empty_like(target) if draw is None else draw.anchor
+    first, finish, listing = (
+        launch_for(name, 0, arch) for name in ("anchor_rows", "finish_anchored", "list_rows")
+    )
+    with device_of(hidden):
+        _anchor_rows_kernel[(-(-n // first.blocks["BLOCK_N"]),)](
+            *(*inputs[:5], target, anchor if draw is None else None),
+            *(n, vocab_size, hidden.shape[1], hidden.stride(0), weight.stride(0)),
+            *(logit_scale, softcap, HEADROOM),
+            SOFTCAP=softcap != 0.0,
+            **first.kwargs(),
+        )
+        partials, _ = _sum_tiles(launch, *inputs, anchor, result.entropy is not None, exps, draw)
+        _finish_anchored_kernel[(-(-n // finish.blocks["BLOCK_N"]),)](
+            *(partials, target, anchor, *result, n, partials.shape[1]), **finish.kwargs()
+        )
+        some = RowList(*(torch.empty(k, dtype=torch.int32, device=ids.device) for k in (n, 1)))
+        _list_rows_kernel[(1,)](result.redone, *some, n, **listing.kwargs())
+        score_rows(*inputs, *result[:3], some)
+        if exps is not None:
+            exps_of_rows(*inputs, result.lse, exps, some)
+
+
+def _sum_tiles(
+    launch: Launch,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    inv_temperature: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    anchor: Tensor,
+    with_entropy: bool,
+    exps: Tensor | None,
+    draw: Draw | None,
+) -> tuple[Tensor, Any]:
+    """Return the partial sums (1 or 2, tiles, n), and the kernel that made them."""
+    n, vocab_size = len(ids), len(weight)
+    block_n, block_v, block_h = (launch.blocks[x] for x in ("BLOCK_N", "BLOCK_V", "BLOCK_H"))
+    tiles = -(-vocab_size // block_v)
+    assert draw is None or draw.mask.shape[1] * WORD >= tiles * block_v, "mask: whole tiles"
+    partials = torch.empty((1 + with_entropy, tiles, n), dtype=torch.float32, device=ids.device)
+    specialised = launch.blocks["WARP_SPECIALIZE"]
+    programs = min(-(-n // block_n) * tiles, multiprocessors(ids.device))
+
+    def run() -> Any:
+        if specialised:
+            triton.set_allocator(
+                lambda size, *_: torch.empty(size, dtype=torch.int8, device=ids.device)
+            )
+        return _anchored_logps_kernel[(programs,)](
+            hidden if specialised else TensorDescriptor.from_tensor(hidden, [block_n, block_h]),
+            TensorDescriptor.from_tensor(weight, [block_v, block_h]),
+            *(ids, bias, inv_temperature, anchor),
+            *((None, None) if draw is None else (draw.column_words, draw.row_words)),
+            partials,
+            None if exps is None else TensorDescriptor.from_tensor(exps, [block_n, block_v]),
+            None if draw is None else draw.mask,
+            *(n, vocab_size, hidden.stride(0), 0 if draw is None else draw.mask.stride(0)),
+            # Padding vanishes under a positive factor only: NaN sends every row to be redone.
+            *(logit_scale if logit_scale > 0 else float("nan"), softcap),
+            H=hidden.shape[1],
+            RAGGED_V=vocab_size % block_v != 0,
+            SOFTCAP=softcap != 0.0,
+            WITH_ENTROPY=with_entropy,
+            UPCAST=INTERPRETED,
+            **launch.kwargs(),
+        )
+
+    # Descriptors made on the device need an allocator; the caller's own stays as it is.
+    return partials, contextvars.copy_context().run(run)
+
+
+# ---- which variant runs ------------------------------------------------------------------------
+
+_REFUSED: dict[torch.device, str] = {}  # why a device does without warp specialisation, or ""
+
+
+def _launch(hidden: Tensor, weight: Tensor, scores_only: bool) -> Launch:
+    """The launch entry for these operands and this mode."""
+    arch = architecture(hidden.device)
+    flattened = launch_for("anchored_logps", 16, arch)
+    specialised = LAUNCHES["anchored_logps_small_h"].get((16, arch))
+    if specialised is None or not scores_only or hidden.shape[1] > ANCHORED_SMALL_H:
+        return flattened
+    device = hidden.device
+    if device not in _REFUSED:
+        _REFUSED[device] = refusal(lambda launch: _trial(launch, device), specialised, flattened)
+        if _REFUSED[device]:
+            warnings.warn(
+                f"fastgrpo: no warp specialisation on {device}, {_REFUSED[device]}; the slower"
+                " kernel runs instead",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return flattened if _REFUSED[device] else specialised
+
+
+def refusal(
+    trial: Callable[[Launch], tuple[Tensor, str]], specialised: Launch, flattened: Launch
+) -> str:
+    """Say why the specialised entry must not be used, "" if it may.
+
+    `trial` runs an entry and returns its sums and its TTGIR. The compiler ignores a wish for warp
+    specialisation in silence, and a race in what it makes of it would show as wrong sums.
+    """
+    try:
+        sums, ir = trial(specialised)
+    except Exception as error:  # whatever a compiler or a driver throws: there is another kernel
+        return f"it failed with {type(error).__name__}: {error}"
+    if "ttg.warp_specialize" not in ir:
+        return "the compiler ignored it"
+    expected, _ = trial(flattened)
+    if not torch.allclose(sums, expected, rtol=1e-5, atol=0.0):
+        return "its sums are wrong"
+    return ""
+
+
+def _trial(launch: Launch, device: torch.device) -> tuple[Tensor, str]:
+    """Sums of a problem with several tiles for each multiprocessor, and the kernel's TTGIR."""
+    n, vocab_size, hidden_size = 300, 50_000, 512
+    g = torch.Generator(device).manual_seed(0)
+    shapes = ((n, hidden_size), (vocab_size, hidden_size))
+    hidden, weight = (
+        torch.randn(shape, generator=g, device=device).to(torch.bfloat16) for shape in shapes
+    )
+    ids = torch.randint(vocab_size, (n,), generator=g, device=device)
+    anchor = torch.full((n,), 60.0, device=device)
+    with device_of(hidden):
+        partials, kernel = _sum_tiles(
+            *(launch, hidden, weight, ids, None, None, hidden_size**-0.5, 0.0),
+            *(anchor, True, None, None),
+        )
+    return partials.sum(1), kernel.asm["ttgir"]

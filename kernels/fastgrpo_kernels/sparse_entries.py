@@ -1,0 +1,367 @@
+"""The few entries of a row that the unbiased sparse backward keeps: drawn, scored, summed.
+
+An entry v of a row is kept if e = exp(z_v - anchor) > u_v, with the anchor at log(tau) above an
+estimate of the row's lse, so that e is about p_v / tau. The uniform number u_v is the exclusive or
+of one random word per column and one per row: exactly uniform, whatever the column words are, and
+any two of them are independent. Mathematics and proofs: docs/sparse-backward.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .anchored_logps import Draw, anchored_logps_fwd, mask_words
+from .logit_math import slice_index, transform_logits
+from .logits_tile import load_logits
+from .runtime import INTERPRETED, architecture, device_of, jit, launch_for, tl
+
+WORD_BITS = 23  # as many as an fp32 mantissa tells apart
+MASK_BYTES = 128 * 2**20
+
+
+class Kept(NamedTuple):
+    """Entries of each row in slots: its target first, then those that were drawn."""
+
+    ids: Tensor  # (n, K) int32
+    logits: Tensor  # (n, K) z at these entries
+    count: Tensor  # (n,) int32 slots wanted: what goes beyond K is lost
+
+
+@jit
+def uniform(column_words, row_words):
+    """A number in [0, 1) from words of 23 bits, exact in fp32."""
+    return (column_words ^ row_words).to(tl.float32) * (1 / 8388608)
+
+
+@jit(do_not_specialize=["vocab_start"])
+def _tile_draw_kernel(
+    # inputs: (n, Vs) fp32, (n,) int64, (Vs,) or None, (n,) fp32 or None, (n,) fp32
+    z_ptr,
+    ids_ptr,
+    bias_ptr,
+    inv_temperature_ptr,
+    anchor_ptr,
+    # (Vs,) int32, (n,) int32
+    column_words_ptr,
+    row_words_ptr,
+    # in and out: (n, K) int32, (n, K) fp32, (n,) int32
+    kept_ids_ptr,
+    kept_logits_ptr,
+    count_ptr,
+    Vs,
+    K,
+    stride_z,
+    vocab_start,
+    logit_scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One row: the kept entries of each block of columns go behind those of the blocks before."""
+    row = tl.program_id(0).to(tl.int64)
+    inv_temperature = 1.0
+    if inv_temperature_ptr is not None:
+        inv_temperature = tl.load(inv_temperature_ptr + row)
+    index = slice_index(tl.load(ids_ptr + row), vocab_start, Vs)
+    anchor = tl.load(anchor_ptr + row)
+    row_word = tl.load(row_words_ptr + row)
+    count = tl.load(count_ptr + row)
+    z_ptr += row * stride_z
+    kept_ids_ptr += row * K
+    kept_logits_ptr += row * K
+    for start in range(0, Vs, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)[None, :]
+        z, _ = load_logits(
+            z_ptr, bias_ptr, start + tl.arange(0, BLOCK_V), Vs, logit_scale, softcap,
+            inv_temperature, SOFTCAP,
+        )  # fmt: skip
+        words = tl.load(column_words_ptr + offs_v, mask=offs_v < Vs, other=0)
+        e = tl.where(offs_v == index, 0.0, tl.exp(z - anchor))
+        keep = e > uniform(words, row_word)
+        taken = keep.to(tl.int32)
+        slot = count + tl.cumsum(taken, 1) - taken
+        tl.store(kept_ids_ptr + slot, offs_v + vocab_start, mask=keep & (slot < K))
+        tl.store(kept_logits_ptr + slot, z, mask=keep & (slot < K))
+        count += tl.sum(taken)
+    tl.store(count_ptr + row, count)
+
+
+def tile_draw(
+    z: Tensor,  # (n, Vs) fp32 raw logits of the slice; not changed
+    ids: Tensor,  # (n,) int64
+    vocab_start: int,
+    bias_slice: Tensor | None,  # (Vs,)
+    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
+    logit_scale: float,
+    softcap: float,  # 0.0: off
+    anchor: Tensor,  # (n,) fp32
+    column_words: Tensor,  # (Vs,) int32
+    row_words: Tensor,  # (n,) int32
+    kept: Kept,
+) -> None:
+    """Add the entries that a slice of the vocabulary keeps to `kept`, in place, by column.
+
+    The target is never drawn, nor is anything of a row whose anchor is NaN.
+    """
+    n, size = z.shape
+    assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
+    launch = launch_for("tile_draw", 0, architecture(z.device))
+    with device_of(z):
+        if n:
+            _tile_draw_kernel[(n,)](
+                *(z, ids, bias_slice, inv_temperature, anchor, column_words, row_words, *kept),
+                *(size, kept.ids.shape[1], z.stride(0), vocab_start, logit_scale, softcap),
+                SOFTCAP=softcap != 0.0,
+                **launch.kwargs(),
+            )
+
+
+@jit
+def _bits_set(words):
+    """How many bits of each 32-bit word are set."""
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    return ((words * 0x01010101) >> 24).to(tl.int32)
+
+
+@jit
+def _compact_mask_kernel(
+    mask_ptr,  # (n, W) int32
+    # in and out: (n, K) int32, (n,) int32
+    kept_ids_ptr,
+    count_ptr,
+    W,
+    K,
+    stride_mask,
+    BLOCK_W: tl.constexpr,
+):
+    """One row: the columns of its set bits, word by word."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(count_ptr + row)
+    mask_ptr += row * stride_mask
+    kept_ids_ptr += row * K
+    for start in range(0, W, BLOCK_W):
+        offs = start + tl.arange(0, BLOCK_W)
+        words = tl.load(mask_ptr + offs, mask=offs < W, other=0).to(tl.uint32, bitcast=True)
+        bits = _bits_set(words)
+        slot = count + tl.cumsum(bits, 0) - bits
+        count += tl.sum(bits)
+        rounds = tl.max(bits)
+        for _ in range(0, rounds):
+            rest = words & (words - 1)
+            lowest = words ^ rest
+            # A power of two is exact in fp32: its exponent is the bit's position.
+            bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            column = offs // 4 * 128 + bit // 2 * 8 + offs % 4 * 2 + bit % 2
+            tl.store(kept_ids_ptr + slot, column, mask=(words != 0) & (slot < K))
+            words = rest
+            slot += 1
+    tl.store(count_ptr + row, count)
+
+
+def compact_mask(mask: Tensor, kept: Kept) -> None:
+    """Add the set bits of mask (n, W) int32 to `kept.ids` and `kept.count`, in place.
+
+    Bit b of word w stands for column 128 (w // 4) + 8 (b // 2) + 2 (w % 4) + b % 2: what one thread
+    of a tensor core's accumulator holds of a row goes into one word.
+    """
+    n, words = mask.shape
+    launch = launch_for("compact_mask", 0, architecture(mask.device))
+    with device_of(mask):
+        if n:
+            _compact_mask_kernel[(n,)](
+                *(mask, kept.ids, kept.count, words, kept.ids.shape[1], mask.stride(0)),
+                **launch.kwargs(),
+            )
+
+
+@jit
+def _entry_logits_kernel(
+    # inputs: (n, H), (V, H), (V,) or None, (n,) fp32 or None, (n, K) int32, (n,) int32 or None
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    inv_temperature_ptr,
+    entries_ptr,
+    count_ptr,
+    # output: (n, K) fp32
+    out_ptr,
+    K,
+    H,
+    stride_hidden,
+    stride_weight,
+    logit_scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One row: z at some of its entries, BLOCK_E at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    count = K
+    if count_ptr is not None:
+        count = tl.minimum(tl.load(count_ptr + row), K)
+    inv_temperature = 1.0
+    if inv_temperature_ptr is not None:
+        inv_temperature = tl.load(inv_temperature_ptr + row)
+    hidden_ptr += row * stride_hidden
+    for start in range(0, count, BLOCK_E):
+        offs_e = start + tl.arange(0, BLOCK_E)
+        inside = offs_e < count
+        v = tl.load(entries_ptr + row * K + offs_e, mask=inside, other=0).to(tl.int64)
+        total = tl.zeros([BLOCK_E], tl.float32)
+        for start_h in range(0, H, BLOCK_H):
+            offs_h = start_h + tl.arange(0, BLOCK_H)
+            h = tl.load(hidden_ptr + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)
+            w = tl.load(
+                weight_ptr + v[:, None] * stride_weight + offs_h[None, :],
+                mask=inside[:, None] & (offs_h < H)[None, :],
+                other=0.0,
+            )
+            total += tl.sum(h[None, :] * w.to(tl.float32), 1)
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + v, mask=inside, other=0.0).to(tl.float32)
+        z, _ = transform_logits(total, logit_scale, softcap, inv_temperature, SOFTCAP)
+        tl.store(out_ptr + row * K + offs_e, z, mask=inside)
+
+
+def entry_logits(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
+    logit_scale: float,
+    softcap: float,  # 0.0: off
+    entries: Tensor,  # (n, K) int32 columns
+    count: Tensor | None,  # (n,) int32: how many of a row's are meant; None: all
+    out: Tensor,  # (n, K) fp32
+) -> None:
+    """Write the logits z of some entries of each row to `out`, from fp32 dot products."""
+    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    n, slots = entries.shape
+    kernel = "entry_logits" if slots > 1 else "target_logits"
+    launch = launch_for(kernel, 0, architecture(hidden.device))
+    with device_of(hidden):
+        if n:
+            _entry_logits_kernel[(n,)](
+                *(hidden, weight, bias, inv_temperature, entries, count, out),
+                *(slots, hidden.shape[1], hidden.stride(0), weight.stride(0)),
+                *(logit_scale, softcap),
+                SOFTCAP=softcap != 0.0,
+                **launch.kwargs(),
+            )
+
+
+def linear_draw_fwd(
+    hidden: Tensor,  # (n, H) bf16 | fp16
+    weight: Tensor,  # (V, H) likewise
+    ids: Tensor,  # (n,) int64
+    bias: Tensor | None,  # (V,)
+    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
+    logit_scale: float,
+    softcap: float,  # 0.0: off
+    with_entropy: bool,
+    anchor: Tensor,  # (n,) fp32
+    column_words: Tensor,  # (V,) int32
+    row_words: Tensor,  # (n,) int32
+    kept: Kept,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Score rows as `linear_logps_fwd` does, and add the entries that they keep to `kept`.
+
+    Where `has_anchored`: the entries are drawn in the epilogue of the product, into a mask of V / 8
+    bytes per row, at most 128 MiB at once, and their logits are taken again from the operands. Rows
+    that had to be scored a second time count more entries than there are slots.
+    """
+    words, written = mask_words(len(weight)), 4 * -(-len(weight) // 128)
+    rows = max(1, MASK_BYTES // (4 * words))
+    mask = torch.empty((min(rows, len(ids)), words), dtype=torch.int32, device=ids.device)
+    scored = []
+    for start in range(0, len(ids), rows):
+        c = slice(start, min(start + rows, len(ids)))
+        temperature = None if inv_temperature is None else inv_temperature[c]
+        some, marks = Kept(*(x[c] for x in kept)), mask[: c.stop - c.start]
+        inputs = (bias, temperature, logit_scale, softcap)
+        result = anchored_logps_fwd(
+            hidden[c], weight, ids[c], *inputs, with_entropy,
+            draw=Draw(anchor[c], column_words, row_words[c], marks),
+        )  # fmt: skip
+        compact_mask(marks[:, :written], some)
+        entry_logits(hidden[c], weight, *inputs, some.ids, some.count, some.logits)
+        some.count.masked_fill_(result.redone, some.ids.shape[1] + 1)
+        scored.append(result[:3])
+    return tuple(None if x[0] is None else torch.cat(x) for x in zip(*scored, strict=True))
+
+
+@jit(do_not_specialize=["B"])
+def _bag_sum_kernel(
+    # in and out: (B, H)
+    out_ptr,
+    # inputs: (M, H), (E,) int64, (E,) fp32, (B + 1,) int64
+    table_ptr,
+    index_ptr,
+    coef_ptr,
+    bounds_ptr,
+    B,
+    H,
+    stride_out,
+    stride_table,
+    BAGS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Some bags, one block of columns: each bag in its order, BLOCK_E rows at a time."""
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside_h = offs_h < H
+    first = tl.program_id(0).to(tl.int64) * BAGS
+    for bag in range(first, tl.minimum(first + BAGS, B)):
+        start = tl.load(bounds_ptr + bag)
+        end = tl.load(bounds_ptr + bag + 1)
+        if end > start:
+            out_ptrs = out_ptr + bag * stride_out + offs_h
+            total = tl.load(out_ptrs, mask=inside_h, other=0.0).to(tl.float32)
+            for block in range(start, end, BLOCK_E):
+                offs_e = block + tl.arange(0, BLOCK_E)
+                index = tl.load(index_ptr + offs_e, mask=offs_e < end, other=0)
+                coef = tl.load(coef_ptr + offs_e, mask=offs_e < end, other=0.0)
+                rows = tl.load(
+                    table_ptr + index[:, None] * stride_table + offs_h[None, :],
+                    mask=(offs_e < end)[:, None] & inside_h[None, :],
+                    other=0.0,
+                )
+                total += tl.sum(coef[:, None] * rows.to(tl.float32), 0)
+            tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=inside_h)
+
+
+def bag_sum(
+    out: Tensor,  # (B, H)
+    table: Tensor,  # (M, H)
+    index: Tensor,  # (E,) int64 rows of the table
+    coef: Tensor,  # (E,) fp32
+    bounds: Tensor,  # (B + 1,) int64: bag b has the entries bounds[b] to bounds[b + 1]
+) -> None:
+    """Add the sum of coef * table[index] over each bag to its row of `out`, rounded once.
+
+    One program sums a bag's block of columns in order: deterministic. Rows whose bag is empty are
+    neither read nor written.
+    """
+    bags, hidden_size = out.shape
+    assert out.stride(1) == 1, "out: adjacent columns"
+    table = table if table.stride(1) == 1 else table.contiguous()
+    launch = launch_for("bag_sum", 0, architecture(out.device))
+    # Triton's interpreter truncates where hardware rounds to nearest: PyTorch rounds for it.
+    total = out.float() if INTERPRETED else out
+    with device_of(out):
+        if bags and len(index):
+            blocks = launch.blocks
+            grid = (-(-bags // blocks["BAGS"]), -(-hidden_size // blocks["BLOCK_H"]))
+            _bag_sum_kernel[grid](
+                *(total, table, index, coef, bounds),
+                *(bags, hidden_size, total.stride(0), table.stride(0)),
+                **launch.kwargs(),
+            )
+    if total is not out:
+        out.copy_(total)

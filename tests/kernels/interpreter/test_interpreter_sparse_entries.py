@@ -1,0 +1,180 @@
+"""The kernels of the sparse backward against their torch twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastgrpo_kernels as kernels
+from fastgrpo import fallback
+from fastgrpo_kernels.sparse_entries import Kept, compact_mask
+
+OPTIONS = {
+    "plain": {},
+    "temperature": {"inv_temperature": True},
+    "everything": {"inv_temperature": True, "bias": True, "logit_scale": 1.3, "softcap": 9.0},
+}
+
+
+def problem(n=13, vocab=1100, slots=24, hidden_size=72, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    z = 2 * normal(n, vocab)
+    ids = torch.randint(vocab, (n,), generator=g)
+    words = [torch.randint(2**23, (k,), generator=g, dtype=torch.int32) for k in (vocab, n)]
+    return z, ids, words, normal(n).abs() + 0.5, normal(vocab), normal(n, hidden_size)
+
+
+def options_of(name, inv_temperature, bias):
+    chosen = dict(OPTIONS[name])
+    return (
+        bias if chosen.get("bias") else None,
+        inv_temperature if chosen.get("inv_temperature") else None,
+        chosen.get("logit_scale", 1.0),
+        chosen.get("softcap", 0.0),
+    )
+
+
+def empty_kept(n, slots, first=1):
+    return Kept(
+        torch.full((n, slots), -1, dtype=torch.int32),
+        torch.zeros(n, slots),
+        torch.full((n,), first, dtype=torch.int32),
+    )
+
+
+@pytest.mark.parametrize("slots", [24, 400], ids=["some overflow", "all fit"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_tile_draw(name, slots):
+    z, ids, (columns, rows), inverse, bias, _ = problem()
+    bias, inverse, scale, softcap = options_of(name, inverse, bias)
+    anchor = z.logsumexp(1) - 4.0 + torch.arange(len(z)) / 4  # from a few entries to hundreds
+    anchor[3] = torch.nan
+    found = []
+    for impl in (kernels, fallback):
+        kept = empty_kept(len(z), slots)
+        for start, stop in ((0, 600), (600, 1100)):  # slices of the vocabulary, one after another
+            v = slice(start, stop)
+            impl.tile_draw(
+                z[:, v].contiguous(), ids, start, None if bias is None else bias[v], inverse,
+                scale, softcap, anchor, columns[v], rows, kept,
+            )  # fmt: skip
+        found.append(kept)
+    kernel, twin = found
+    assert torch.equal(kernel.count, twin.count)
+    assert kernel.count[3] == 1, "nothing is drawn for NaN"
+    assert (kernel.count.max() > slots) == (slots == 24)
+    assert torch.equal(kernel.ids, twin.ids)
+    torch.testing.assert_close(kernel.logits, twin.logits)
+    assert not (kernel.ids == ids[:, None]).any(), "the target has its own slot"
+
+
+def test_compact_mask():
+    n, words, slots = 9, 24, 40
+    mask = torch.randint(-(2**31), 2**31, (n, words), dtype=torch.int32)
+    mask &= torch.randint(-(2**31), 2**31, (n, words), dtype=torch.int32)
+    mask[0], mask[1] = 0, -1
+    mask[2:] = torch.where(torch.rand(n - 2, words) < 0.7, 0, mask[2:])
+    kept = empty_kept(n, slots)
+    compact_mask(mask, kept)
+    for i in range(n):
+        columns = [
+            v for v in range(32 * words)
+            if mask[i, 4 * (v // 128) + v // 2 % 4].item() >> (2 * (v // 8 % 16) + v % 2) & 1
+        ]  # fmt: skip
+        assert kept.count[i] == 1 + len(columns)
+        found = kept.ids[i, 1 : 1 + len(columns)].tolist()
+        assert len(set(found)) == len(found) == min(len(columns), slots - 1)
+        assert set(found) <= set(columns)
+    assert (kept.ids[:, 0] == -1).all() and kept.count[1] == 1 + 32 * words
+
+
+@pytest.mark.parametrize("slots", [24, 400], ids=["some overflow", "all fit"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_drawn_in_the_epilogue(name, slots, monkeypatch):
+    """The same entries as from tiles of logits, with the same logits; rows that fail overflow."""
+    monkeypatch.setattr("fastgrpo_kernels.sparse_entries.MASK_BYTES", 2000)  # several blocks
+    _, ids, (columns, rows), inverse, bias, hidden = problem()
+    hidden = hidden.bfloat16()
+    weight = (torch.randn(1100, hidden.shape[1]) / 4).bfloat16()
+    bias, inverse, scale, softcap = options_of(name, inverse, bias.bfloat16())
+    z0 = hidden.float() @ weight.float().t()
+    options = (bias, inverse, scale, softcap)
+    _, lse, _ = kernels.linear_logps_fwd(hidden, weight, ids, *options, False)
+    anchor = lse - 4.0
+    anchor[3], anchor[5] = torch.nan, 1e4
+    tiled, drawn = empty_kept(len(ids), slots), empty_kept(len(ids), slots)
+    for kept in (tiled, drawn):
+        kept.ids[:, 0] = ids
+    kernels.tile_draw(z0, ids, 0, *options, anchor, columns, rows, tiled)
+    scores = kernels.linear_draw_fwd(
+        hidden, weight, ids, *options, True, anchor, columns, rows, drawn
+    )
+    for actual, wanted in zip(
+        scores, kernels.linear_logps_fwd(hidden, weight, ids, *options, True), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+    assert (drawn.count[[3, 5]] == slots + 1).all()
+    for i in set(range(len(ids))) - {3, 5}:
+        assert drawn.count[i] == tiled.count[i]
+        if drawn.count[i] <= slots:
+            one, other = (
+                dict(zip(k.ids[i, : k.count[i]].tolist(), k.logits[i].tolist(), strict=False))
+                for k in (drawn, tiled)
+            )
+            assert one.keys() == other.keys()
+            del one[ids[i].item()], other[ids[i].item()]
+            assert all(abs(one[v] - other[v]) < 1e-4 for v in one)
+    assert (drawn.count.max() > slots + 1) == (slots == 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("slots", [1, 11])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_entry_logits(name, slots, dtype):
+    _, _, _, inverse, bias, hidden = problem()
+    weight = torch.randn(1100, hidden.shape[1]).to(dtype)
+    hidden = hidden.to(dtype)
+    bias, inverse, scale, softcap = options_of(name, inverse, bias.to(dtype))
+    entries = torch.randint(1100, (len(hidden), slots), dtype=torch.int32)
+    count = None if slots == 1 else torch.arange(len(hidden), dtype=torch.int32)
+    out = torch.zeros(len(hidden), slots)
+    arguments = (hidden, weight, bias, inverse, scale, softcap, entries, count)
+    kernels.entry_logits(*arguments, out)
+    z = torch.einsum("nh,nkh->nk", hidden.double(), weight[entries.long()].double())
+    if bias is not None:
+        z = (z + bias[entries.long()].double()) * scale
+        z = softcap * torch.tanh(z / softcap)
+    if inverse is not None:
+        z = z * inverse[:, None]
+    meant = torch.arange(slots) < (slots if count is None else count[:, None])
+    torch.testing.assert_close(out.double(), torch.where(meant, z, 0.0), rtol=1e-5, atol=1e-5)
+    twin = torch.zeros_like(out)
+    fallback.entry_logits(*arguments, twin)
+    torch.testing.assert_close(torch.where(meant, twin, 0.0), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", [kernels, fallback], ids=["kernel", "twin"])
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_bag_sum(impl, table_dtype, out_dtype, monkeypatch):
+    monkeypatch.setattr("fastgrpo.fallback_entries.BLOCK", 700)  # several blocks
+    bags, rows, hidden_size = 23, 57, 72
+    lengths = torch.randint(0, 9, (bags,))
+    lengths[[0, 5, 6, 22]] = 0
+    lengths[9] = 61  # a frequent token
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    index = torch.randint(rows, (int(bounds[-1]),))
+    coef, table = torch.randn(len(index)), torch.randn(rows, hidden_size).to(table_dtype)
+    out = torch.randn(bags, hidden_size).to(out_dtype)
+    before = out.clone()
+    impl.bag_sum(out, table, index, coef, bounds)
+    wanted = before.double()
+    bag = torch.repeat_interleave(torch.arange(bags), lengths)
+    wanted.index_add_(0, bag, coef[:, None].double() * table[index].double())
+    tolerance = 1e-5 if out_dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    assert torch.equal(out[lengths == 0], before[lengths == 0])
