@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "torch",
     "triton",
@@ -82,6 +87,38 @@ def gpu_state() -> dict[str, str] | None:
         return None
     values = line.splitlines()[0].split(", ")
     return dict(zip(GPU_FIELDS, values, strict=False))
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
+def facts(module: str) -> dict[str, Any]:
+    """Return what every record says of itself: device, date, commit, versions, command."""
+    return {
+        "device": device_name(),
+        "date": now().isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu_state(),
+        # Files by their names alone: where they lay is nobody's business.
+        "command": " ".join([f"python -m {module}", *(Path(a).name for a in sys.argv[1:])]),
+    }
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Write a record, what holds nothing but values on one line."""
+    text = json.dumps(content, indent=1)
+    line = re.compile(r"([\[{])\n\s+([^\[\]{}]*?)\n\s+([\]}])")
+    text = line.sub(lambda m: m[1] + re.sub(r"\s*\n\s*", " ", m[2]) + m[3], text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def record_path(prefix: str = "") -> Path:
+    """Return the file of today's record of this device."""
+    return RESULTS / f"{prefix}{slug(device_name())}-{now():%Y-%m-%d}.json"
 
 
 def header() -> str:
