@@ -1,4 +1,4 @@
-"""The GRPO loss, forward and backward: dense, with a frozen head, with rows that carry nothing."""
+"""The GRPO loss and its gradients: dense, frozen head, rows that carry nothing, a policy's rows."""
 
 import pytest
 
@@ -6,6 +6,6 @@ from benchmarks.timing import synced_clock
 
 
 @pytest.mark.benchmark(timer=synced_clock)
-@pytest.mark.parametrize("mode", ["loss", "frozen", "half_zero", "rl"], scope="session")
+@pytest.mark.parametrize("mode", ["loss", "frozen", "half_zero", "rl", "policy"], scope="session")
 def test_grpo_loss(measure, provider, mode, shape, dtype):
     measure(provider, mode, shape, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import time
 from functools import partial
@@ -11,8 +12,9 @@ import torch
 
 from benchmarks import environment
 from benchmarks.data import Batch, random_batch, rl_batch
-from benchmarks.measure import MODES, Errors, Outcome, check, errors, oracle, run
+from benchmarks.measure import MODES, Errors, Outcome, check, errors, oracle, run, sampling_noise
 from benchmarks.peak_memory import allocated_peak_mib, resident_peak_mib
+from benchmarks.profiles import expected_kept, newest_profile, rl_like_batch
 from benchmarks.providers import Provider
 from benchmarks.shapes import Shape
 from benchmarks.timing import GemmBound, bound_dtype, describe, interleave, summary
@@ -24,10 +26,15 @@ def make_batch(shape: Shape, dtype: torch.dtype, mode: str, device: torch.device
     """Return the batch that `mode` works on."""
     # Past its limit of recompilations torch.compile silently runs eagerly.
     torch.compiler.reset()
-    batch = random_batch(shape, dtype, device).to(dtype, frozen=MODES[mode].frozen)
+    policy = MODES[mode].policy
+    if policy is None:
+        batch = random_batch(shape, dtype, device)
+    else:
+        batch = rl_like_batch(shape, dtype, device, profile=newest_profile(policy))
+    batch = batch.to(dtype, frozen=MODES[mode].frozen)
     if MODES[mode].zero_advantage or MODES[mode].padding:
         batch = rl_batch(batch, MODES[mode].zero_advantage, MODES[mode].padding)
-    return batch
+    return dataclasses.replace(batch, skip_zero_advantage=MODES[mode].skip_zero_advantage)
 
 
 def distances(provider: Provider, mode: str, batch: Batch, exact: Outcome) -> Errors:
@@ -36,6 +43,9 @@ def distances(provider: Provider, mode: str, batch: Batch, exact: Outcome) -> Er
     if found.logps_rms is None:
         logps = errors(run(provider, "logps", batch), exact, batch.completion_mask)
         found = found._replace(logps_rms=logps.logps_rms, logps_max=logps.logps_max)
+    if provider.sparsity and mode != "logps":
+        noise = sampling_noise(mode, batch, exact, provider.sparsity)
+        found = found._replace(dhidden_noise=noise.dhidden_noise, dweight_noise=noise.dweight_noise)
     batch.hidden.grad = batch.weight.grad = None
     return found
 
@@ -102,6 +112,10 @@ def speed(
             row |= summary(samples[name], samples[BOUND])
         elif name in failures:
             row["failure"] = failures[name]
+    if MODES[mode].policy is not None:
+        kept = expected_kept(batch.hidden.detach().flatten(0, 1), batch.weight.detach())
+        for row in rows.values():
+            row |= {"kept": kept, "profile": newest_profile(MODES[mode].policy).source}
     rows[BOUND]["tflops"] = bound.flop / rows[BOUND]["median_ms"] / 1e9
     rows[BOUND]["gpu"] = environment.gpu_state()
     return list(rows.values())

@@ -21,6 +21,7 @@ class Batch:
     completion_mask: Tensor  # (B, T) bool
     advantages: Tensor  # (B,) fp32
     old_logps: Tensor  # (B, T) fp32, nats
+    skip_zero_advantage: bool = False  # nobody asks for the log-probs of tokens with advantage 0
 
     def to(self, dtype: torch.dtype, *, frozen: bool = False) -> Batch:
         """Return the batch with fresh leaves in `dtype`; values are rounded if it is narrower."""
@@ -28,6 +29,32 @@ class Batch:
             self,
             hidden=self.hidden.detach().to(dtype).requires_grad_(),
             weight=self.weight.detach().to(dtype).requires_grad_(not frozen),
+        )
+
+    @classmethod
+    def of_rows(
+        cls,
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        ids: Tensor,  # (N,)
+        sequences: int,
+        generator: torch.Generator,
+    ) -> Batch:
+        """Return a dense batch: every row is live and no ratio is clipped."""
+        rows, device = len(ids), ids.device
+        advantages = torch.randn(sequences, generator=generator, device=device)
+        # Inside the clip range (log 0.8, log 1.2) by more than the noise that bf16 logits add.
+        drift = (torch.rand(rows, generator=generator, device=device) - 0.5) * 0.2
+        old_logps = _logps(hidden, weight, ids) + drift
+        length = rows // sequences
+        return cls(
+            hidden=hidden.view(sequences, length, -1).requires_grad_(),
+            weight=weight.requires_grad_(),
+            completion_ids=ids.view(sequences, length),
+            completion_mask=torch.ones(sequences, length, dtype=torch.bool, device=device),
+            # No advantage so small that rounding decides whether its rows count as live.
+            advantages=advantages + 0.25 * advantages.sign(),
+            old_logps=old_logps.view(sequences, length),
         )
 
     def sequences(self, chosen: slice) -> Batch:
@@ -55,26 +82,13 @@ def random_batch(
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device)
 
-    sequences, length = shape.sequences, shape.rows // shape.sequences
     weight = normal(shape.vocab, shape.hidden).div_(math.sqrt(shape.hidden)).to(dtype)
     ids = torch.randint(shape.vocab, (shape.rows,), generator=generator, device=device)
     lean = (
         torch.rand(shape.rows, 1, generator=generator, device=device) * 1.5 * math.log(shape.vocab)
     )
     hidden = (normal(shape.rows, shape.hidden) + lean * weight[ids].float()).to(dtype)
-    advantages = normal(sequences)
-    # Inside the clip range (log 0.8, log 1.2) by more than the noise that bf16 logits add.
-    drift = (torch.rand(shape.rows, generator=generator, device=device) - 0.5) * 0.2
-    old_logps = _logps(hidden, weight, ids) + drift
-    return Batch(
-        hidden=hidden.view(sequences, length, shape.hidden).requires_grad_(),
-        weight=weight.requires_grad_(),
-        completion_ids=ids.view(sequences, length),
-        completion_mask=torch.ones(sequences, length, dtype=torch.bool, device=device),
-        # No advantage so small that rounding decides whether its rows count as live.
-        advantages=advantages + 0.25 * advantages.sign(),
-        old_logps=old_logps.view(sequences, length),
-    )
+    return Batch.of_rows(hidden, weight, ids, shape.sequences, generator)
 
 
 def rl_batch(batch: Batch, zero_advantage: float = 0.5, padding: float = 0.0) -> Batch:

@@ -28,6 +28,7 @@ class Provider(NamedTuple):
     name: str
     token_logps: LogpsFn
     fused_loss: LossFn | None = None
+    sparsity: float = 0.0  # tau: gradients are an unbiased estimate; 0: exact
 
     def loss(self, batch: Batch) -> Tensor:
         if self.fused_loss is not None:
@@ -162,16 +163,21 @@ def quack() -> Provider:
     raise ImportError("has a scalar cross-entropy only: no per-token log-probs, no policy loss")
 
 
-def fastgrpo(backend: str) -> Provider:
+def fastgrpo(backend: str, sparsity: float = 0.0) -> Provider:
     import fastgrpo
 
     if backend == "triton" and not torch.cuda.is_available():
         raise ImportError("needs CUDA; the interpreter is not timed")
     config = fastgrpo.LossConfig.preset("dapo", epsilon_low=EPSILON, epsilon_high=EPSILON)
 
+    sparse = {"sparsity": sparsity, "seed": 0} if sparsity else {}
+
     def token_logps(batch: Batch) -> Tensor:
         ids = batch.completion_ids.masked_fill(~batch.completion_mask, -100)
-        return fastgrpo.linear_logps(batch.hidden, batch.weight, ids, backend=backend).logps
+        drawn = sparse | {"old_logps": batch.old_logps} if sparse else {}
+        return fastgrpo.linear_logps(
+            batch.hidden, batch.weight, ids, backend=backend, **drawn
+        ).logps
 
     def fused_loss(batch: Batch) -> Tensor:
         return fastgrpo.grpo_loss(
@@ -183,9 +189,12 @@ def fastgrpo(backend: str) -> Provider:
             old_logps=batch.old_logps,
             config=config,
             backend=backend,
+            skip_zero_advantage=batch.skip_zero_advantage,
+            **sparse,
         ).loss
 
-    return Provider(f"fastgrpo {backend}", token_logps, fused_loss)
+    name = f"fastgrpo {'sparse' if sparsity else backend}"
+    return Provider(name, token_logps, fused_loss, sparsity)
 
 
 def by_rows(rows: Callable[[Tensor, Tensor, Tensor], Tensor], *, compact: bool = False) -> LogpsFn:
@@ -214,6 +223,7 @@ LOADERS: dict[str, Callable[[], Provider]] = {
     "QuACK": quack,
     "fastgrpo torch": lambda: fastgrpo("torch"),
     "fastgrpo triton": lambda: fastgrpo("triton"),
+    "fastgrpo sparse": lambda: fastgrpo("auto", sparsity=1e-3),
 }
 
 

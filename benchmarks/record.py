@@ -7,7 +7,6 @@ ends the run leaves what was measured up to there.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -20,12 +19,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, environment, providers
-from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, TINY_SHAPES, Shape
+from benchmarks import cases, environment, providers, sweep, targets
+from benchmarks.measure import MODES
+from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, LARGE_SHAPE, TINY_SHAPES, Shape
 from benchmarks.timing import describe, time_once
 
-RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("accuracy", "speed", "memory")
+POLICY_MODES = ("policy", "policy_sharp", "policy_flat")
+SECTIONS = ("accuracy", "sweep", "speed", "memory")
 
 # What a CPU user has; `pytest benchmarks/` compares the others too, at tiny shapes.
 CPU_PROVIDERS = (
@@ -34,6 +34,7 @@ CPU_PROVIDERS = (
     "Liger GRPO",
     "F.linear_cross_entropy",
     "fastgrpo torch",
+    "fastgrpo sparse",
 )
 # Where 16-bit GEMMs are emulated a peer's call takes minutes: everyone gets these rows instead.
 FEWER_ROWS = {"32k": 256, "152k": 64}
@@ -51,15 +52,9 @@ class Record:
         self.budget = budget
         self.begun = time.monotonic()
         self.content: dict[str, Any] = {
-            "device": environment.device_name(),
-            "date": now().isoformat(timespec="seconds"),
-            "commit": environment.commit(),
-            "versions": environment.versions(),
-            "threads": torch.get_num_threads(),
+            **environment.facts("benchmarks.record"),
             # At the start and now: shares measured on a busy machine are worth little.
             "load_average": [os.getloadavg()[0]] * 2,
-            "gpu": environment.gpu_state(),
-            "command": " ".join(["python -m benchmarks.record", *sys.argv[1:]]),
             "missing": {},
             "skipped": {},
             "tests": [],
@@ -109,10 +104,20 @@ def cpu_stages(available: list[providers.Provider], record: Record, quick: bool)
             timeout = max(0.1 * record.budget, 30)
             add("memory", partial(cases.memory, timeout=timeout), [provider], shape, dtype)
 
+    def add_own(shape: Shape, mode: str) -> None:
+        label = f"{shape.label} {mode}, {', '.join(provider.name for provider in own)}"
+        part = shape._replace(rows=min(shape.rows, 512))
+        check = partial(cases.accuracy, own, part, torch.float32, mode, device)
+        case = (own, shape, torch.float32, mode, device)
+        work = partial(cases.speed, *case, rounds=9, seconds=0.03 * record.budget)
+        stages.extend([("accuracy", label, 10, check), ("speed", label, 10, work)])
+
     for shape in shapes:
         timed = [p for p in available if p.name not in MINUTES_A_CALL.get(shape.name, ())]
         add_case(timed, shape, torch.float32)
         add_memory(timed, shape, torch.float32)
+    for mode in ("half_masked", "half_skipped", "half_zero", "skip_90", *POLICY_MODES):
+        add_own(shapes[0], mode)
     reduced = emulates_16_bit_gemms()
     for shape in shapes:
         rows = FEWER_ROWS.get(shape.name, shape.rows) if reduced else shape.rows
@@ -126,48 +131,65 @@ def cpu_stages(available: list[providers.Provider], record: Record, quick: bool)
 
 
 def cuda_stages(available: list[providers.Provider], record: Record, quick: bool) -> list[Stage]:
-    """Return the stages of a GPU record, what matters most first."""
+    """Return the stages of a GPU record, what matters most first.
+
+    Tests, numerics of every mode, launch variants, the modes that the targets are about, then
+    whatever the time is left for.
+    """
     device = torch.device("cuda")
-    shapes = [shape for shape in CUDA_SHAPES if not quick or shape.rows == 4096]
-    own = [provider for provider in available if provider.name.startswith("fastgrpo")]
+    own = [p for p in available if p.name in ("fastgrpo triton", "fastgrpo sparse")]
     stages: list[Stage] = [
-        ("tests", "gpu tests", 60, partial(gpu_tests, timeout=0.25 * record.budget))
+        ("tests", "gpu tests", 60, partial(gpu_tests, timeout=0.2 * record.budget))
     ]
-    rounds, seconds = (5, 3.0) if quick else (30, 12.0)
+    rounds, seconds = (5, 2.0) if quick else (30, 4.0)
 
     def add_accuracy(who: list, shape: Shape, dtype: torch.dtype, mode: str) -> None:
         work = partial(cases.accuracy, who, shape, dtype, mode, device)
         stages.append(("accuracy", f"{shape.label} {dtype} {mode}", 10, work))
 
-    def add_speed(shape: Shape, mode: str) -> None:
+    def add_speed(who: list, shape: Shape, mode: str) -> None:
+        # A round of all peers takes half a second at a real head.
+        limit = seconds if who is own else 2 * seconds
         work = partial(
-            cases.speed,
-            available,
-            shape,
-            torch.bfloat16,
-            mode,
-            device,
-            rounds=rounds,
-            seconds=seconds,
+            cases.speed, who, shape, torch.bfloat16, mode, device, rounds=rounds, seconds=limit
         )
         stages.append(("speed", f"{shape.label} {mode}", 10, work))
 
-    heads = [shape for shape in shapes if shape.rows == 4096]
-    for shape in heads:  # the oracle's logits are fp64: a slice of the rows
-        part = shape._replace(rows=1024, sequences=2)
+    def add_sweep(kernel: str, shape: Shape) -> None:
+        work = partial(sweep.sweep_launches, kernel, shape, torch.bfloat16, device, seconds=seconds)
+        stages.append(("sweep", f"{shape.label} {kernel}", 15, work))
+
+    heads = [shape for shape in CUDA_SHAPES if shape.rows == 4096]
+    # The oracle's logits are fp64: a slice of the rows.
+    parts = [shape._replace(rows=1024, sequences=2) for shape in heads]
+    for part in parts:
         add_accuracy(available, part, torch.bfloat16, "loss")
-        add_speed(shape, "loss")
-    for mode in ("logps", "frozen", "token_logps"):
-        add_accuracy(own, heads[0]._replace(rows=1024, sequences=2), torch.bfloat16, mode)
-    for mode in ("logps", "loss"):
-        add_accuracy(own, heads[0]._replace(rows=1024, sequences=2), torch.float32, mode)
-    for mode in ("logps", "frozen", "half_zero", "skip_90", "token_logps", "rl"):
+    for mode in MODES:
+        if mode != "loss":
+            add_accuracy(own, parts[0], torch.bfloat16, mode)
+    for mode in ("logps", "loss", "policy"):
+        add_accuracy(own, parts[0], torch.float32, mode)
+    for shape in heads:
+        add_speed(available, shape, "loss")
+    for kernel in sweep.CANDIDATES:
+        add_sweep(kernel, heads[0] if kernel.endswith("small_h") else heads[1])
+    for mode in ("logps", "policy"):
         for shape in heads:
-            add_speed(shape, mode)
-    for shape in shapes:
+            add_speed(available if mode == "logps" else own, shape, mode)
+    for mode in ("loss", "frozen", "policy"):
+        add_speed(own, LARGE_SHAPE, mode)
+    for mode in ("frozen", "half_masked", "half_zero"):
+        for shape in heads:
+            add_speed(available if shape is heads[1] else own, shape, mode)
+    for shape in heads:
+        add_speed(own, shape, "half_skipped")
+    for mode in ("policy_sharp", "policy_flat", "skip_90", "rl", "token_logps"):
+        for shape in (heads[0], heads[1]):
+            add_speed(available if mode in ("skip_90", "token_logps") else own, shape, mode)
+    for shape in CUDA_SHAPES if not quick else ():
         if shape.rows > 4096:
-            for mode in ("loss", "logps", "frozen"):
-                add_speed(shape, mode)
+            for mode in ("loss", "logps", "policy"):
+                add_speed(own, shape, mode)
     return stages
 
 
@@ -192,23 +214,19 @@ def emulates_16_bit_gemms() -> bool:
     return min(time_once(partial(torch.mm, grad, weight)) for _ in range(3)) > 4 * exact
 
 
-def now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.timezone.utc)
-
-
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=540.0, help="seconds (default: 540)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes on a CPU, few on a GPU")
     parser.add_argument("--output", type=Path, help="the record file")
     options = parser.parse_args(arguments)
-    name = f"{environment.slug(environment.device_name())}-{now():%Y-%m-%d}.json"
-    record = Record(options.output or RESULTS / name, options.budget)
+    record = Record(options.output or environment.record_path(), options.budget)
     on_gpu = torch.cuda.is_available()
     available, missing = providers.load(tuple(providers.LOADERS) if on_gpu else CPU_PROVIDERS)
     record.content["missing"] = missing
     for stage in (cuda_stages if on_gpu else cpu_stages)(available, record, options.quick):
         record.stage(*stage)
+    print(targets.table(record.content))
     print(f"wrote {record.path}")
     return record.path
 

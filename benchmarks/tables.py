@@ -1,7 +1,7 @@
-"""Write the README's tables from the newest record: `python -m benchmarks.tables`.
+"""Write the tables of README and docs: `python -m benchmarks.tables`.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, and names the record that it
-comes from. Nothing in it is typed by hand.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. It names the record that it
+comes from, or says that it is predicted. Nothing in it is typed by hand.
 """
 
 from __future__ import annotations
@@ -9,15 +9,31 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import roofline, sparse_epilogues, targets
 from benchmarks.cases import BOUND
-from benchmarks.environment import ROOT
-from benchmarks.record import RESULTS
+from benchmarks.environment import RESULTS, ROOT
+from benchmarks.profiles import newest_workload
 
-README = ROOT / "README.md"
+# Each document, and the path of the records' folder in its links.
+DOCUMENTS = {
+    ROOT / "README.md": "benchmarks/results",
+    ROOT / "docs" / "performance.md": "../benchmarks/results",
+    ROOT / "docs" / "sparse-backward.md": "../benchmarks/results",
+}
+LEARNING = ROOT / "docs" / "figures" / "sparse-learning.json"
+# Of the predictions: ours, what everyone has, and the best that others ship for this loss.
+SHOWN = (
+    "fastgrpo triton",
+    "fastgrpo triton, tiles",
+    "plain logits",
+    "TRL chunked",
+    "Liger scaled CE",
+)
 Row = dict[str, Any]
 
 
@@ -26,7 +42,8 @@ def newest(kind: str, results: Path = RESULTS) -> Path | None:
     dated = []
     for path in results.glob("*.json"):
         record = json.loads(path.read_text())
-        if (record["gpu"] is not None) == (kind == "cuda"):
+        # The folder has records of other kinds as well.
+        if "speed" in record and (record["gpu"] is not None) == (kind == "cuda"):
             dated.append((record["date"], path))
     return max(dated)[1] if dated else None
 
@@ -65,17 +82,146 @@ def accuracy_table(record: Row, *, mode: str = "loss") -> str:
     return "\n".join(lines)
 
 
-# The marker's name: the kind of device whose newest record it shows, and how.
-TABLES: dict[str, tuple[str, Callable[[Row], str]]] = {
-    "cpu": ("cpu", speed_table),
-    "cuda": ("cuda", speed_table),
-    "accuracy": ("cpu", accuracy_table),
-    "accuracy-cuda": ("cuda", accuracy_table),
+def workload_table(record: Row) -> str:
+    """Return what the rows of each policy look like, and of the unsharpened one by entropy."""
+    lines = [
+        "| rows | share | entropy, nats | mass beyond 64: median / p90 | kept at 1e-2 "
+        "| kept at 1e-3: mean / p90 / max | kept at 1e-4 | at 1e-3, V = 151936 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for policy in record["policies"]:
+        mean, deciles = policy["entropy"]["mean"], policy["entropy"]["deciles"]
+        spread = f"{mean:.2f} (p90 {deciles[8]:.2f})"
+        lines.append(_rows_like(f"{policy['name']}, all", spread, policy))
+        for band in policy["bands"] if policy["sharpness"] == 1 else ():
+            upper = f" to {band['to']:g}" if band["to"] < 99 else " and more"
+            lines.append(_rows_like(policy["name"], f"{band['from']:g}{upper}", band))
+    return "\n".join(lines)
+
+
+def _rows_like(name: str, entropy: str, part: Row) -> str:
+    kept, tail = part["kept"], part["tail_mass"]["64"]
+    at, larger = kept["0.001"], part["kept_extrapolated"]["151936"]["0.001"]["mean"]
+    return (
+        f"| {name} | {part['share']:.3f} | {entropy} | {tail['p50']:.1e} / {tail['p90']:.1e} "
+        f"| {kept['0.01']['mean']:.1f} | {at['mean']:.1f} / {at['p90']:.1f} / {at['max']:.0f} "
+        f"| {kept['0.0001']['mean']:.0f} | {larger:.1f} |"
+    )
+
+
+def _recorded(kind: str, render: Callable[[Row], str]) -> Callable[[Path, str], str]:
+    """Return the table of the newest record of a kind of device, below a line that names it."""
+
+    def table(results: Path, folder: str) -> str:
+        path = newest(kind, results)
+        if path is None:
+            return "No record yet."
+        record = json.loads(path.read_text())
+        return f"{_caption(path, record, folder)}\n\n{render(record)}"
+
+    return table
+
+
+def _beside(record: Row) -> str:
+    """Return predictions beside measurements, those of emulated 16-bit products left out."""
+    if record["gpu"] is None:
+        record = record | {"speed": [r for r in record["speed"] if r["dtype"] == "float32"]}
+    return roofline.measured_table(roofline.machine_of(record), record)
+
+
+def _workload(results: Path, folder: str) -> str:
+    path, record = newest_workload(results)
+    model, training = record["model"], record["training"]
+    facts = (
+        f"{model['parameters'] / 1e6:.0f}M parameters, V = {model['vocab']}, "
+        f"H = {model['hidden']}, {training['tokens'] / 1e3:,.0f} thousand tokens, "
+        f"loss {training['final_loss']:.2f} at the end"
+    )
+    return f"{facts}; record {_link(path, folder)}.\n\n{workload_table(record)}"
+
+
+def _predicted(results: Path, folder: str) -> str:
+    machine, rows = roofline.MACHINES["h200"], 16384
+    title = f"Predicted, {machine.name}, {rows} tokens: ms (share of the bound)."
+    modes = ("logps", "loss", "frozen", "half_zero")
+    return f"{title}\n\n{roofline.predicted_table(machine, rows, modes, SHOWN)}"
+
+
+def _curve(results: Path, folder: str) -> str:
+    machine, rows = roofline.MACHINES["h200"], 16384
+    title = f"Predicted, {machine.name}, {rows} tokens: ms (in products of the forward, 2NVH)."
+    return f"{title}\n\n{roofline.kept_table(machine, rows)}"
+
+
+def _epilogues(results: Path, folder: str) -> str:
+    path = results / sparse_epilogues.RECORD.name
+    return f"Record {_link(path, folder)}.\n\n{epilogues_table(json.loads(path.read_text()))}"
+
+
+def epilogues_table(record: Row) -> str:
+    """Return what a way to get entries out costs the epilogue of the tile that runs."""
+    lines = ["| way, uniform number | instructions added per logit | registers | stack, bytes |"]
+    lines += ["|---|---|---|---|"]
+    first = record["rows"][0]["tile"]
+    for row in record["rows"]:
+        if row["tile"] == first:
+            lines.append(
+                f"| {row['form']} | {row['added']:.1f} | {row['registers']} | {row['stack']} |"
+            )
+    return f"Tile {first}, triton {record['triton']}.\n\n" + "\n".join(lines)
+
+
+def _learning(results: Path, folder: str) -> str:
+    """Return the runs of examples/sparse_backward.py, whose data lie beside its figure."""
+    result = json.loads(LEARNING.read_text())
+    exact = [statistics.fmean(curve) for curve in result["runs"]["0"]["rewards"]]
+    lines = ["| gradients | entries per row | reward by quarter of the run | minus exact (seeds) |"]
+    lines += ["|---|---|---|---|"]
+    for tau, run in result["runs"].items():
+        mean = [statistics.fmean(column) for column in zip(*run["rewards"], strict=True)]
+        part = len(mean) // 4
+        quarters = [statistics.fmean(mean[i * part : (i + 1) * part]) for i in range(4)]
+        gaps = [statistics.fmean(c) - e for c, e in zip(run["rewards"], exact, strict=True)]
+        gap = f"{statistics.fmean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})"
+        lines.append(
+            f"| {'exact' if tau == '0' else f'tau {tau}'} | {run['kept_entries']:,.0f} | "
+            f"{' '.join(f'{q:.3f}' for q in quarters)} | {'' if tau == '0' else gap} |"
+        )
+    spread = statistics.stdev(exact)
+    return (
+        f"Mean of {len(exact)} seeds, data in [sparse-learning.json](figures/sparse-learning.json);"
+        f" the mean reward of the exact runs differs by {spread:.4f} (standard deviation) from seed"
+        " to seed.\n\n" + "\n".join(lines)
+    )
+
+
+def _goals(results: Path, folder: str) -> str:
+    path = newest("cuda", results)
+    if path is None:
+        return f"Not measured: no GPU yet.\n\n{targets.table(None)}"
+    record = json.loads(path.read_text())
+    return f"{_caption(path, record, folder)}\n\n{targets.table(record)}"
+
+
+# The marker's name -> from the folder of records, and the path of that folder in links, the text.
+TABLES: dict[str, Callable[[Path, str], str]] = {
+    "cpu": _recorded("cpu", speed_table),
+    "cuda": _recorded("cuda", speed_table),
+    "accuracy": _recorded("cpu", accuracy_table),
+    "accuracy-cuda": _recorded("cuda", accuracy_table),
+    "model-cpu": _recorded("cpu", _beside),
+    "model-cuda": _recorded("cuda", _beside),
+    "workload": _workload,
+    "targets": _goals,
+    "predicted": _predicted,
+    "predicted-kept": _curve,
+    "sparse-epilogues": _epilogues,
+    "sparse-learning": _learning,
 }
 
 
-def fill(text: str, results: Path = RESULTS) -> str:
-    """Return `text` with every marked table written anew.
+def fill(text: str, results: Path = RESULTS, folder: str = "benchmarks/results") -> str:
+    """Return `text` with every marked table written anew; `folder` is the records' path in links.
 
     Raises ValueError for an unknown table name; a device without a record gets a sentence.
     """
@@ -84,25 +230,23 @@ def fill(text: str, results: Path = RESULTS) -> str:
         name = match[1]
         if name not in TABLES:
             raise ValueError(f"table must be one of {sorted(TABLES)}, got {name!r}")
-        kind, render = TABLES[name]
-        path = newest(kind, results)
-        body = "No record yet." if path is None else _caption(path) + "\n\n" + _render(path, render)
-        return f"<!-- table:{name} -->\n{body}\n<!-- /table -->"
+        return f"<!-- table:{name} -->\n{TABLES[name](results, folder)}\n<!-- /table -->"
 
     return re.sub(r"<!-- table:([\w-]+) -->.*?<!-- /table -->", table, text, flags=re.DOTALL)
 
 
-def _render(path: Path, render: Callable[[Row], str]) -> str:
-    return render(json.loads(path.read_text()))
-
-
-def _caption(path: Path) -> str:
-    record = json.loads(path.read_text())
+def _caption(path: Path, record: Row, folder: str) -> str:
     versions = record["versions"]
     names = [name for name in ("torch", "triton", "trl", "liger-kernel") if name in versions]
     installed = ", ".join(f"{name} {versions[name]}" for name in names)
-    link = f"[{path.name}](benchmarks/results/{path.name})"
-    return f"{record['device']}, {record['threads']} threads, {installed}; record {link}."
+    return (
+        f"{record['device']}, {record['threads']} threads, {installed}; "
+        f"record {_link(path, folder)}."
+    )
+
+
+def _link(path: Path, folder: str) -> str:
+    return f"[{path.name}]({folder}/{path.name})"
 
 
 def _key(row: Row) -> tuple:
@@ -120,10 +264,9 @@ def _scientific(value: float | None) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, default=README)
-    path = parser.parse_args(arguments).readme
-    path.write_text(fill(path.read_text()))
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
+    for path, folder in DOCUMENTS.items():
+        path.write_text(fill(path.read_text(), folder=folder))
 
 
 if __name__ == "__main__":

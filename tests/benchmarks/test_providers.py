@@ -5,14 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.cases import make_batch
-from benchmarks.measure import MODES, check, errors, oracle, run
+from benchmarks.cases import distances, make_batch
+from benchmarks.measure import MODES, Errors, check, errors, oracle, run, sampling_noise
 from benchmarks.providers import LOADERS, Provider, load, plain_logits
 from benchmarks.record import CPU_PROVIDERS
 from benchmarks.shapes import Shape
 
 # Prime vocabulary, an odd hidden size, completions of 11 tokens.
 SHAPE = Shape("test", 44, 257, 33, sequences=4)
+# A policy's rows want more directions than that: squeezed into 33 their logits are huge.
+POLICY_SHAPE = Shape("policy", 44, 1031, 96, sequences=4)
 CPU = torch.device("cpu")
 
 
@@ -23,9 +25,39 @@ def test_provider_agrees_with_the_oracle(name, mode, dtype):
     available, missing = load((name,))
     if missing:
         pytest.skip(missing[name])
-    batch = make_batch(SHAPE, dtype, mode, CPU)
-    exact = oracle(mode, batch)
-    check(available[0], errors(run(available[0], mode, batch), exact, batch.completion_mask), dtype)
+    batch = make_batch(SHAPE if MODES[mode].policy is None else POLICY_SHAPE, dtype, mode, CPU)
+    found = distances(available[0], mode, batch, oracle(mode, batch))
+    check(available[0], found, dtype)
+    if available[0].sparsity and mode != "logps":
+        # A draw scatters about its root mean square error; its rounding comes on top.
+        for error, noise in (
+            (found.dhidden, found.dhidden_noise),
+            (found.dweight, found.dweight_noise),
+        ):
+            assert error is None or 0.7 * noise < error < 1.4 * noise + 4e-3
+
+
+def test_noise_is_the_root_mean_square_error_over_seeds():
+    import fastgrpo
+
+    batch = make_batch(SHAPE, torch.float32, "token_logps", CPU)
+    exact = oracle("token_logps", batch)
+    upstream = batch.old_logps / batch.old_logps.numel()
+    squares = []
+    for seed in range(40):
+        batch.hidden.grad = batch.weight.grad = None
+        fastgrpo.linear_logps(
+            batch.hidden, batch.weight, batch.completion_ids,
+            sparsity=0.02, seed=seed, old_logps=batch.old_logps,
+        ).logps.backward(upstream)  # fmt: skip
+        distance = (
+            (batch.hidden.grad - exact.dhidden).norm() / exact.dhidden.norm(),
+            (batch.weight.grad - exact.dweight).norm() / exact.dweight.norm(),
+        )
+        squares.append([d.item() ** 2 for d in distance])
+    noise = sampling_noise("token_logps", batch, exact, 0.02)
+    rms = torch.tensor(squares).mean(0).sqrt().tolist()
+    assert rms == pytest.approx([noise.dhidden_noise, noise.dweight_noise], rel=0.05)
 
 
 def test_oracle_equals_the_reference():
@@ -93,6 +125,16 @@ def test_own_bars_are_the_stricter_ones():
     check(plain, found, torch.bfloat16)
     with pytest.raises(AssertionError, match="fastgrpo"):
         check(plain._replace(name="fastgrpo"), found, torch.bfloat16)
+
+
+def test_an_estimate_may_miss_by_its_noise_and_no_more():
+    sparse = plain._replace(name="fastgrpo sparse", sparsity=1e-3)
+    found = Errors(dhidden=0.02, dweight=0.02, dhidden_noise=0.01, dweight_noise=0.01)
+    check(sparse, found, torch.float32)
+    with pytest.raises(AssertionError, match="dweight error"):
+        check(sparse, found._replace(dweight=0.04), torch.float32)
+    with pytest.raises(AssertionError, match="dhidden error"):
+        check(sparse, found._replace(dhidden_noise=None), torch.float32)
 
 
 def test_missing_provider_is_named(monkeypatch):

@@ -4,13 +4,15 @@ import json
 
 import pytest
 
-from benchmarks import record, tables
+from benchmarks import record, tables, targets
 from benchmarks.cases import BOUND
 from benchmarks.environment import slug
+from benchmarks.measure import MODES, Errors
 from benchmarks.providers import load
-from benchmarks.shapes import Shape
+from benchmarks.shapes import LARGE_SHAPE, Shape
 
-SHAPE = Shape("test", 32, 101, 16)
+SHAPE = Shape("test", 64, 1031, 128)
+NAMES = ("plain logits", "fastgrpo torch", "fastgrpo sparse")
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "cpu.json"
     patch = pytest.MonkeyPatch()
     patch.setattr(record, "TINY_SHAPES", (SHAPE,))
-    patch.setattr(record, "CPU_PROVIDERS", ("plain logits", "fastgrpo torch"))
+    patch.setattr(record, "CPU_PROVIDERS", NAMES)
     patch.setattr(record.cases, "memory", _peak_of_one_mib)
     patch.setattr(record.torch.cuda, "is_available", lambda: False)
     record.main(["--quick", "--budget", "100", "--output", str(path)])
@@ -37,18 +39,24 @@ def test_record_schema(made):
     assert {"device", "date", "commit", "versions", "threads", "gpu", "command"} <= set(content)
     assert content["date"].endswith("+00:00") and content["versions"]["torch"]
     assert content["skipped"] == {} and content["missing"] == {}
-    for section in record.SECTIONS:
+    assert content["sweep"] == []  # kernels are timed on GPUs
+    for section in ("accuracy", "speed", "memory"):
         assert {row["dtype"] for row in content[section]} == {"float32", "bfloat16"}
-        for row in content[section]:
-            assert Shape(**row["shape"]) == SHAPE and row["mode"] == "loss"
+        assert all(Shape(**row["shape"]) == SHAPE for row in content[section])
     names = {row["provider"] for row in content["speed"]}
-    assert names == {BOUND, "plain logits", "fastgrpo torch"}
+    assert names == {BOUND, *NAMES}
+    modes = {row["mode"] for row in content["speed"] if row["provider"] == "fastgrpo sparse"}
+    assert {"loss", "half_masked", "skip_90", "policy", "policy_sharp", "policy_flat"} <= modes
+    kept = {row["mode"]: row["kept"] for row in content["speed"] if "kept" in row}
+    assert 1 < kept["policy_sharp"] < kept["policy"] < kept["policy_flat"] < SHAPE.vocab
     for row in content["speed"]:
         assert len(row["samples_ms"]) >= 1
         assert row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
     for row in content["accuracy"]:
-        assert set(row["errors"]) == {"logps_rms", "logps_max", "loss", "dhidden", "dweight"}
+        assert set(row["errors"]) == set(Errors._fields)
         assert "failure" not in row
+        is_estimate = row["provider"] == "fastgrpo sparse"
+        assert (row["errors"]["dhidden_noise"] is not None) == is_estimate
 
 
 def test_record_skips_by_name_when_time_is_up(tmp_path):
@@ -73,13 +81,17 @@ def test_record_goes_on_after_a_failed_stage(tmp_path):
 def test_cuda_stages_cover_every_head_and_mode(tmp_path):
     made = record.Record(tmp_path / "r.json", budget=540)
     available, _ = load(("plain logits", "fastgrpo torch"))
-    labels = [stage[1] for stage in record.cuda_stages(available, made, quick=False)]
-    assert len(labels) == len(set(labels)) and labels[0] == "gpu tests"
+    stages = record.cuda_stages(available, made, quick=False)
+    labels = [stage[1] for stage in stages]
+    assert len(stages) == len({stage[:2] for stage in stages}) and labels[0] == "gpu tests"
     for head in ("qwen3-0.6b", "qwen2.5-7b", "llama-3-8b", "gemma-3-4b"):
         for rows in (4096, 16384, 65536):
             assert any(label.startswith(f"{head} N={rows} ") for label in labels)
-    for mode in ("logps", "loss", "token_logps", "frozen", "half_zero", "skip_90"):
+    for mode in MODES:
         assert any(label.endswith(f" {mode}") for label in labels)
+    for section in record.SECTIONS[:3]:
+        assert any(stage[0] == section for stage in stages)
+    assert any(label == f"{LARGE_SHAPE.label} loss" for label in labels)
 
 
 def test_newest_record_of_each_kind(tmp_path):
@@ -88,7 +100,9 @@ def test_newest_record_of_each_kind(tmp_path):
         ("b", "2026-01-01T00:00:00+00:00", None),
         ("c", "2026-01-03T00:00:00+00:00", {"name": "H200"}),
     ):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"date": date, "gpu": gpu}))
+        content = {"date": date, "gpu": gpu, "speed": []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "workload.json").write_text(json.dumps({"date": "2026-02-01", "gpu": None}))
     assert tables.newest("cpu", tmp_path).name == "a.json"
     assert tables.newest("cuda", tmp_path).name == "c.json"
 
@@ -99,7 +113,7 @@ def test_tables_are_filled_between_their_markers(made):
     filled = tables.fill(text, made.parent)
     assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
     assert filled.count(f"benchmarks/results/{made.name}") == 2
-    assert "| 32 x 101 x 16 fp32 | fastgrpo torch |" in filled
+    assert "| 64 x 1031 x 128 fp32 | fastgrpo torch |" in filled
     assert tables.fill(filled, made.parent) == filled
 
 
@@ -113,11 +127,41 @@ def test_unknown_table_is_an_error(tmp_path):
         tables.fill("<!-- table:gpus --><!-- /table -->", tmp_path)
 
 
-def test_readme_shows_the_newest_record():
-    if not tables.README.exists():
-        pytest.skip("no README")
-    text = tables.README.read_text()
-    assert tables.fill(text) == text, "run python -m benchmarks.tables"
+@pytest.mark.parametrize(
+    "path, folder",
+    tables.DOCUMENTS.items(),
+    ids=[path.stem for path in tables.DOCUMENTS],
+)
+def test_documents_show_the_newest_records(path, folder):
+    text = path.read_text()
+    assert tables.fill(text, folder=folder) == text, "run python -m benchmarks.tables"
+
+
+def test_targets_are_held_against_a_record():
+    assert targets.table(None).count("not measured") == len(targets.TARGETS)
+    size = {"rows": 8192, "vocab": 151936, "hidden": 4096}
+
+    def row(provider, mode, ms, share=0.0):
+        timed = {"median_ms": ms, "share_of_bound": share, "peak_mib": 5000.0}
+        return {"provider": provider, "mode": mode, "shape": size, **timed}
+
+    speed = [
+        row("fastgrpo triton", "loss", 42.0, 0.95),
+        row("fastgrpo triton", "half_masked", 25.2),
+        row("TRL chunked", "loss", 63.0),
+        row(BOUND, "policy", 40.0),
+        row("fastgrpo sparse", "policy", 16.0),
+    ]
+    text = targets.table({"gpu": {"name": "H200"}, "speed": speed})
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
+    assert "| 0.95 | met |" in lines["fused loss, share of 6NVH, H >= 2560"]
+    assert "not measured" in lines["fused loss, share of 6NVH, H = 1024"]
+    assert "| 0.6 | missed |" in lines["half of the rows masked, of the dense time"]
+    assert "| 1.5 | met |" in lines["times TRL 1.16"]
+    assert "| 1.2 | met |" in lines["sparse at tau = 1e-3, a policy's rows, of 2NVH"]
+    assert "| 42 | met |" in lines["8192 x 151936 x 4096, ms"]
+    assert "| 5.24 | met |" in lines["8192 x 151936 x 4096, GB"]
+    assert targets.table({"gpu": None, "speed": speed}) == targets.table(None)
 
 
 def test_slug_is_a_file_name():
