@@ -1,6 +1,6 @@
 """Make every figure of the documentation, with its data, in docs/figures.
 
-python docs/figures.py              # about ten minutes on two cores
+python docs/figures.py              # about a quarter of an hour on two cores
 python docs/figures.py --sketches   # only the two that are formulas: seconds
 """
 
@@ -80,7 +80,7 @@ def main() -> None:
     importance(options.output_dir / "importance.png")
     clipping(options.output_dir / "clipping.png")
     if not options.sketches:
-        for name in ("estimators", "dimension"):
+        for name in ("estimators", "dimension", "sparse_backward"):
             script = str(EXAMPLES / f"{name}.py")
             command = [sys.executable, script, "--output-dir", str(options.output_dir)]
             subprocess.run(command, check=True)

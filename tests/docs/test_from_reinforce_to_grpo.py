@@ -124,5 +124,6 @@ def test_the_sketches_are_made_by_the_script(tmp_path) -> None:
     command = [sys.executable, str(DOCS / "figures.py"), "--sketches", "--output-dir", tmp_path]
     subprocess.run(command, env=path, check=True, timeout=120)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clipping.png", "importance.png"]
-    used = set(re.findall(r"\(figures/(\w+\.\w+)\)", TEXT))
+    texts = [path.read_text() for path in DOCS.glob("*.md")]
+    used = {name for text in texts for name in re.findall(r"\(figures/([\w-]+\.\w+)\)", text)}
     assert used == {p.name for p in (DOCS / "figures").iterdir()}
