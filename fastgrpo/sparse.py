@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from fastgrpo.chunked import finish, fold, logps_bwd, new_state
+from fastgrpo.fallback_logits import scaled_logits
 from fastgrpo.gradients import matmul
 from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream, chunks, take
 from fastgrpo_kernels import WORD_BITS, Kept
 
 MOST_SLOTS = 2048
+SIGMAS = 8  # beyond which no count is found from its expectation: 1e-13
 METRICS = ("kept_entries", "kept_entries_max", "overflow_rows", "variance_bound_max")
 
 
@@ -81,7 +83,8 @@ def slots(tau: float, vocab: int) -> int:
 
     With an estimate that is right a row keeps 1/tau on average at most, whatever its entropy.
     """
-    return 1 + min(vocab, math.ceil(1.25 / tau) + 64, MOST_SLOTS)
+    expected = 1.1 / tau
+    return 1 + min(vocab, math.ceil(expected + SIGMAS * math.sqrt(expected)) + 64, MOST_SLOTS)
 
 
 def logps_and_entries(
@@ -98,12 +101,15 @@ def logps_and_entries(
     anchor = kept.logits[:, 0] - estimate.nan_to_num(0.0) + math.log(draw.tau)
     entries = Entries(kept, anchor)
     if _draws_while_scoring(impl, rows, head):
-        return _scored_drawing(impl, rows, head, with_entropy, draw, entries), entries
-    state = new_state(rows, plan)
-    for tile, v, bias, c in _tiles(impl, rows, head, plan):
-        fold(impl, tile, v, bias, rows[c], head, take(state, c), with_entropy)
-        _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
-    return finish(state, with_entropy), entries
+        scored = _scored_drawing(impl, rows, head, with_entropy, draw, entries)
+    else:
+        state = new_state(rows, plan)
+        for tile, v, bias, c in _tiles(impl, rows, head, plan):
+            fold(impl, tile, v, bias, rows[c], head, take(state, c), with_entropy)
+            _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
+        scored = finish(state, with_entropy)
+    _settle_overflow(impl, rows, head, plan, scored, entries)
+    return scored, entries
 
 
 def entries_of(
@@ -114,9 +120,10 @@ def entries_of(
     entries = Entries(kept, scored.lse + math.log(draw.tau))
     if _draws_while_scoring(impl, rows, head):
         _scored_drawing(impl, rows, head, False, draw, entries)
-        return entries
-    for tile, v, bias, c in _tiles(impl, rows, head, plan):
-        _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
+    else:
+        for tile, v, bias, c in _tiles(impl, rows, head, plan):
+            _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
+    _settle_overflow(impl, rows, head, plan, scored, entries)
     return entries
 
 
@@ -223,6 +230,34 @@ def _target_only(impl: ModuleType, rows: Rows, head: Head, plan: Plan, tau: floa
     )  # fmt: skip
     kept.ids[:, :1], kept.logits[:, :1] = target, z
     return kept
+
+
+def _settle_overflow(
+    impl: ModuleType, rows: Rows, head: Head, plan: Plan, scored: Logps, entries: Entries
+) -> None:
+    """Let the number of entries that a row was to keep decide whether it overflows.
+
+    If the number that it did keep decided, rows near the limit would count when their draw was
+    small and not when it was large: a bias. Most rows are far from it, which either their
+    probabilities or the number kept tell; for the others the expectation is computed.
+    """
+    (_, logits, count), anchor = entries
+    most = logits.shape[1]
+    if most > len(head.weight):  # no row has more entries
+        return
+    limit = most - SIGMAS * math.sqrt(most)
+    near = ((scored.lse - anchor).exp() > limit) & (count <= most)
+    near &= count > most - 2 * SIGMAS * math.sqrt(most)
+    some = near.nonzero()[:, 0]
+    if not len(some):
+        return
+    rows, anchor = rows[some], anchor[some]
+    expected = 1 - (logits[some, 0] - anchor).exp().clamp_(max=1)  # the target is kept anyway
+    for tile, _, bias, c in _tiles(impl, rows, head, plan):
+        inverse = rows[c].inv_temperature
+        z = scaled_logits(tile, bias, inverse, head.logit_scale, head.softcap)
+        expected[c] += (z - anchor[c, None]).exp_().clamp_(max=1).sum(1)
+    count[some[expected > limit]] = most + 1
 
 
 def _draws_while_scoring(impl: ModuleType, rows: Rows, head: Head) -> bool:
