@@ -82,6 +82,25 @@ def accuracy_table(record: Row, *, mode: str = "loss") -> str:
     return "\n".join(lines)
 
 
+def modes_table(record: Row) -> str:
+    """Return our own times of the modes that skip rows or keep entries, next to the dense loss."""
+    own = [row for row in record["speed"] if row["provider"].startswith("fastgrpo")]
+    dense = {
+        _key(row)[1:3]: row["median_ms"]
+        for row in own
+        if row["mode"] == "loss" and row["provider"] != "fastgrpo sparse" and "median_ms" in row
+    }
+    lines = ["| tokens x vocabulary x hidden | mode | implementation | kept | ms | of the loss |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in own:
+        if "median_ms" in row and _key(row)[1:3] in dense and row["mode"] != "logps":
+            kept = f"{row['kept']:.0f}" if "kept" in row else ""
+            share = row["median_ms"] / dense[_key(row)[1:3]]
+            cells = f"{kept} | {row['median_ms']:,.0f} | {share:.2f}"
+            lines.append(f"| {_size(row)} | {row['mode']} | {row['provider']} | {cells} |")
+    return "\n".join(lines)
+
+
 def workload_table(record: Row) -> str:
     """Return what the rows of each policy look like, and of the unsharpened one by entropy."""
     lines = [
@@ -208,6 +227,8 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "cpu": _recorded("cpu", speed_table),
     "cuda": _recorded("cuda", speed_table),
     "accuracy": _recorded("cpu", accuracy_table),
+    "modes-cpu": _recorded("cpu", modes_table),
+    "modes-cuda": _recorded("cuda", modes_table),
     "accuracy-cuda": _recorded("cuda", accuracy_table),
     "model-cpu": _recorded("cpu", _beside),
     "model-cuda": _recorded("cuda", _beside),

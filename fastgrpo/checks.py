@@ -222,11 +222,11 @@ def groups(given: object, sequences: int, like: Tensor) -> Tensor | None:
 
 def sparsity(value: float, seed: object) -> None:
     """Check the sparse backward's threshold and seed."""
-    if finite("sparsity", value, 0.0) >= 1:
-        raise ValueError(f"sparsity: expected a number in [0, 1), got {value}")
+    if finite("sparsity", value, 0.0) >= 1 or 0 < value < 1e-6:
+        raise ValueError(f"sparsity: expected 0 or a number in [1e-6, 1), got {value}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise ValueError(f"seed: expected an int, got {seed!r}")
-    if seed is not None and not -(2**62) <= seed < 2**62:
+    if value and seed is not None and not -(2**62) <= seed < 2**62:
         raise ValueError(f"seed: expected an int of 63 bits, got {seed}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,11 +86,13 @@ def bag_sum(
     bag = torch.repeat_interleave(bounds.diff(), output_size=len(index))
     order = (index // step).argsort(stable=True)
     index, coef, bag = index[order], coef[order], bag[order]
-    starts = torch.searchsorted(index // step, torch.arange(len(table) // step + 2)).tolist()
-    for i, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+    starts = torch.searchsorted(
+        index // step, torch.arange(len(table) // step + 2, device=index.device)
+    )
+    for i, (first, last) in enumerate(pairwise(starts.tolist())):
         if first < last:
             e, rows = slice(first, last), table[i * step : (i + 1) * step].to(coef.dtype)
-            edges = torch.searchsorted(bag[e], torch.arange(len(bounds)))
+            edges = torch.searchsorted(bag[e], torch.arange(len(bounds), device=bag.device))
             _add_bags(total, rows, index[e] - i * step, coef[e], edges)
     if total is not out:
         out += total

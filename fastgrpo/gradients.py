@@ -46,9 +46,8 @@ class Targets(NamedTuple):
 class GradSums(NamedTuple):
     """The gradients while they grow.
 
-    dweight is summed in the accumulation dtype: in place where that is its dtype or where row
-        chunks
-    are the outer loop, otherwise in a scratch of one slice, which is then written once.
+    dweight is summed in the accumulation dtype: in place where that is its dtype or where chunks of
+    rows are the outer loop, otherwise in a scratch of one slice, which is then written once.
     """
 
     dhidden: Tensor | None

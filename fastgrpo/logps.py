@@ -65,12 +65,14 @@ def linear_logps(
             Less costs speed, never exactness.
         sparsity: 0, exact gradients; tau in (0, 1): unbiased ones from about 1/tau entries of a row
             or fewer, of which the log-probs and entropies know nothing (docs/sparse-backward.md).
-            Their variance exceeds that of sampling the tokens by tau / (1 - tau) at most.
-        seed: of the entries that `sparsity` draws: the same seed gives the same bits, a new one for
-            each step the right mean. None: PyTorch's generator.
+            By the logits, their variance exceeds that of sampling the tokens by tau / (1 - tau) at
+            most.
+        seed: of the entries that `sparsity` draws: the same seed gives the same bits. Calls and ranks
+            that share one share their errors: take one for each. None: PyTorch's generator.
         old_logps: (...), nats, of about the same policy (those at sampling time): with them entries
             are drawn in the forward, without them in a second pass of the backward. How far off
-            they are changes the number of entries, not the mean; NaN where there is none.
+            they are changes the number of entries and the variance, not the mean. NaN, where there
+            is none, counts as probability 1.
         backend: "auto" (Triton kernels on GPUs, else torch), "triton" or "torch".
 
     Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With

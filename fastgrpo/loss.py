@@ -96,8 +96,8 @@ def grpo_loss(
             in `linear_logps`. The loss, log-probs and metrics stay exact. The estimate of the
             log-probs is the first given one of old_logps, sampler_logps and ref_logps; without any
             a second pass draws.
-        seed: of what `sparsity` and surrogate "clip_cov" draw: one for each step. None: PyTorch's
-            generator.
+        seed: of what `sparsity` and surrogate "clip_cov" draw: one for each call and rank. None:
+            PyTorch's generator.
 
     Metrics, means over unmasked tokens unless said otherwise:
         ratio_mean, ratio_min, ratio_max   of the ratio at its level
@@ -110,12 +110,14 @@ def grpo_loss(
         correction_mean, correction_clipped, rejected   weight; share out of bounds; share dropped
         live_rows                          share with a gradient
         entropy                            if it is computed
-        kept_entries, kept_entries_max     entries of a row that its sparse gradient is made of
+        kept_entries, kept_entries_max     entries of a row that its sparse gradient is made of, all
+                                           slots of a row that overflows
         overflow_rows                      share whose gradient is dense, as they kept too many
         variance_bound_max                 largest tau' / (1 - tau'), tau' being tau as the row's
                                            estimate made it; it bounds what sparsity adds to the
                                            variance of sampling the token
-                                           (these four: of the rows for which entries were drawn)
+                                           (these four: of the rows for which entries were drawn
+                                           in this call, not in a backward of its own)
 
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value, and for options

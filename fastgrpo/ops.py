@@ -67,7 +67,7 @@ def linear_logps(
     """Return logps (N,), lse (N,), entropy (N,), dlogps/dhidden (N, H); with `old_logps` what
     `sparse.Entries` holds, (N, K), (N, K), (N,), (N,), and `sparse.METRICS` (len, 2)."""
     impl = resolve(hidden.device, backend)
-    head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
+    head, budget = _head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
     where = unmasked(mask)
     rows = _rows(hidden, "token_ids", token_ids, temperature, where, len(weight))
     jacobian, drawn, metrics = None, (None,) * 4, None
@@ -176,11 +176,10 @@ def linear_logps_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, in their dtypes."""
-    live = dlogps != 0 if dentropy is None else (dlogps != 0) | (dentropy != 0)
-    where = unmasked(mask & live)
+    where = unmasked(mask & Upstream(dlogps, dentropy).alive())
     impl = resolve(hidden.device, backend)
     rows = _rows(hidden, "token_ids", token_ids, temperature, where, len(weight))
-    head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
+    head, budget = _head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
     scored = Logps(logps[where], lse[where], entropy[where] if len(entropy) else None)
     upstream = Upstream(dlogps[where], None if dentropy is None else dentropy[where])
     needs = Needs(need_hidden, need_weight, need_bias)
@@ -247,7 +246,7 @@ def grpo_loss(
     `sparsity` followed by `sparse.METRICS`, and the gradients of hidden, weight and bias, in their
     dtypes (fp32 for fp16)."""
     config, needs = config_from_key(config_key), Needs(need_hidden, need_weight, need_bias)
-    head, budget = Head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
+    head, budget = _head(weight, bias, logit_scale, softcap), plan(hidden, weight, workspace_mb)
     owner = Sequences.of(cu_seqlens, mask)
     advantages = owner.per_row(advantages)
     impl = resolve(hidden.device, backend)
@@ -390,11 +389,16 @@ policy_loss_op.register_autograd(_policy_loss_backward, setup_context=_policy_lo
 # ---- shared by the ops -------------------------------------------------------------------------
 
 
+def _head(weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float) -> Head:
+    return Head(weight, None if bias is None else bias.contiguous(), logit_scale, softcap)
+
+
 def _rows(
     hidden: Tensor, name: str, ids: Tensor, temperature: Tensor | None, where: Index, vocab: int
 ) -> Rows:
     """Pick rows and check what only their values tell."""
-    ids = ids[where]
+    # Kernels take one number after the other: a slice of all rows keeps the strides it came with.
+    ids = ids[where].contiguous()
     checks.token_ids(name, ids, vocab)
     inverse = None
     if temperature is not None:
@@ -428,7 +432,7 @@ def _policy_rows(
         sampler = sampler_weights(config, log_w, owner.all_segments(impl))[where]
     weights = token_weights(config, owner, where, groups, normalizer, dtype)
     given = (advantages, old_logps, ref_logps, sampler_logps)
-    advantages, *logps = (None if x is None else x[where].to(dtype) for x in given)
+    advantages, *logps = (None if x is None else x[where].to(dtype).contiguous() for x in given)
     return PolicyRows(advantages, weights, *logps, sampler)
 
 

@@ -55,7 +55,9 @@ class Sequences(NamedTuple):
         positions = torch.arange(len(mask), device=mask.device)
         index = torch.bucketize(positions, cu_seqlens[1:].to(torch.int64), right=True)
         lengths = torch.zeros(len(cu_seqlens) - 1, dtype=torch.int64, device=mask.device)
-        return cls(cu_seqlens, index, lengths.index_add_(0, index, mask.to(torch.int64)))
+        return cls(
+            cu_seqlens.contiguous(), index, lengths.index_add_(0, index, mask.to(torch.int64))
+        )
 
     def per_row(self, x: Tensor) -> Tensor:
         """Return advantages (N,), given one per sequence (B,) or per row."""

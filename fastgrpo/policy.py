@@ -226,8 +226,6 @@ def _metrics(terms: Terms, scored: Logps, rows: PolicyRows) -> Tensor:
     importance = importance.clamp(max=1e15)  # so that squares do not overflow
     squares = n * importance.square().sum()
     sampler = terms.sampler
-    dlogps, dentropy = terms.upstream
-    live = dlogps != 0 if dentropy is None else (dlogps != 0) | (dentropy != 0)
     old = logps if rows.old_logps is None else rows.old_logps
     known = {
         "ratio_mean": mean(ratio),
@@ -247,7 +245,7 @@ def _metrics(terms: Terms, scored: Logps, rows: PolicyRows) -> Tensor:
         "correction_mean": mean(sampler and sampler.weights),
         "correction_clipped": mean(sampler and sampler.truncated),
         "rejected": mean(sampler and ~sampler.kept),
-        "live_rows": mean(live),
+        "live_rows": mean(terms.upstream.alive()),
         "entropy": mean(scored.entropy),
     }
     return torch.stack([torch.stack(known[name]) for name in METRICS])

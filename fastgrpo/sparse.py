@@ -108,7 +108,7 @@ def logps_and_entries(
             fold(impl, tile, v, bias, rows[c], head, take(state, c), with_entropy)
             _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
         scored = finish(state, with_entropy)
-    _settle_overflow(impl, rows, head, plan, scored, entries)
+    _settle_overflow(impl, rows, head, plan, draw.tau, scored, entries)
     return scored, entries
 
 
@@ -123,7 +123,7 @@ def entries_of(
     else:
         for tile, v, bias, c in _tiles(impl, rows, head, plan):
             _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
-    _settle_overflow(impl, rows, head, plan, scored, entries)
+    _settle_overflow(impl, rows, head, plan, draw.tau, scored, entries)
     return entries
 
 
@@ -138,9 +138,7 @@ def entries_bwd(
     needs: Needs,
 ) -> Grads:
     """Return the gradients from the kept entries; rows that overflow take the dense backward."""
-    alive = upstream.dlogps != 0
-    if upstream.dentropy is not None:
-        alive = alive | (upstream.dentropy != 0)
+    alive = upstream.alive()
     overflow = alive & entries.overflow(scored)
     dense = overflow.nonzero()[:, 0]
     grads = logps_bwd(impl, rows[dense], head, plan, take(scored, dense), take(upstream, dense),
@@ -157,7 +155,16 @@ def entries_bwd(
     dhidden = None
     if needs.hidden:
         dhidden = coef.new_zeros(rows.hidden.shape)
-        impl.bag_sum(dhidden, head.weight, ids, coef, _bounds(row, len(rows.ids)))
+        bounds = _bounds(row, len(rows.ids))
+        impl.bag_sum(dhidden, head.weight, ids, coef, bounds)
+        if not head.softcap:
+            # A row's gradient by its logits sums to 0: what the estimate's misses it by would act
+            # on what all rows of the weight have in common.
+            excess = coef.new_zeros(len(rows.ids), 1)
+            impl.bag_sum(
+                excess, torch.ones_like(coef)[:1, None], torch.zeros_like(ids), coef, bounds
+            )
+            dhidden.addcmul_(excess, _mean_row(head, plan), value=-1)
         dhidden.index_copy_(0, dense, grads.hidden)
     if needs.weight or needs.bias:
         order = ids.argsort(stable=True)
@@ -209,7 +216,8 @@ def _entry_gradients(
         is_target, -torch.expm1(scored.logps) * upstream.dlogps, -weight * upstream.dlogps
     )
     if upstream.dentropy is not None:
-        gradient = gradient - upstream.dentropy * weight * (z - scored.lse + scored.entropy)
+        surprise = torch.where(p == 0, 0.0, z - scored.lse + scored.entropy)
+        gradient = gradient - upstream.dentropy * weight * surprise
     slope = slope * head.logit_scale
     return gradient * (slope if inv_temperature is None else slope * inv_temperature)
 
@@ -222,7 +230,7 @@ def _target_only(impl: ModuleType, rows: Rows, head: Head, plan: Plan, tau: floa
         rows.ids.new_zeros((n, width), dtype=plan.accumulator),
         rows.ids.new_ones((n,), dtype=torch.int32),
     )
-    target = rows.ids[:, None].to(torch.int32)
+    target = rows.ids[:, None].clamp(0, len(head.weight) - 1).to(torch.int32)
     z = target.new_empty(target.shape, dtype=plan.accumulator)
     impl.entry_logits(
         rows.hidden, head.weight, head.bias, rows.inv_temperature, head.logit_scale, head.softcap,
@@ -233,9 +241,15 @@ def _target_only(impl: ModuleType, rows: Rows, head: Head, plan: Plan, tau: floa
 
 
 def _settle_overflow(
-    impl: ModuleType, rows: Rows, head: Head, plan: Plan, scored: Logps, entries: Entries
+    impl: ModuleType,
+    rows: Rows,
+    head: Head,
+    plan: Plan,
+    tau: float,
+    scored: Logps,
+    entries: Entries,
 ) -> None:
-    """Let the number of entries that a row was to keep decide whether it overflows.
+    """Let the estimate, and the number of entries that a row was to keep, decide what overflows.
 
     If the number that it did keep decided, rows near the limit would count when their draw was
     small and not when it was large: a bias. Most rows are far from it, which either their
@@ -243,6 +257,8 @@ def _settle_overflow(
     """
     (_, logits, count), anchor = entries
     most = logits.shape[1]
+    # An estimate that makes tau' = exp(anchor - lse) much more than tau would be paid in variance.
+    count.masked_fill_(anchor - scored.lse > 0.5 * math.log(tau), most + 1)
     if most > len(head.weight):  # no row has more entries
         return
     limit = most - SIGMAS * math.sqrt(most)
@@ -299,6 +315,13 @@ def _draw(
         z, rows.ids, v.start, bias, rows.inv_temperature, head.logit_scale, head.softcap,
         entries.anchor, draw.column_words[v], draw.row_words, entries.kept,
     )  # fmt: skip
+
+
+def _mean_row(head: Head, plan: Plan) -> Tensor:
+    """Return the mean of the weight's rows (1, H)."""
+    slices = plan.slices(head, plan.slice_width)
+    total = sum(weight.sum(0, dtype=plan.accumulator) for _, weight, _ in slices)
+    return total[None] / len(head.weight)
 
 
 def _bounds(sorted_bags: Tensor, bags: int) -> Tensor:

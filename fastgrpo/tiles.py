@@ -80,10 +80,14 @@ class Upstream(NamedTuple):
     dlogps: Tensor  # (n,)
     dentropy: Tensor | None  # (n,)
 
+    def alive(self) -> Tensor:
+        """Return which rows (n,) bool have a gradient."""
+        alive = self.dlogps != 0
+        return alive if self.dentropy is None else alive | (self.dentropy != 0)
+
     def live(self) -> Tensor:
         """Return the indices of the rows with a gradient: the others cost nothing."""
-        live = self.dlogps != 0
-        return (live if self.dentropy is None else live | (self.dentropy != 0)).nonzero()[:, 0]
+        return self.alive().nonzero()[:, 0]
 
 
 class Plan(NamedTuple):

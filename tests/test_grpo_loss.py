@@ -345,6 +345,29 @@ def test_clipped_and_zero_advantage_rows_get_exactly_zero(backend):
     assert dhidden[alive].ne(0).any(-1).all()
 
 
+def test_tensors_may_have_any_strides(backend):
+    batch = make_batch(sequences=5)._replace(completion_mask=torch.ones(5, 7, dtype=torch.bool))
+    flat = [x.flatten(0, 1) if x.dim() == 3 else x.flatten() for x in (batch.hidden, *batch[2:4])]
+    per_token = batch.advantages.repeat_interleave(7)
+    cu = torch.arange(6, dtype=torch.int32) * 7
+    bias = torch.randn(53)
+
+    def spaced(x):
+        return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+
+    def run(form):
+        hidden, ids, _ = flat
+        out = fastgrpo.grpo_loss(
+            hidden, batch.weight, form(ids), None, form(per_token), backend=backend,
+            cu_seqlens=form(cu), bias=form(bias), old_logps=form(batch.old_logps.flatten()),
+            temperature=form(torch.linspace(0.5, 2, 35)), config="gspo",
+        )  # fmt: skip
+        return out.loss, out.logps
+
+    for a, b in zip(run(spaced), run(torch.clone), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 INERT = [name for name in ALL_PRESETS if config_of(name).zero_advantage_is_inert]
 
 

@@ -102,12 +102,16 @@ def test_compiled_equals_eager(preset, entropy, backend_of_compile, monkeypatch,
         assert torch.allclose(eager, traced, rtol=1e-6, atol=1e-7)
 
 
-def test_compiled_preset_by_name_and_log_probs():
+@pytest.mark.parametrize("sparsity", [False, True])
+def test_compiled_preset_by_name_and_log_probs(sparsity):
     batch = make_batch()
 
+    sparse = {"sparsity": 0.05, "seed": 3} if sparsity else {}
+
     def step(hidden, weight):
-        logps = fastgrpo.linear_logps(hidden, weight, batch.completion_ids).logps
-        return logps.sum() + fastgrpo.grpo_loss(hidden, weight, *batch[2:5], config="dapo").loss
+        logps = fastgrpo.linear_logps(hidden, weight, batch.completion_ids, **sparse).logps
+        loss = fastgrpo.grpo_loss(hidden, weight, *batch[2:5], config="dapo", **sparse).loss
+        return logps.sum() + loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     hidden = batch.hidden.requires_grad_()

@@ -4,7 +4,7 @@ Callers pack: rows that a mask or an ignored id leaves out never reach a launche
 memory and tiling: kernels/README.md.
 """
 
-from .anchored_logps import Anchored, Draw, anchored_logps_fwd, has_anchored, mask_words
+from .anchored_logps import Anchored, Marks, anchored_logps_fwd, has_anchored, mask_words
 from .group_advantages import GroupStats, group_stats
 from .linear_logps import linear_logps_fwd
 from .logits_tile import RowState, scatter_rows, tile_grad, tile_stats
@@ -25,7 +25,7 @@ __all__ = [
     "STATS",
     "WORD_BITS",
     "Anchored",
-    "Draw",
+    "Marks",
     "GroupStats",
     "Kept",
     "RowState",

@@ -43,7 +43,7 @@ PARTIALS_BYTES = 64 * 2**20
 WORD = 32  # entries of the vocabulary per word of a mask
 
 
-class Draw(NamedTuple):
+class Marks(NamedTuple):
     """Which entries to mark: those whose e = exp(z - anchor) exceeds a uniform number.
 
     u = (column_words xor row_words) / 2^23. The target's entry is never marked.
@@ -54,8 +54,8 @@ class Draw(NamedTuple):
     row_words: Tensor  # (n,) int32, 23 random bits
     mask: Tensor  # (n, mask_words(V)) int32, written: `compact_mask` reads it
 
-    def __getitem__(self, c: slice) -> Draw:  # type: ignore[override]
-        return Draw(self.anchor[c], self.column_words, self.row_words[c], self.mask[c])
+    def __getitem__(self, c: slice) -> Marks:  # type: ignore[override]
+        return Marks(self.anchor[c], self.column_words, self.row_words[c], self.mask[c])
 
 
 class Anchored(NamedTuple):
@@ -65,11 +65,11 @@ class Anchored(NamedTuple):
     lse: Tensor
     entropy: Tensor | None
     log_scale: Tensor  # anchor - lse: p_v = exp(z_v - anchor) exp(log_scale); 0 where redone
-    redone: Tensor  # bool: scored by the portable kernel; of a Draw, the mask says nothing
+    redone: Tensor  # bool: scored by the portable kernel; of a Marks, the mask says nothing
 
 
 def mask_words(vocab_size: int) -> int:
-    """Width of a Draw's mask: whole tiles of any launch entry."""
+    """Width of a Marks's mask: whole tiles of any launch entry."""
     return -(-vocab_size // 256) * 256 // WORD
 
 
@@ -351,7 +351,7 @@ def anchored_logps_fwd(
     with_entropy: bool,
     *,
     exps: Tensor | None = None,  # (n, V) bf16, written: rows that begin at multiples of 16 bytes
-    draw: Draw | None = None,
+    draw: Marks | None = None,
 ) -> Anchored:
     """Return the scores of the rows as `linear_logps_fwd` does, where `has_anchored`.
 
@@ -403,7 +403,7 @@ def _score(
     logit_scale: float,
     softcap: float,
     exps: Tensor | None,
-    draw: Draw | None,
+    draw: Marks | None,
     result: Anchored,
 ) -> None:
     """Write the results of rows that share one buffer of partials."""
@@ -446,7 +446,7 @@ def _sum_tiles(
     anchor: Tensor,
     with_entropy: bool,
     exps: Tensor | None,
-    draw: Draw | None,
+    draw: Marks | None,
 ) -> tuple[Tensor, Any]:
     """Return the partial sums (1 or 2, tiles, n), and the kernel that made them."""
     n, vocab_size = len(ids), len(weight)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .anchored_logps import Draw, anchored_logps_fwd, mask_words
+from .anchored_logps import Marks, anchored_logps_fwd, mask_words
 from .logit_math import slice_index, transform_logits
 from .logits_tile import load_logits
 from .runtime import INTERPRETED, architecture, device_of, jit, launch_for, tl
@@ -287,7 +287,7 @@ def linear_draw_fwd(
         inputs = (bias, temperature, logit_scale, softcap)
         result = anchored_logps_fwd(
             hidden[c], weight, ids[c], *inputs, with_entropy,
-            draw=Draw(anchor[c], column_words, row_words[c], marks),
+            draw=Marks(anchor[c], column_words, row_words[c], marks),
         )  # fmt: skip
         compact_mask(marks[:, :written], some)
         entry_logits(hidden[c], weight, *inputs, some.ids, some.count, some.logits)

@@ -163,7 +163,7 @@ def test_more_logits_than_an_int32_counts():
     assert (logps[last] - wanted).abs().max() <= 2e-5
 
 
-def test_no_kernel_waits_for_the_host_more_than_once():
+def test_a_loss_waits_for_the_host_twice_at_most():
     batch = on_device(make_batch(**SHAPES["aligned"], dtype=torch.bfloat16))
     hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
 
@@ -177,7 +177,8 @@ def test_no_kernel_waits_for_the_host_more_than_once():
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in waits if "synchronizing" in str(w.message)]) <= 1
+    # A row count, and how many rows were not clipped.
+    assert len([w for w in waits if "synchronizing" in str(w.message)]) <= 2
 
 
 # ---- the anchored kernel -----------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_anchored_exponentials_and_marks(hopper, transform):
 
     lse = anchored.oracle(*operands, *options)[1]
     draw = anchored.draw_of(n, vocab, (lse + torch.tensor(tau).log()).float())
-    on_gpu = anchored_logps.Draw(*moved(draw))
+    on_gpu = anchored_logps.Marks(*moved(draw))
     anchored_logps_fwd(*moved(operands), *moved(options), False, draw=on_gpu)
     anchored.assert_marks(draw._replace(mask=on_gpu.mask.cpu()), *operands, options)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastgrpo_kernels import Draw, anchored_logps_fwd, has_anchored, linear_logps_fwd, mask_words
+from fastgrpo_kernels import Marks, anchored_logps_fwd, has_anchored, linear_logps_fwd, mask_words
 from fastgrpo_kernels import anchored_logps as anchored
 from fastgrpo_kernels.runtime import launch_for
 from tests.kernels.interpreter.test_interpreter_linear_logps import (
@@ -229,7 +229,7 @@ def draw_of(n, vocab, anchor, seed=0):
     g = torch.Generator().manual_seed(seed)
     words = (torch.randint(2**23, (k,), generator=g, dtype=torch.int32) for k in (vocab, n))
     mask = torch.full((n, mask_words(vocab)), -1, dtype=torch.int32)
-    return Draw(anchor, *words, mask)
+    return Marks(anchor, *words, mask)
 
 
 def unpacked(mask, vocab):
