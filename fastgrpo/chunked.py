@@ -18,7 +18,7 @@ dtype (fp32; fp64 for fp64 inputs).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -57,13 +57,28 @@ def logps_fwd(impl: ModuleType, rows: Rows, head: Head, plan: Plan, with_entropy
         )  # fmt: skip
         return Logps(*scored)
     state = new_state(rows, plan)
-    hidden = rows.hidden.to(plan.operand)
-    for v, weight, bias in plan.slices(head, plan.slice_width):
-        for c in chunks(len(rows.ids), plan.slice_rows):
-            z = plan.new_tile(impl, rows[c], v.stop - v.start)
-            matmul(z, hidden[c], weight.t())
+    in_place = hasattr(impl, "tile_exp") and not (with_entropy or head.softcap)
+    for z, v, bias, c in logits_tiles(impl, rows, head, plan):
+        if in_place:
+            impl.tile_exp(z, rows.ids[c], v.start, bias, rows[c].inv_temperature,
+                          head.logit_scale, take(state, c))  # fmt: skip
+        else:
             fold(impl, z, v, bias, rows[c], head, take(state, c), with_entropy)
     return finish(state, with_entropy)
+
+
+def logits_tiles(
+    impl: ModuleType, rows: Rows, head: Head, plan: Plan
+) -> Iterator[tuple[Tensor, slice, Tensor | None, slice]]:
+    """Yield every tile of logits, in one buffer, with its columns, their bias, and its rows."""
+    hidden = rows.hidden.to(plan.operand)
+    width = min(plan.slice_width, head.weight.shape[0])
+    buffer = plan.new_tile(impl, rows[: plan.slice_rows], width)
+    for v, weight, bias in plan.slices(head, plan.slice_width):
+        for c in chunks(len(rows.ids), plan.slice_rows):
+            z = buffer[: c.stop - c.start, : v.stop - v.start]
+            matmul(z, hidden[c], weight.t())
+            yield z, v, bias, c
 
 
 def logps_and_grads(

@@ -20,10 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.chunked import finish, fold, logps_bwd, new_state
+from fastgrpo.chunked import finish, fold, logits_tiles, logps_bwd, new_state
 from fastgrpo.fallback_logits import scaled_logits
-from fastgrpo.gradients import matmul
-from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream, chunks, take
+from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream, take
 from fastgrpo_kernels import WORD_BITS, Kept
 
 MOST_SLOTS = 2048
@@ -104,7 +103,7 @@ def logps_and_entries(
         scored = _scored_drawing(impl, rows, head, with_entropy, draw, entries)
     else:
         state = new_state(rows, plan)
-        for tile, v, bias, c in _tiles(impl, rows, head, plan):
+        for tile, v, bias, c in logits_tiles(impl, rows, head, plan):
             fold(impl, tile, v, bias, rows[c], head, take(state, c), with_entropy)
             _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
         scored = finish(state, with_entropy)
@@ -121,7 +120,7 @@ def entries_of(
     if _draws_while_scoring(impl, rows, head):
         _scored_drawing(impl, rows, head, False, draw, entries)
     else:
-        for tile, v, bias, c in _tiles(impl, rows, head, plan):
+        for tile, v, bias, c in logits_tiles(impl, rows, head, plan):
             _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
     _settle_overflow(impl, rows, head, plan, draw.tau, scored, entries)
     return entries
@@ -269,7 +268,7 @@ def _settle_overflow(
         return
     rows, anchor = rows[some], anchor[some]
     expected = 1 - (logits[some, 0] - anchor).exp().clamp_(max=1)  # the target is kept anyway
-    for tile, _, bias, c in _tiles(impl, rows, head, plan):
+    for tile, _, bias, c in logits_tiles(impl, rows, head, plan):
         inverse = rows[c].inv_temperature
         z = scaled_logits(tile, bias, inverse, head.logit_scale, head.softcap)
         expected[c] += (z - anchor[c, None]).exp_().clamp_(max=1).sum(1)
@@ -289,16 +288,6 @@ def _scored_drawing(
         rows.hidden, head.weight, rows.ids, head.bias, rows.inv_temperature, head.logit_scale,
         head.softcap, with_entropy, entries.anchor, draw.column_words, draw.row_words, entries.kept,
     ))  # fmt: skip
-
-
-def _tiles(impl: ModuleType, rows: Rows, head: Head, plan: Plan):
-    """Yield every tile of logits with its columns, their bias, and its rows."""
-    hidden = rows.hidden.to(plan.operand)
-    for v, weight, bias in plan.slices(head, plan.slice_width):
-        for c in chunks(len(rows.ids), plan.slice_rows):
-            z = plan.new_tile(impl, rows[c], v.stop - v.start)
-            matmul(z, hidden[c], weight.t())
-            yield z, v, bias, c
 
 
 def _draw(
