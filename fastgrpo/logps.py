@@ -67,8 +67,8 @@ def linear_logps(
             or fewer, of which the log-probs and entropies know nothing (docs/sparse-backward.md).
             By the logits, their variance exceeds that of sampling the tokens by tau / (1 - tau) at
             most.
-        seed: of the entries that `sparsity` draws: the same seed gives the same bits. Calls and ranks
-            that share one share their errors: take one for each. None: PyTorch's generator.
+        seed: of the entries that `sparsity` draws: the same seed gives the same bits. Calls and
+            ranks that share one share their errors: take one for each. None: PyTorch's generator.
         old_logps: (...), nats, of about the same policy (those at sampling time): with them entries
             are drawn in the forward, without them in a second pass of the backward. How far off
             they are changes the number of entries and the variance, not the mean. NaN, where there
