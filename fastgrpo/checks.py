@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgrpo.config import LossConfig
 from fastgrpo.values import finite
+from fastgrpo_kernels.runtime import HAS_TRITON
 
 _values_checked_on_gpu = False
 
@@ -56,7 +57,10 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None:
     """Check the operands of the logits: hidden (..., H), weight (V, H), bias (V,)."""
-    allowed = FLOATS[:-1] if backend == "triton" else FLOATS
+    kernels = backend == "triton"
+    if backend == "auto" and HAS_TRITON:
+        kernels = isinstance(hidden, Tensor) and hidden.is_cuda
+    allowed = FLOATS[:-1] if kernels else FLOATS
     tensor("hidden", hidden, dtypes=allowed)
     if hidden.dim() < 2:
         raise ValueError(f"hidden: expected shape (..., H), got {tuple(hidden.shape)}")
