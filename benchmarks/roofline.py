@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.environment import RESULTS
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES
-from fastgrpo.tiles import GPU_WORKSPACE_MB, chunk_rows
+from fastgrpo.head.plan import GPU_WORKSPACE_MB, chunk_rows
 
 BOUND = "GEMM bound"
 MIB = 1 << 20

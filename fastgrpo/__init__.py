@@ -1,20 +1,21 @@
 """Exact fused GRPO losses from hidden states, without ever holding full-vocabulary logits."""
 
-from fastgrpo.advantages import group_advantages, reinforce_plus_plus
-from fastgrpo.checks import checked
-from fastgrpo.config import LossConfig
-from fastgrpo.corrections import rejection_mask
-from fastgrpo.logps import TokenLogps, linear_logps
-from fastgrpo.loss import FusedGRPOLoss, GRPOLoss, grpo_loss
-from fastgrpo.normalizer import count_normalizer
-from fastgrpo.rewards import (
+from fastgrpo.advantages.group_advantages import group_advantages
+from fastgrpo.advantages.reinforce_plus_plus import reinforce_plus_plus
+from fastgrpo.advantages.reward_shaping import (
     kl_penalty,
     length_penalty,
     mask_truncated_completions,
     soft_overlong_punishment,
     token_rewards,
 )
-from fastgrpo.tiles import default_workspace_mb
+from fastgrpo.checks import checked
+from fastgrpo.head.plan import default_workspace_mb
+from fastgrpo.logps import TokenLogps, linear_logps
+from fastgrpo.loss import FusedGRPOLoss, GRPOLoss, grpo_loss
+from fastgrpo.objective.aggregation import count_normalizer
+from fastgrpo.objective.config import LossConfig
+from fastgrpo.objective.corrections import rejection_mask
 
 __version__ = "0.1.0"
 

@@ -7,13 +7,12 @@ above zero) would make a GPU wait for the host: it is done on CPUs, and on GPUs 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fastgrpo.config import LossConfig
-from fastgrpo.values import finite
 from fastgrpo_kernels.runtime import HAS_TRITON
 
 _values_checked_on_gpu = False
@@ -50,6 +49,30 @@ def tensor(
         raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {x.device}")
     if dtypes is not None and x.dtype not in dtypes:
         raise ValueError(f"{name}: expected dtype {_names(dtypes)}, got {x.dtype}")
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+
+
+def finite(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return a number within [low, high] as a float."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        bounds = "" if low == -math.inf and high == math.inf else f" in [{low}, {high}]"
+        raise ValueError(f"{name}: expected a finite number{bounds}, got {value!r}")
+    return float(value)
+
+
+def positive(name: str, value: object) -> None:
+    if finite(name, value) <= 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+
+
+def share(name: str, value: object) -> None:
+    if not 0 < finite(name, value) <= 1:
+        raise ValueError(f"{name}: expected a share in (0, 1], got {value!r}")
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -140,90 +163,6 @@ def one_row_each(cu: Tensor) -> None:
         )
 
 
-def loss_options(
-    config: object,
-    like: Tensor,
-    old_logps: object,
-    ref_logps: object,
-    sampler_logps: object,
-    groups: object,
-    entropy_threshold: object,
-    normalizer: object,
-    seed: object,
-    sparsity: float,
-    skip_zero_advantage: bool,
-) -> None:
-    """Check what the loss needs from the call, and that the call gives it nothing else."""
-    if not isinstance(config, LossConfig):
-        raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
-    if config.beta and ref_logps is None:
-        raise ValueError(f"ref_logps: expected log-probs as beta is {config.beta}, got None")
-    for name, value in (("correction", config.correction), ("rejection", config.rejection)):
-        if value != "none" and sampler_logps is None:
-            raise ValueError(f"sampler_logps: expected log-probs as {name} is {value!r}, got None")
-    if config.off_policy_mask_threshold is not None and old_logps is sampler_logps is None:
-        raise ValueError("off_policy_mask_threshold has no effect without old_logps, sampler_logps")
-    if (groups is None) == (config.aggregation == "prompt_mean"):
-        if groups is not None:
-            raise ValueError(
-                f"group_ids_or_size has no effect with aggregation={config.aggregation!r}"
-            )
-        raise ValueError(
-            "group_ids_or_size: expected ids or a size as aggregation is 'prompt_mean', got None"
-        )
-    if skip_zero_advantage and not config.zero_advantage_is_inert:
-        raise ValueError(
-            "skip_zero_advantage: expected a loss that tokens with advantage 0 have no part in, "
-            "got one with statistics of sequences or of the batch, a KL term or an entropy bonus"
-        )
-    if skip_zero_advantage and (config.entropy == "differentiable"):
-        raise ValueError("skip_zero_advantage has no effect with entropy='differentiable'")
-    if skip_zero_advantage and config.corrects_sequences and old_logps is None:
-        raise ValueError("skip_zero_advantage: expected old_logps beside a sequence's correction")
-    scalar("entropy_threshold", entropy_threshold, like)
-    if entropy_threshold is not None and config.top_entropy_quantile == 1:
-        raise ValueError("entropy_threshold has no effect with top_entropy_quantile=1")
-    scalar("normalizer", normalizer, like)
-    if isinstance(normalizer, (int, float)) and normalizer <= 0:
-        raise ValueError(f"normalizer: expected a number > 0, got {normalizer}")
-    if normalizer is not None and config.aggregation == "token_sum":
-        raise ValueError("normalizer has no effect with aggregation='token_sum'")
-    if config.aggregation == "fixed_length" and normalizer is None:
-        if config.max_completion_length is None:
-            raise ValueError(
-                "max_completion_length: expected a length in the LossConfig, or a normalizer, for "
-                "aggregation='fixed_length'; got neither"
-            )
-    if seed is not None and config.surrogate != "clip_cov" and not sparsity:
-        raise ValueError(
-            f"seed has no effect with surrogate={config.surrogate!r} and sparsity=0: nothing is "
-            "drawn"
-        )
-
-
-def scalar(name: str, value: object, like: Tensor) -> None:
-    """Check an optional number that may be a tensor ()."""
-    if isinstance(value, Tensor):
-        tensor(name, value, (), like=like)
-    elif value is not None:
-        finite(name, value)
-
-
-def groups(given: object, sequences: int, like: Tensor) -> Tensor | None:
-    """Return the group (B,) int64 of each sequence, given ids or the size of adjacent groups."""
-    if given is None:
-        return None
-    if isinstance(given, Tensor):
-        tensor("group_ids_or_size", given, (sequences,), like=like, dtypes=(torch.int64,))
-        return given
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1 or sequences % given:
-        raise ValueError(
-            f"group_ids_or_size: expected a divisor of the {sequences} completions, or a tensor of "
-            f"ids; got {given!r}"
-        )
-    return torch.arange(sequences, device=like.device) // given
-
-
 def sparsity(value: float, seed: object) -> None:
     """Check the sparse backward's threshold and seed."""
     if finite("sparsity", value, 0.0) >= 1 or 0 < value < 1e-6:
@@ -232,11 +171,6 @@ def sparsity(value: float, seed: object) -> None:
         raise ValueError(f"seed: expected an int, got {seed!r}")
     if value and seed is not None and not -(2**62) <= seed < 2**62:
         raise ValueError(f"seed: expected an int of 63 bits, got {seed}")
-
-
-def positive_normalizer(value: Tensor) -> None:
-    if looks_at_values(value) and not (value > 0 and value.isfinite()):
-        raise ValueError(f"normalizer: expected a number > 0, got {value.item()}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import checks, ops
-from fastgrpo.values import one_of
+from fastgrpo.checks import one_of
 
 Backend = Literal["auto", "triton", "torch"]
 

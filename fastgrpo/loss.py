@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgrpo import checks, ops, sparse
-from fastgrpo.config import LossConfig, config_of_preset, needs_entropy
+from fastgrpo import checks, ops
+from fastgrpo.checks import one_of
+from fastgrpo.head import sparse
 from fastgrpo.logps import Backend, draw_seed, scalar, score, temperature_tensor
-from fastgrpo.policy import METRICS, nearest
-from fastgrpo.values import one_of
+from fastgrpo.objective.config import LossConfig, config_of_preset, needs_entropy
+from fastgrpo.objective.policy import METRICS, nearest
+from fastgrpo.objective.requirements import check_call, group_ids
 
 
 class GRPOLoss(NamedTuple):
@@ -132,13 +134,13 @@ def grpo_loss(
         hidden, completion_ids, completion_mask, advantages, old_logps, ref_logps, sampler_logps,
         cu_seqlens, temperature,
     )  # fmt: skip
-    checks.loss_options(
+    check_call(
         config, hidden, old_logps, ref_logps, sampler_logps, group_ids_or_size, entropy_threshold,
         normalizer, seed, sparsity, skip_zero_advantage,
     )  # fmt: skip
     policy_args = (
         batch.cu_seqlens, batch.advantages, batch.old_logps, batch.ref_logps, batch.sampler_logps,
-        checks.groups(group_ids_or_size, len(batch.cu_seqlens) - 1, hidden),
+        group_ids(group_ids_or_size, len(batch.cu_seqlens) - 1, hidden),
         _scalar(entropy_threshold, hidden), _scalar(normalizer, hidden), seed, config.key,
     )  # fmt: skip
     inverse = temperature_tensor(temperature, hidden)

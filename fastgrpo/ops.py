@@ -19,15 +19,19 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgrpo import checks, sparse
+from fastgrpo import checks
 from fastgrpo.backend import resolve
-from fastgrpo.chunked import logps_bwd, logps_fwd
-from fastgrpo.config import LossConfig, config_from_key, needs_entropy
-from fastgrpo.corrections import sampler_gap, sampler_weights
-from fastgrpo.fused import logps_and_jacobian, loss_and_grads
-from fastgrpo.packing import Index, Sequences, live_first, spread, unmasked
-from fastgrpo.policy import METRICS, PolicyRows, policy_loss, token_weights
-from fastgrpo.tiles import Head, Logps, Needs, Rows, Upstream, plan
+from fastgrpo.head import sparse
+from fastgrpo.head.loops import logps_bwd, logps_fwd
+from fastgrpo.head.plan import Head, Logps, Needs, Rows, Upstream, plan
+from fastgrpo.head.routes import logps_and_jacobian, loss_and_grads
+from fastgrpo.objective.aggregation import token_weights
+from fastgrpo.objective.config import LossConfig, config_from_key, needs_entropy
+from fastgrpo.objective.corrections import sampler_gap, sampler_weights
+from fastgrpo.objective.policy import METRICS, PolicyRows, policy_loss
+from fastgrpo.objective.requirements import check_normalizer
+from fastgrpo.objective.segments import Sequences
+from fastgrpo.packing import Index, live_first, spread, unmasked
 from fastgrpo_kernels import Kept
 
 
@@ -424,7 +428,7 @@ def _policy_rows(
 ) -> PolicyRows:
     """Pick rows of what the loss needs."""
     if normalizer is not None:
-        checks.positive_normalizer(normalizer)
+        check_normalizer(normalizer)
     sampler = None
     if config.needs_sampler and old_logps is not None:
         # Over all rows in the order of their sequences, which `where` may not keep.

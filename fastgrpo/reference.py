@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastgrpo.config import LossConfig
+from fastgrpo.objective.config import LossConfig
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 
 

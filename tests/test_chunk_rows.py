@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgrpo import tiles
-from fastgrpo.tiles import Head, Needs, chunk_rows, chunks, padded
+from fastgrpo.head import plan as tiles
+from fastgrpo.head.plan import Head, Needs, chunk_rows, chunks, padded
 
 TRAINABLE, FROZEN = Needs(True, True, False), Needs(True, False, False)
 SMS = 132  # of an H100 or H200

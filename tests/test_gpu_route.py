@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 import fastgrpo_kernels
-from fastgrpo import LossConfig, chunked, gradients, linear_logps, ops, reference, tiles
+from fastgrpo import LossConfig, linear_logps, ops, reference
+from fastgrpo.head import gradients, loops
+from fastgrpo.head import plan as tiles
+from fastgrpo.head.plan import Head, Needs, Rows, Upstream
 from fastgrpo.testing import make_batch, relative_error, rms
-from fastgrpo.tiles import Head, Needs, Rows, Upstream
 from fastgrpo_kernels.runtime import INTERPRETED
 from tests.test_grpo_loss import exact
 from tests.test_grpo_loss import fused as run
@@ -36,7 +38,7 @@ def gpu_route(monkeypatch):
         out.add_(product) if accumulate else out.copy_(product)
 
     monkeypatch.setattr(ops, "plan", plan)
-    for module in (chunked, gradients):
+    for module in (loops, gradients):
         monkeypatch.setattr(module, "matmul", matmul)
     # A GPU takes one pass over several chunks as well.
     monkeypatch.setattr(tiles.Plan, "one_pass", lambda *_: True)
@@ -134,7 +136,7 @@ def rows_with_upstream(logit_std, options, dead, device="cpu", **shape) -> Given
 
 def check_gradients_from_exponentials(given: Given, plan: tiles.Plan, needs: Needs) -> None:
     """One pass, dL/dlogp given: every gradient is a GEMM of exponentials and a factor per row."""
-    scored, grads = chunked.logps_and_grads(
+    scored, grads = loops.logps_and_grads(
         fastgrpo_kernels, given.rows, given.head, plan, True,
         lambda c, _: Upstream(given.upstream[c], None), needs,
         entropy_gradient=False, may_drop_rows=True,
@@ -168,7 +170,7 @@ def test_exponentials_are_taken_where_they_suffice(monkeypatch):
     """Not for fp16, whose range they leave, nor for an entropy gradient."""
     taken = []
     monkeypatch.setattr(
-        chunked, "_anchored_logps_and_grads", lambda *args: taken.append(args) or (None, None)
+        loops, "_anchored_logps_and_grads", lambda *args: taken.append(args) or (None, None)
     )
     batch = make_batch(dtype=torch.bfloat16)
     head = Head(batch.weight, None, 1.0, 0.0)
@@ -177,7 +179,7 @@ def test_exponentials_are_taken_where_they_suffice(monkeypatch):
     def run(rows, head, **options):
         plan = ops.plan(rows.hidden, head.weight, None)
         policy = lambda c, scored: Upstream(torch.ones_like(scored.logps), None)  # noqa: E731
-        chunked.logps_and_grads(
+        loops.logps_and_grads(
             fastgrpo_kernels, rows, head, plan, False, policy, NEEDS["trainable"], **options
         )
         return len(taken)

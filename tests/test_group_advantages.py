@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastgrpo
-from fastgrpo.estimators import ESTIMATORS
+from fastgrpo.advantages.estimators import ESTIMATORS
 
 nan = math.nan
 WHITENED = "reinforce_plus_plus_baseline"

@@ -7,9 +7,9 @@ import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, reference
-from fastgrpo import fused as routes
-from fastgrpo.chunked import logps_fwd
-from fastgrpo.presets import PRESETS as ALL_PRESETS
+from fastgrpo.head import routes
+from fastgrpo.head.loops import logps_fwd
+from fastgrpo.objective.presets import PRESETS as ALL_PRESETS
 from fastgrpo.testing import make_batch, relative_error, rms
 
 # One of each shape that a loss takes on its way through the ops; tests/test_loss_family.py has all.

@@ -10,8 +10,8 @@ import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, ops, reference
+from fastgrpo.head.plan import Logps
 from fastgrpo.testing import LargestTensor, make_batch
-from fastgrpo.tiles import Logps
 
 ROWS, HIDDEN, VOCAB, WORKSPACE_MB = 512, 16, 4096, 0.25
 LOGITS = ROWS * VOCAB * 4

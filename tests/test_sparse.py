@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import fastgrpo
-from fastgrpo import LossConfig, fallback, fallback_entries, ops, sparse
-from fastgrpo.chunked import logps_bwd, logps_fwd
+from fastgrpo import LossConfig, ops, torch_kernels
+from fastgrpo.head import sparse
+from fastgrpo.head.loops import logps_bwd, logps_fwd
+from fastgrpo.head.plan import Head, Logps, Needs, Rows, Upstream, plan
 from fastgrpo.testing import make_batch, relative_error
-from fastgrpo.tiles import Head, Logps, Needs, Rows, Upstream, plan
+from fastgrpo.torch_kernels import sparse_entries
 from tests.test_memory import largest_inside
 
 EVERYTHING = Needs(hidden=True, weight=True, bias=True)
@@ -23,7 +25,7 @@ EVERYTHING = Needs(hidden=True, weight=True, bias=True)
 @pytest.fixture
 def few_bits(monkeypatch):
     """Words of 10 bits: few enough to run through all of them."""
-    for module in (sparse, fallback_entries):
+    for module in (sparse, sparse_entries):
         monkeypatch.setattr(module, "WORD_BITS", 10)
     return 2**10
 
@@ -56,18 +58,18 @@ def enumerated(
         torch.full((words,), 1 / temperature, dtype=torch.float64),
     )
     budget = plan(rows.hidden, head.weight, 1.0)
-    scored = logps_fwd(fallback, rows, head, budget, with_entropy=True)
+    scored = logps_fwd(torch_kernels, rows, head, budget, with_entropy=True)
     ones = torch.ones(words, dtype=torch.float64)
     upstream = Upstream(ones, entropy * ones if entropy else None)
     columns = torch.randint(words, (vocab,), generator=torch.Generator().manual_seed(0))
     draw = sparse.Draw(tau, columns.int(), torch.arange(words, dtype=torch.int32))
     _, entries = sparse.logps_and_entries(
-        fallback, rows, head, budget, True, draw, scored.logps + estimate
+        torch_kernels, rows, head, budget, True, draw, scored.logps + estimate
     )
     needs = Needs(hidden=True, weight=False, bias=False)
     assert overflows is None or (entries.overflow(scored) == overflows).all()
-    drawn = sparse.entries_bwd(fallback, rows, head, budget, scored, upstream, entries, needs)
-    exact = logps_bwd(fallback, rows, head, budget, scored, upstream, needs)
+    drawn = sparse.entries_bwd(torch_kernels, rows, head, budget, scored, upstream, entries, needs)
+    exact = logps_bwd(torch_kernels, rows, head, budget, scored, upstream, needs)
     return drawn.hidden, exact.hidden[0]
 
 
@@ -420,9 +422,9 @@ def test_scores_stand_alone():
     budget = plan(rows.hidden, head.weight, None)
     draw = sparse.Draw.of(0.1, torch.tensor(0), len(rows.ids), 301)
     for with_entropy in (True, False):
-        dense = logps_fwd(fallback, rows, head, budget, with_entropy)
+        dense = logps_fwd(torch_kernels, rows, head, budget, with_entropy)
         scored, _ = sparse.logps_and_entries(
-            fallback, rows, head, budget, with_entropy, draw, dense.logps
+            torch_kernels, rows, head, budget, with_entropy, draw, dense.logps
         )
         assert isinstance(scored, Logps)
         for a, b in zip(scored, dense, strict=True):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgrpo import LossConfig, sparse
+from fastgrpo import LossConfig
 from fastgrpo.backend import resolve
-from fastgrpo.chunked import logps_fwd
+from fastgrpo.head import sparse
+from fastgrpo.head.loops import logps_fwd
+from fastgrpo.head.plan import Head, Rows, plan
 from fastgrpo.testing import make_batch, relative_error
-from fastgrpo.tiles import Head, Rows, plan
 from fastgrpo_kernels.runtime import INTERPRETED
 from tests.test_sparse import HEADS, SHAPE, gradients
 

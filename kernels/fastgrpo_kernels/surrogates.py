@@ -34,7 +34,9 @@ class Surrogate(NamedTuple):
     parameters: tuple[str, ...]  # the fields of `LossConfig` that fn takes, in its order
     ratio_levels: tuple[str, ...] = ("token", "sequence", "sequence_sum")
     slope: str = "ratio"  # or "logp"
-    context: str | None = None  # a rule of `fastgrpo.contexts` that gives each token a constant
+    context: str | None = (
+        None  # a rule of `fastgrpo.objective.contexts` that gives each token a constant
+    )
     options: tuple[str, ...] = ()  # the fields that the rule, or the log-ratio's bounds, read
     inert: bool = True  # whether advantage 0 means no gradient
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fastgrpo
-from fastgrpo import LossConfig, fallback, tiles
-from fastgrpo.estimators import ESTIMATORS
-from fastgrpo.presets import PRESETS
+from fastgrpo import LossConfig, torch_kernels
+from fastgrpo.advantages.estimators import ESTIMATORS
+from fastgrpo.head import plan as tiles
+from fastgrpo.objective.presets import PRESETS
 from fastgrpo.testing import Batch, make_batch, relative_error, rms
 from fastgrpo_kernels import anchored_logps, anchored_logps_fwd, segment_reduce, token_loss
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
@@ -96,7 +97,7 @@ def test_every_surrogate_is_its_twin(name, separate):
     for kl in KL_ESTIMATORS:
         for gradient in KL_GRADIENTS:
             options = (name, rowwise.parameters(name), kl, gradient, 0.07)
-            wanted = fallback.token_loss(*rows, *options, separate=separate)
+            wanted = torch_kernels.token_loss(*rows, *options, separate=separate)
             moved = (x.to(DEVICE) for x in rows)
             for x, y in zip(token_loss(*moved, *options, separate=separate), wanted, strict=True):
                 if y is not None:
@@ -108,7 +109,7 @@ def test_segments():
     x = torch.randn(108)
     for op in ("sum", "max"):
         actual = segment_reduce(x.to(DEVICE), cu.to(DEVICE), op).cpu()
-        torch.testing.assert_close(actual, fallback.segment_reduce(x, cu, op))
+        torch.testing.assert_close(actual, torch_kernels.segment_reduce(x, cu, op))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

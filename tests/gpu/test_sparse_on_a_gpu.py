@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import fastgrpo_kernels as kernels
-from fastgrpo import fallback, sparse
-from fastgrpo.chunked import logps_fwd
+from fastgrpo import torch_kernels
+from fastgrpo.head import sparse
+from fastgrpo.head.loops import logps_fwd
+from fastgrpo.head.plan import Head, Rows, plan
 from fastgrpo.testing import Batch, make_batch, relative_error
-from fastgrpo.tiles import Head, Rows, plan
 from tests.kernels.interpreter import test_interpreter_sparse_entries as twins
 from tests.test_sparse import SEEDS, assert_unbiased, gradients
 
@@ -29,7 +30,7 @@ def test_kept_entries(known, dtype):
     """Set, logits and count of every row, on whichever route the device takes."""
     batch = on_device(make_batch(**SHAPE), dtype)
     found = []
-    for device, impl in ((DEVICE, kernels), ("cpu", fallback)):
+    for device, impl in ((DEVICE, kernels), ("cpu", torch_kernels)):
         hidden, ids = batch.hidden.flatten(0, 1).to(device), batch.completion_ids.flatten()
         rows = Rows(hidden, ids.to(device), None)
         head = Head(batch.weight.to(device), None, 1.0, 0.0)
@@ -87,7 +88,7 @@ def test_dot_products_and_bags(name):
     bias, inverse, scale, softcap = twins.options_of(name, inverse, bias)
     entries = torch.randint(1100, (len(hidden), 11), dtype=torch.int32)
     wanted = torch.zeros(len(hidden), 11)
-    fallback.entry_logits(hidden, weight, bias, inverse, scale, softcap, entries, None, wanted)
+    torch_kernels.entry_logits(hidden, weight, bias, inverse, scale, softcap, entries, None, wanted)
     moved = (None if x is None else x.to(DEVICE) for x in (hidden, weight, bias, inverse))
     found = torch.zeros_like(wanted, device=DEVICE)
     kernels.entry_logits(*moved, scale, softcap, entries.to(DEVICE), None, found)
@@ -97,6 +98,6 @@ def test_dot_products_and_bags(name):
     index, coef = torch.randint(57, (int(bounds[-1]),)), torch.randn(int(bounds[-1]))
     table, out = torch.randn(57, 72), torch.randn(23, 72)
     moved = [x.to(DEVICE) for x in (out, table, index, coef, bounds)]
-    fallback.bag_sum(out, table, index, coef, bounds)
+    torch_kernels.bag_sum(out, table, index, coef, bounds)
     kernels.bag_sum(*moved)
     torch.testing.assert_close(moved[0].cpu(), out, rtol=1e-5, atol=1e-5)

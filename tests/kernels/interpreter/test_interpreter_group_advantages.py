@@ -7,7 +7,8 @@ import torch
 
 import fastgrpo
 import fastgrpo_kernels
-from fastgrpo import estimators, fallback
+from fastgrpo import torch_kernels
+from fastgrpo.advantages import estimators
 from fastgrpo_kernels import GroupStats, group_stats
 
 NAN = float("nan")
@@ -59,7 +60,9 @@ def oracle(groups, weights, leave_one_out):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("leave_one_out", [False, True], ids=["group", "others"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("implementation", [fastgrpo_kernels, fallback], ids=["kernel", "twin"])
+@pytest.mark.parametrize(
+    "implementation", [fastgrpo_kernels, torch_kernels], ids=["kernel", "twin"]
+)
 def test_against_the_definition(implementation, weighted, leave_one_out, dtype):
     rewards, cu_groups = pack(GROUPS, dtype)
     weights = torch.tensor(WEIGHTS).repeat(len(rewards))[: len(rewards)]
@@ -74,7 +77,9 @@ def test_against_the_definition(implementation, weighted, leave_one_out, dtype):
         assert zero.any() and (getattr(actual, name)[zero] == 0).all(), f"{name}: exactly 0"
 
 
-@pytest.mark.parametrize("implementation", [fastgrpo_kernels, fallback], ids=["kernel", "twin"])
+@pytest.mark.parametrize(
+    "implementation", [fastgrpo_kernels, torch_kernels], ids=["kernel", "twin"]
+)
 @pytest.mark.parametrize("leave_one_out", [False, True], ids=["group", "others"])
 def test_constant_groups_are_exactly_zero_at_any_size(implementation, leave_one_out):
     """Sums of 0.1 round; eps = 0 would turn any remainder into anything."""
@@ -83,7 +88,9 @@ def test_constant_groups_are_exactly_zero_at_any_size(implementation, leave_one_
     assert (stats.gap == 0).all() and (stats.square == 0).all()
 
 
-@pytest.mark.parametrize("implementation", [fastgrpo_kernels, fallback], ids=["kernel", "twin"])
+@pytest.mark.parametrize(
+    "implementation", [fastgrpo_kernels, torch_kernels], ids=["kernel", "twin"]
+)
 @pytest.mark.parametrize("leave_one_out", [False, True], ids=["group", "others"])
 def test_a_large_mean_does_not_cost_the_digits_of_the_spread(implementation, leave_one_out):
     """Rewards 4096 + k / 2048: exact in fp32, while their mean is not."""
@@ -95,7 +102,9 @@ def test_a_large_mean_does_not_cost_the_digits_of_the_spread(implementation, lea
     torch.testing.assert_close(actual.square.double(), expected.square, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("implementation", [fastgrpo_kernels, fallback], ids=["kernel", "twin"])
+@pytest.mark.parametrize(
+    "implementation", [fastgrpo_kernels, torch_kernels], ids=["kernel", "twin"]
+)
 def test_the_others_of_an_outlier_keep_their_digits(implementation):
     """fp32 holds nothing of the others' squares beside the outlier's."""
     stats = implementation.group_stats(*pack([[1e6, 1.0, 2.0, 4.0]]), leave_one_out=True)

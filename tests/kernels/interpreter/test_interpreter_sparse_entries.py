@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastgrpo_kernels as kernels
-from fastgrpo import fallback
+from fastgrpo import torch_kernels
 from fastgrpo_kernels.sparse_entries import Kept, compact_mask
 
 OPTIONS = {
@@ -54,7 +54,7 @@ def test_tile_draw(name, slots):
     anchor = z.logsumexp(1) - 4.0 + torch.arange(len(z)) / 4  # from a few entries to hundreds
     anchor[3] = torch.nan
     found = []
-    for impl in (kernels, fallback):
+    for impl in (kernels, torch_kernels):
         kept = empty_kept(len(z), slots)
         for start, stop in ((0, 600), (600, 1100)):  # slices of the vocabulary, one after another
             v = slice(start, stop)
@@ -153,11 +153,11 @@ def test_entry_logits(name, slots, dtype):
     meant = torch.arange(slots) < (slots if count is None else count[:, None])
     torch.testing.assert_close(out.double(), torch.where(meant, z, 0.0), rtol=1e-5, atol=1e-5)
     twin = torch.zeros_like(out)
-    fallback.entry_logits(*arguments, twin)
+    torch_kernels.entry_logits(*arguments, twin)
     torch.testing.assert_close(torch.where(meant, twin, 0.0), out, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", [kernels, fallback], ids=["kernel", "twin"])
+@pytest.mark.parametrize("impl", [kernels, torch_kernels], ids=["kernel", "twin"])
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_bag_sum(impl, table_dtype, out_dtype, monkeypatch):

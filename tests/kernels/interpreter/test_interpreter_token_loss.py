@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgrpo import LossConfig, fallback
+from fastgrpo import LossConfig, torch_kernels
 from fastgrpo_kernels import STATS, segment_reduce, token_loss
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import SURROGATES
@@ -43,7 +43,7 @@ def problem():
 
 def assert_same(rows, *options, **keywords):
     actual = token_loss(*rows, *options, **keywords)
-    twin = fallback.token_loss(*rows, *options, **keywords)
+    twin = torch_kernels.token_loss(*rows, *options, **keywords)
     for x, y in zip(actual[:3], twin[:3], strict=True):
         assert (x is None) == (y is None)
         if x is not None:
@@ -133,7 +133,7 @@ def test_segment_reduce(op, dtype):
     x = -3 + torch.randn(108, generator=torch.Generator().manual_seed(0))
     parts = [part.double() for part in x.split(lengths.tolist()) if len(part)]
     expected = torch.cat([getattr(part, op)().expand(len(part)) for part in parts])
-    for implementation in (segment_reduce, fallback.segment_reduce):
+    for implementation in (segment_reduce, torch_kernels.segment_reduce):
         actual = implementation(x, cu_seqlens, op).double()
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.chunked import finish, fold, logits_tiles, logps_bwd, new_state
-from fastgrpo.fallback_logits import scaled_logits
-from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream, take
+from fastgrpo.head.loops import finish, fold, logits_tiles, logps_bwd, new_state
+from fastgrpo.head.plan import Grads, Head, Logps, Needs, Plan, Rows, Upstream, take
+from fastgrpo.torch_kernels.logit_math import scaled_logits
 from fastgrpo_kernels import WORD_BITS, Kept
 
 MOST_SLOTS = 2048

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fastgrpo.values import finite, one_of, positive, share
+from fastgrpo.checks import finite, one_of, positive, share
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import RATIO_LEVELS, SURROGATES
 
 if TYPE_CHECKING:
-    from fastgrpo.config import LossConfig
+    from fastgrpo.objective.config import LossConfig
 
 AGGREGATIONS = (
     "token_mean",  # sum over tokens / number of tokens

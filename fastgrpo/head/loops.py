@@ -24,8 +24,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastgrpo.gradients import GradSums, Targets, add_exps, add_tile, matmul
-from fastgrpo.tiles import (
+from fastgrpo.head.gradients import GradSums, Targets, add_exps, add_tile, matmul
+from fastgrpo.head.plan import (
     Grads,
     Head,
     Logps,

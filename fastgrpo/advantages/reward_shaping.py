@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo import checks
-from fastgrpo.estimators import Groups, check_lengths, check_rewards
-from fastgrpo.values import finite, one_of
+from fastgrpo.advantages.groups import Groups, check_lengths, check_rewards
+from fastgrpo.checks import finite, one_of
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
 from fastgrpo_kernels.twins import torch_twin
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.backend import resolve
-from fastgrpo.choices import REJECTIONS
-from fastgrpo.config import LossConfig
-from fastgrpo.packing import Segments, Sequences
-from fastgrpo.values import one_of
+from fastgrpo.checks import one_of
+from fastgrpo.objective.config import LossConfig
+from fastgrpo.objective.rules import REJECTIONS
+from fastgrpo.objective.segments import Segments, Sequences
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
 from fastgrpo_kernels.twins import torch_twin
 

@@ -1,4 +1,4 @@
-"""The denominators of losses that span micro-batches, accumulation steps and ranks."""
+"""How tokens are weighed, and the denominators of losses that span micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo import checks
-from fastgrpo.config import LossConfig
+from fastgrpo.objective.config import LossConfig
+from fastgrpo.objective.segments import Sequences
+
+
+def token_weights(
+    config: LossConfig,
+    owner: Sequences,
+    rows: Tensor | slice,  # (n,) the unmasked rows
+    groups: Tensor | None,  # (B,) int64 each sequence's prompt, for "prompt_mean"
+    normalizer: Tensor | None,  # ()
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return each row's weight (n,): its share of the loss, over `normalizer` or a local count."""
+    lengths, sequence = owner.lengths, owner.index[rows]
+    share = torch.ones_like(sequence, dtype=dtype)
+    local: int | Tensor = max(len(lengths), 1)
+    if config.aggregation == "token_mean":
+        local = lengths.sum().clamp(min=1)
+    elif config.aggregation == "token_sum":
+        local = 1
+    elif config.aggregation == "fixed_length":
+        local *= config.max_completion_length or 1
+    elif config.aggregation == "sequence_mean":
+        share = share / lengths[sequence]
+    elif config.aggregation == "prompt_mean":
+        prompts, index = groups.unique(return_inverse=True)
+        tokens = torch.zeros_like(prompts).index_add_(0, index, lengths)
+        local = max(len(prompts), 1)
+        share = share / tokens[index[sequence]]
+    return (share / (local if normalizer is None else normalizer)).to(dtype)
 
 
 def count_normalizer(

@@ -4,7 +4,7 @@ one pass     6NVH: gradients while the logits are at hand. Losses separable over
 Jacobian     4NVH: frozen head, dhidden = dL/dlogp times a row that is known before the loss is
 two phases   8NVH: log-probs, then the loss, then a backward on the rows that have a gradient
 sparse       2NVH: log-probs and a few entries of each row, then the loss, then sums over entries;
-             not exact but unbiased, and only where it is asked for (`fastgrpo.sparse`)
+             not exact but unbiased, and only where it is asked for (`fastgrpo.head.sparse`)
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastgrpo import sparse
-from fastgrpo.chunked import logps_and_grads, logps_bwd, logps_fwd
-from fastgrpo.config import LossConfig, needs_entropy
-from fastgrpo.packing import Segments, spread
-from fastgrpo.policy import PolicyLoss, PolicyRows, nearest, policy_loss, policy_terms
-from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream, take
+from fastgrpo.head import sparse
+from fastgrpo.head.loops import logps_and_grads, logps_bwd, logps_fwd
+from fastgrpo.head.plan import Grads, Head, Logps, Needs, Plan, Rows, Upstream, take
+from fastgrpo.objective.config import LossConfig, needs_entropy
+from fastgrpo.objective.policy import PolicyLoss, PolicyRows, nearest, policy_loss, policy_terms
+from fastgrpo.objective.segments import Segments
+from fastgrpo.packing import spread
 
 HIDDEN_ONLY = Needs(hidden=True, weight=False, bias=False)
 

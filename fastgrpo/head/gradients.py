@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.tiles import Grads, Head, Logps, Needs, Plan, Rows, Upstream
+from fastgrpo.head.plan import Grads, Head, Logps, Needs, Plan, Rows, Upstream
 
 
 class Targets(NamedTuple):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.config import LossConfig
-from fastgrpo.packing import Segments
+from fastgrpo.objective.config import LossConfig
+from fastgrpo.objective.segments import Segments
 
 
 class Population(NamedTuple):

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.config import LossConfig
-from fastgrpo.contexts import CONTEXTS, Population
-from fastgrpo.corrections import SamplerWeights, sampler_gap, sampler_weights
-from fastgrpo.packing import Segments, Sequences
-from fastgrpo.tiles import Logps, Upstream
+from fastgrpo.head.plan import Logps, Upstream
+from fastgrpo.objective.config import LossConfig
+from fastgrpo.objective.contexts import CONTEXTS, Population
+from fastgrpo.objective.corrections import SamplerWeights, sampler_gap, sampler_weights
+from fastgrpo.objective.segments import Segments
 from fastgrpo_kernels.kl_estimators import k3
 from fastgrpo_kernels.twins import torch_twin
 
@@ -249,31 +249,3 @@ def _metrics(terms: Terms, scored: Logps, rows: PolicyRows) -> Tensor:
         "entropy": mean(scored.entropy),
     }
     return torch.stack([torch.stack(known[name]) for name in METRICS])
-
-
-def token_weights(
-    config: LossConfig,
-    owner: Sequences,
-    rows: Tensor | slice,  # (n,) the unmasked rows
-    groups: Tensor | None,  # (B,) int64 each sequence's prompt, for "prompt_mean"
-    normalizer: Tensor | None,  # ()
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return each row's weight (n,): its share of the loss, over `normalizer` or a local count."""
-    lengths, sequence = owner.lengths, owner.index[rows]
-    share = torch.ones_like(sequence, dtype=dtype)
-    local: int | Tensor = max(len(lengths), 1)
-    if config.aggregation == "token_mean":
-        local = lengths.sum().clamp(min=1)
-    elif config.aggregation == "token_sum":
-        local = 1
-    elif config.aggregation == "fixed_length":
-        local *= config.max_completion_length or 1
-    elif config.aggregation == "sequence_mean":
-        share = share / lengths[sequence]
-    elif config.aggregation == "prompt_mean":
-        prompts, index = groups.unique(return_inverse=True)
-        tokens = torch.zeros_like(prompts).index_add_(0, index, lengths)
-        local = max(len(prompts), 1)
-        share = share / tokens[index[sequence]]
-    return (share / (local if normalizer is None else normalizer)).to(dtype)

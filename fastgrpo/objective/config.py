@@ -1,12 +1,12 @@
-"""What the loss is: a frozen `LossConfig` of independent choices, each checked against the others.
+"""What the loss is: a frozen `LossConfig` of independent rules, each checked against the others.
 
     surrogate      the policy loss of one token      `fastgrpo_kernels.surrogates`
     ratio level    which log-ratio it sees           `RATIO_LEVELS`
-    correction     constants on the policy loss      `fastgrpo.corrections`
+    correction     constants on the policy loss      `fastgrpo.objective.corrections`
     kl, entropy    what is added to it               `fastgrpo_kernels.kl_estimators`
-    aggregation    how tokens are weighed            `fastgrpo.choices.AGGREGATIONS`
+    aggregation    how tokens are weighed            `fastgrpo.objective.rules.AGGREGATIONS`
 
-Names for combinations are in `fastgrpo.presets`; docs/losses.md tabulates all of it.
+Names for combinations are in `fastgrpo.objective.presets`; docs/losses.md tabulates all of it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import ClassVar
 
 import torch
 
-from fastgrpo import choices
-from fastgrpo.choices import CORRECTIONS
-from fastgrpo.presets import PRESETS
-from fastgrpo.values import one_of
+from fastgrpo.checks import one_of
+from fastgrpo.objective import rules
+from fastgrpo.objective.presets import PRESETS
+from fastgrpo.objective.rules import CORRECTIONS
 from fastgrpo_kernels.surrogates import SURROGATES, Surrogate
 
 
@@ -43,7 +43,7 @@ class LossConfig:
     """What the ratio is to: "old" (old_logps), or "sampler" (sampler_logps; old_logps where none
     are given)."""
     aggregation: str = "sequence_mean"
-    """How tokens are weighed: one of `fastgrpo.choices.AGGREGATIONS`."""
+    """How tokens are weighed: one of `fastgrpo.objective.rules.AGGREGATIONS`."""
     max_completion_length: int | None = None
     """L_max of "fixed_length"; may be left out when the call gives `normalizer`."""
 
@@ -138,7 +138,7 @@ class LossConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        choices.check(self)
+        rules.check(self)
         # Made here, as `torch.compile` cannot trace what would make it later.
         object.__setattr__(self, "key", json.dumps(asdict(self)))
 

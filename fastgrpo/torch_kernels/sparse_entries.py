@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrpo.fallback_logits import scaled_logits, targets
+from fastgrpo.torch_kernels.logit_math import scaled_logits, targets
 from fastgrpo_kernels import WORD_BITS, Kept
 
 BLOCK = 2**22  # numbers of a gathered or summed block

@@ -1,42 +1,15 @@
-"""Torch twins of the Triton launchers: the CPU's real implementation.
+"""Passes over one tile of logits that a GEMM has written: statistics, gradient, target rows.
 
-Names, signatures and results are those of `fastgrpo_kernels`; tiles may have any strides, and
-float64 is supported. Whatever is vocabulary-sized is handled by the caller in tiles
-(`fastgrpo.chunked`).
+Tiles may have any strides; float64 is supported.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from fastgrpo.fallback_entries import bag_sum, entry_logits, tile_draw
-from fastgrpo.fallback_logits import logit_slope, scaled_logits, targets
-from fastgrpo_kernels import STATS, GroupStats, RowState
-from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS, k3
-from fastgrpo_kernels.policy_loss import token_terms
-from fastgrpo_kernels.surrogates import SURROGATES
-from fastgrpo_kernels.twins import bounded_exp, torch_twin
-
-__all__ = [
-    "STATS",
-    "RowState",
-    "tile_stats",
-    "tile_exp",
-    "tile_exp_grad",
-    "tile_grad",
-    "scatter_rows",
-    "tile_draw",
-    "entry_logits",
-    "bag_sum",
-    "token_loss",
-    "segment_reduce",
-    "group_stats",
-]
-
-ROW_MAJOR_TILES = False  # CPU GEMMs write a tile faster column by column
+from fastgrpo.torch_kernels.logit_math import logit_slope, scaled_logits, targets
+from fastgrpo_kernels import RowState
 
 
 def tile_stats(
@@ -168,113 +141,6 @@ def scatter_rows(
     inside, columns = targets(sorted_ids, vocab_start, acc.shape[0])
     source = order[inside]
     acc.index_add_(0, columns, coef[source, None] * rows[source].to(acc.dtype))
-
-
-def token_loss(
-    logps: Tensor,  # (n,)
-    log_ratio: Tensor,  # (n,)
-    advantages: Tensor,  # (n,)
-    weights: Tensor,  # (n,)
-    multipliers: Tensor | None,  # (n,)
-    context: Tensor | None,  # (n,)
-    ref_logps: Tensor | None,  # (n,)
-    surrogate: str,
-    parameters: tuple[float, ...],
-    kl: str,
-    kl_gradient: str,
-    beta: float,
-    kl_input_clamp: float = math.inf,
-    kl_output_clamp: float = math.inf,
-    separate: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return weighted losses (n,), their derivatives by logp and by log-ratio, and `STATS`."""
-    zero = torch.zeros_like(logps)
-    x = zero if ref_logps is None else ref_logps - logps
-    loss, dlogps, dratio, clipped = torch_twin(token_terms)(
-        logps,
-        log_ratio,
-        advantages,
-        zero if context is None else context,
-        parameters,
-        1.0 if multipliers is None else multipliers,
-        x,
-        beta,
-        kl_input_clamp,
-        kl_output_clamp,
-        torch_twin(SURROGATES[surrogate].fn),
-        torch_twin(KL_ESTIMATORS[kl].fn),
-        torch_twin(KL_GRADIENTS[kl_gradient].fn),
-        SURROGATES[surrogate].slope == "ratio",
-        beta != 0,
-    )
-    loss, dlogps, dratio = loss * weights, dlogps * weights, dratio * weights
-    if not separate:
-        dlogps, dratio = dlogps + dratio, None
-    ratio = torch_twin(bounded_exp)(log_ratio)
-    sums = (torch_twin(k3)(x)[0], ratio, clipped < 0, clipped > 0)
-    extrema = (ratio.amin(), ratio.amax()) if len(ratio) else (zero.sum(), zero.sum())
-    stats = torch.stack([*(s.sum(dtype=logps.dtype) for s in sums), *extrema])
-    return loss, dlogps, dratio, stats
-
-
-def segment_reduce(x: Tensor, cu_seqlens: Tensor, op: str) -> Tensor:
-    """Return the sum or max of each segment of x (n,), broadcast to the segment's rows."""
-    lengths = cu_seqlens.diff()
-    segment = torch.repeat_interleave(lengths, output_size=x.shape[0])
-    if op == "max":
-        start = x.new_full((lengths.shape[0],), -torch.inf)
-        return start.scatter_reduce_(0, segment, x, "amax")[segment]
-    return x.new_zeros(lengths.shape[0]).index_add_(0, segment, x)[segment]
-
-
-def group_stats(
-    rewards: Tensor,  # (B,) fp32
-    cu_groups: Tensor,  # (P + 1,)
-    weights: Tensor | None = None,  # (B,)
-    leave_one_out: bool = False,
-) -> GroupStats:
-    """Return the statistics of each row's group, or of the row's group without the row itself.
-
-    In fp64, so that a row can be taken out of the sums of its group again.
-    """
-    lengths = cu_groups.diff()
-    group = torch.repeat_interleave(lengths, output_size=rewards.shape[0])
-    scored = ~rewards.isnan()
-    reward = torch.where(scored, rewards, 0.0).double()
-    weight = scored.double() if weights is None else scored * weights.double()
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(lengths.shape).index_add_(0, group, x)[group]
-
-    def largest(x: Tensor) -> Tensor:
-        return x.new_full(lengths.shape, -torch.inf).scatter_reduce_(0, group, x, "amax")[group]
-
-    def moments(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        member = weight > 0
-        low = -largest(torch.where(member, -reward, -torch.inf))
-        high = largest(torch.where(member, reward, -torch.inf))
-        count = total(weight)
-        mean = torch.where(high > low, total(weight * reward) / count, low)
-        distance = torch.where(member, reward - mean, 0.0)
-        return count, mean, total(weight * distance.square()), low, high
-
-    stats = moments(weight)
-    if leave_one_out:
-        count, mean, square, low, high = stats
-        gap = torch.where(weight > 0, reward - mean, 0.0)
-        share = torch.where(weight > 0, weight / (count - weight), 0.0)
-        square = square - weight * gap.square() * (1 + share)
-        stats = count - weight, mean - gap * share, square, low, high
-        # Without the only highest or lowest reward, hardly anything may be left of a sum.
-        for extreme in (low, high):
-            alone = (reward == extreme) & (weight > 0)
-            alone &= total(alone.double()) == 1
-            rest = moments(weight.masked_fill(alone, 0.0))
-            stats = [torch.where(alone, r, s) for r, s in zip(rest, stats, strict=True)]
-    count, mean, square, _, high = stats
-    mean, high = (torch.where(count > 0, x, reward) for x in (mean, high))
-    gap = torch.where(scored, reward - mean, 0.0)
-    return GroupStats(*(x.float() for x in (count, mean, gap, square, high)))
 
 
 def _move_maximum(

@@ -1,0 +1,34 @@
+"""The CPU's implementation: for each file of Triton kernels one of this name, in plain torch.
+
+Names, signatures and results are those of `fastgrpo_kernels`; tiles may have any strides, and
+float64 is supported. Whatever is vocabulary-sized is handled by the caller in tiles
+(`fastgrpo.head.loops`).
+"""
+
+from fastgrpo.torch_kernels.group_advantages import group_stats
+from fastgrpo.torch_kernels.logits_tile import (
+    scatter_rows,
+    tile_exp,
+    tile_exp_grad,
+    tile_grad,
+    tile_stats,
+)
+from fastgrpo.torch_kernels.policy_loss import segment_reduce, token_loss
+from fastgrpo.torch_kernels.sparse_entries import bag_sum, entry_logits, tile_draw
+
+ROW_MAJOR_TILES = False  # CPU GEMMs write a tile faster column by column
+
+__all__ = [
+    "ROW_MAJOR_TILES",
+    "bag_sum",
+    "entry_logits",
+    "group_stats",
+    "scatter_rows",
+    "segment_reduce",
+    "tile_draw",
+    "tile_exp",
+    "tile_exp_grad",
+    "tile_grad",
+    "tile_stats",
+    "token_loss",
+]

@@ -1,0 +1,70 @@
+"""Per-token policy loss with its derivatives and metrics, and reductions over packed segments."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS, k3
+from fastgrpo_kernels.policy_loss import token_terms
+from fastgrpo_kernels.surrogates import SURROGATES
+from fastgrpo_kernels.twins import bounded_exp, torch_twin
+
+
+def token_loss(
+    logps: Tensor,  # (n,)
+    log_ratio: Tensor,  # (n,)
+    advantages: Tensor,  # (n,)
+    weights: Tensor,  # (n,)
+    multipliers: Tensor | None,  # (n,)
+    context: Tensor | None,  # (n,)
+    ref_logps: Tensor | None,  # (n,)
+    surrogate: str,
+    parameters: tuple[float, ...],
+    kl: str,
+    kl_gradient: str,
+    beta: float,
+    kl_input_clamp: float = math.inf,
+    kl_output_clamp: float = math.inf,
+    separate: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return weighted losses (n,), their derivatives by logp and by log-ratio, and `STATS`."""
+    zero = torch.zeros_like(logps)
+    x = zero if ref_logps is None else ref_logps - logps
+    loss, dlogps, dratio, clipped = torch_twin(token_terms)(
+        logps,
+        log_ratio,
+        advantages,
+        zero if context is None else context,
+        parameters,
+        1.0 if multipliers is None else multipliers,
+        x,
+        beta,
+        kl_input_clamp,
+        kl_output_clamp,
+        torch_twin(SURROGATES[surrogate].fn),
+        torch_twin(KL_ESTIMATORS[kl].fn),
+        torch_twin(KL_GRADIENTS[kl_gradient].fn),
+        SURROGATES[surrogate].slope == "ratio",
+        beta != 0,
+    )
+    loss, dlogps, dratio = loss * weights, dlogps * weights, dratio * weights
+    if not separate:
+        dlogps, dratio = dlogps + dratio, None
+    ratio = torch_twin(bounded_exp)(log_ratio)
+    sums = (torch_twin(k3)(x)[0], ratio, clipped < 0, clipped > 0)
+    extrema = (ratio.amin(), ratio.amax()) if len(ratio) else (zero.sum(), zero.sum())
+    stats = torch.stack([*(s.sum(dtype=logps.dtype) for s in sums), *extrema])
+    return loss, dlogps, dratio, stats
+
+
+def segment_reduce(x: Tensor, cu_seqlens: Tensor, op: str) -> Tensor:
+    """Return the sum or max of each segment of x (n,), broadcast to the segment's rows."""
+    lengths = cu_seqlens.diff()
+    segment = torch.repeat_interleave(lengths, output_size=x.shape[0])
+    if op == "max":
+        start = x.new_full((lengths.shape[0],), -torch.inf)
+        return start.scatter_reduce_(0, segment, x, "amax")[segment]
+    return x.new_zeros(lengths.shape[0]).index_add_(0, segment, x)[segment]
