@@ -6,21 +6,25 @@ On the torch backend, and in a process with TRITON_INTERPRET=1 on the kernels.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch import Tensor
 
 import fastgrpo_kernels
 from fastgrpo import LossConfig, linear_logps, ops, reference
 from fastgrpo.head import gradients, loops
 from fastgrpo.head import plan as tiles
-from fastgrpo.head.plan import Head, Needs, Rows, Upstream
+from fastgrpo.head.plan import Head, Rows, Upstream
 from fastgrpo.testing import make_batch, relative_error, rms
 from fastgrpo_kernels.runtime import INTERPRETED
-from tests.test_grpo_loss import exact
-from tests.test_grpo_loss import fused as run
+from oracle import exact
+from oracle import fused as run
+from row_oracle import (
+    CHUNKING,
+    NEEDS,
+    TRANSFORMED,
+    check_gradients_from_exponentials,
+    rows_with_upstream,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -94,68 +98,10 @@ def test_log_probs_bias_and_softcap(backend):
 
 # ---- from exponentials -------------------------------------------------------------------------
 
-NEEDS = {"trainable": Needs(True, True, True), "frozen": Needs(True, False, False)}
-OPTIONS = {"plain": False, "bias, temperature, scale and softcap": True}
-CHUNKING = {"one chunk, all alive": (512, 0.0), "several chunks, half dead": (100, 0.5)}
-
-
-class Given(NamedTuple):
-    """Rows with dL/dlogp, and what must come out, fp64."""
-
-    rows: Rows
-    head: Head
-    upstream: Tensor  # (n,)
-    logps: Tensor  # (n,)
-    lse: Tensor  # (n,)
-    grads: tuple[Tensor, Tensor, Tensor]
-
-
-def rows_with_upstream(logit_std, options, dead, device="cpu", **shape) -> Given:
-    batch = make_batch(dtype=torch.bfloat16, logit_std=logit_std, **shape)
-    g = torch.Generator().manual_seed(1)
-    hidden, ids = (x[batch.completion_mask] for x in (batch.hidden, batch.completion_ids))
-    n, vocab = len(ids), len(batch.weight)
-    bias = torch.randn(vocab, generator=g).bfloat16() if options else None
-    inv_temperature = torch.linspace(0.7, 1.4, n) if options else None
-    scale, softcap = (0.7, 9.0) if options else (1.0, 0.0)
-    upstream = torch.randn(n, generator=g) * (torch.rand(n, generator=g) >= dead) / n
-    leaves = [x.double().requires_grad_() for x in (hidden, batch.weight, torch.zeros(vocab))]
-    logps, _, lse = reference.token_logps(
-        *leaves[:2], ids, bias=leaves[2] + (bias.double() if options else 0.0),
-        temperature=inv_temperature.double().reciprocal() if options else 1.0,
-        logit_scale=scale, softcap=softcap or None,
-    )  # fmt: skip
-    grads = torch.autograd.grad((logps * upstream).sum(), leaves)
-    bias, inv_temperature = (None if x is None else x.to(device) for x in (bias, inv_temperature))
-    return Given(
-        Rows(hidden.to(device), ids.to(device), inv_temperature),
-        Head(batch.weight.to(device), bias, scale, softcap),
-        upstream.to(device), logps.detach(), lse.detach(), grads,
-    )  # fmt: skip
-
-
-def check_gradients_from_exponentials(given: Given, plan: tiles.Plan, needs: Needs) -> None:
-    """One pass, dL/dlogp given: every gradient is a GEMM of exponentials and a factor per row."""
-    scored, grads = loops.logps_and_grads(
-        fastgrpo_kernels, given.rows, given.head, plan, True,
-        lambda c, _: Upstream(given.upstream[c], None), needs,
-        entropy_gradient=False, may_drop_rows=True,
-    )  # fmt: skip
-    for actual, exact_scores in zip(scored, (given.logps, given.lse), strict=False):
-        assert rms(actual.cpu(), exact_scores) <= 1e-5
-    assert scored.entropy.shape == given.logps.shape
-    # Both operands of the GEMM for the weight are rounded, the exponentials and the scaled rows:
-    # sqrt(3) times the rounding of the result, where one entry makes up a row.
-    for actual, exact_grad, bar in zip(grads, given.grads, (1.25, 1.4, 1.25), strict=True):
-        if actual is not None:
-            rounding = relative_error(exact_grad.bfloat16(), exact_grad)
-            assert relative_error(actual.bfloat16().cpu(), exact_grad) <= bar * rounding
-    assert [x is not None for x in grads] == list(needs)
-
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernel makes them")
 @pytest.mark.parametrize("rows_at_once, dead", CHUNKING.values(), ids=CHUNKING)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", TRANSFORMED.values(), ids=TRANSFORMED)
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
 @pytest.mark.parametrize("logit_std", [1.0, 6.0], ids=["flat", "peaked"])
 def test_gradients_from_exponentials(monkeypatch, logit_std, needs, options, rows_at_once, dead):

@@ -14,7 +14,7 @@ from fastgrpo.head.loops import logps_bwd, logps_fwd
 from fastgrpo.head.plan import Head, Logps, Needs, Rows, Upstream, plan
 from fastgrpo.testing import make_batch, relative_error
 from fastgrpo.torch_kernels import sparse_entries
-from tests.test_memory import largest_inside
+from oracle import HEADS, SEEDS, SHAPE, assert_unbiased, gradients, largest_inside
 
 EVERYTHING = Needs(hidden=True, weight=True, bias=True)
 
@@ -135,17 +135,6 @@ def test_words_are_uniform_and_pairwise_uncorrelated():
 # ---- the public functions ----------------------------------------------------------------------
 
 
-def gradients(batch, frozen=False, **options):
-    hidden = batch.hidden.clone().requires_grad_()
-    weight = batch.weight.clone().requires_grad_(not frozen)
-    options = {"old_logps": batch.old_logps, "ref_logps": batch.ref_logps, **options}
-    out = fastgrpo.grpo_loss(
-        hidden, weight, *batch[2:5], sampler_logps=batch.sampler_logps, **options
-    )
-    out.loss.backward()
-    return out, *(x.grad for x in (hidden, weight) if x.grad is not None)
-
-
 def score_gradients(batch, entropy="none", **options):
     hidden, weight = (x.clone().requires_grad_() for x in batch[:2])
     ids = batch.completion_ids.masked_fill(~batch.completion_mask, -100)
@@ -157,21 +146,6 @@ def score_gradients(batch, entropy="none", **options):
     return out, hidden.grad, weight.grad
 
 
-def assert_unbiased(samples, exact):
-    """|mean error|^2 is what independent errors without a bias give, within four sigma of chance.
-
-    With R samples, a bias b and a noise of rms s, `excess` is 1 + R b^2 / s^2, but for chance:
-    sqrt(2 / d), d being the dimensions that the noise fills.
-    """
-    errors = torch.stack([(x.double() - exact.double()).flatten() for x in samples])
-    assert errors.any()
-    excess = len(errors) * errors.mean(0).square().sum() / errors.square().sum(1).mean()
-    gram = errors @ errors.t()
-    dimensions = gram.trace().square() / gram.square().sum()
-    assert excess < 1 + 4 * (2 / dimensions).sqrt(), f"{excess}, {dimensions} dimensions"
-
-
-SEEDS = 32
 CONFIGS = {
     "grpo": "grpo",
     "kl": LossConfig.preset("grpo", beta=0.3),
@@ -183,12 +157,6 @@ CONFIGS = {
     "quantile": LossConfig.preset("dapo", top_entropy_quantile=0.5),
     "reinforce": "reinforce",
 }
-HEADS = {
-    "plain": {},
-    "scaled": {"temperature": 0.7, "logit_scale": 1.2, "softcap": 12.0},
-    "biased": {"bias": torch.linspace(-1, 1, 301)},
-}
-SHAPE = dict(sequences=6, length=11, vocab=301, hidden_size=16, logit_std=2.0, off_policy=0.1)
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["in the forward", "in a second pass"])

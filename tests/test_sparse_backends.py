@@ -12,7 +12,7 @@ from fastgrpo.head.loops import logps_fwd
 from fastgrpo.head.plan import Head, Rows, plan
 from fastgrpo.testing import make_batch, relative_error
 from fastgrpo_kernels.runtime import INTERPRETED
-from tests.test_sparse import HEADS, SHAPE, gradients
+from oracle import HEADS, SHAPE, gradients
 
 
 def test_a_seed_decides_every_bit(backend):

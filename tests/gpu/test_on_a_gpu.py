@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import fastgrpo
+import row_oracle
+import score_oracle
 from fastgrpo import LossConfig, torch_kernels
 from fastgrpo.advantages.estimators import ESTIMATORS
 from fastgrpo.head import plan as tiles
@@ -15,14 +17,18 @@ from fastgrpo_kernels import anchored_logps, anchored_logps_fwd, segment_reduce,
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.runtime import LAUNCHES, architecture
 from fastgrpo_kernels.surrogates import SURROGATES
-from tests import test_gpu_route as dense
-from tests import test_loss_family as family
-from tests.kernels.interpreter import test_interpreter_anchored_logps as anchored
-from tests.kernels.interpreter import test_interpreter_token_loss as rowwise
-from tests.test_grpo_loss import PRESETS as ROUTED
-from tests.test_grpo_loss import config_of, exact, fused
-from tests.test_linear_logps import DTYPES, GRADIENT_BARS, TRANSFORMS, operands
-from tests.test_linear_logps import exact as exact_logps
+from oracle import (
+    DTYPES,
+    GRADIENT_BARS,
+    TRANSFORMS,
+    config_of,
+    exact,
+    exact_logps,
+    fused,
+    operands,
+    valid_batch,
+)
+from oracle import PRESETS as ROUTED
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -73,11 +79,11 @@ def test_losses(preset, dtype, frozen, workspace_mb):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset(name):
-    batch = family.make_batch(**SHAPES["ragged"], off_policy=0.05)
+    batch = valid_batch(**SHAPES["ragged"], off_policy=0.05)
     length = {"max_completion_length": 40} if name == "dr_grpo" else {}
     drawn = {"cov_ratio": 1.0} if name == "clip_cov" else {}
     config = LossConfig.preset(name, beta=0.1, **length, **drawn)
-    loss, dhidden, dweight = family.exact(batch, config)
+    loss, dhidden, dweight = exact(batch, config)
     b = on_device(batch)
     hidden, weight = b.hidden.requires_grad_(), b.weight.requires_grad_()
     out = fastgrpo.grpo_loss(
@@ -93,10 +99,10 @@ def test_every_preset(name):
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_surrogate_is_its_twin(name, separate):
-    rows = rowwise.problem()
+    rows = row_oracle.loss_rows()
     for kl in KL_ESTIMATORS:
         for gradient in KL_GRADIENTS:
-            options = (name, rowwise.parameters(name), kl, gradient, 0.07)
+            options = (name, row_oracle.parameters(name), kl, gradient, 0.07)
             wanted = torch_kernels.token_loss(*rows, *options, separate=separate)
             moved = (x.to(DEVICE) for x in rows)
             for x, y in zip(token_loss(*moved, *options, separate=separate), wanted, strict=True):
@@ -199,55 +205,55 @@ def moved(values):
 
 
 @pytest.mark.parametrize("hidden_size", [72, 1024, 2048], ids="H {}".format)
-@pytest.mark.parametrize("transform", anchored.TRANSFORMS.values(), ids=anchored.TRANSFORMS)
-@pytest.mark.parametrize("dtype", anchored.DTYPES, ids=str)
+@pytest.mark.parametrize("transform", score_oracle.TRANSFORMS.values(), ids=score_oracle.TRANSFORMS)
+@pytest.mark.parametrize("dtype", score_oracle.DTYPES, ids=str)
 def test_anchored_log_probs(hopper, dtype, transform, hidden_size):
     """H 72 and 1024 take the warp-specialised variant where there is one."""
     n, vocab = 300, 50_021
-    operands = anchored.problem(n, vocab, hidden_size, dtype)
+    operands = score_oracle.problem(n, vocab, hidden_size, dtype)
     options = transform(vocab, n, dtype)
-    wanted = anchored.oracle(*operands, *options)
+    wanted = score_oracle.oracle(*operands, *options)
     result = anchored_logps_fwd(*moved(operands), *moved(options), True)
     assert not result.redone.any()
-    anchored.assert_accurate([x.cpu() for x in result[:3]], wanted)
+    score_oracle.assert_accurate([x.cpu() for x in result[:3]], wanted)
 
 
-@pytest.mark.parametrize("transform", anchored.TRANSFORMS.values(), ids=anchored.TRANSFORMS)
+@pytest.mark.parametrize("transform", score_oracle.TRANSFORMS.values(), ids=score_oracle.TRANSFORMS)
 def test_anchored_exponentials_and_marks(hopper, transform):
     n, vocab, tau = 300, 5003, 1e-2
-    operands = anchored.problem(n, vocab, 200, torch.bfloat16)
+    operands = score_oracle.problem(n, vocab, 200, torch.bfloat16)
     options = transform(vocab, n, torch.bfloat16)
     exps = torch.empty((n, 5008), dtype=torch.bfloat16, device=DEVICE)[:, :vocab]
     result = anchored_logps_fwd(*moved(operands), *moved(options), True, exps=exps)
     on_cpu = anchored_logps.Anchored(*(x.cpu() for x in result))
-    anchored.assert_exps(exps.cpu(), on_cpu, *operands, options)
+    score_oracle.assert_exps(exps.cpu(), on_cpu, *operands, options)
 
-    lse = anchored.oracle(*operands, *options)[1]
-    draw = anchored.draw_of(n, vocab, (lse + torch.tensor(tau).log()).float())
+    lse = score_oracle.oracle(*operands, *options)[1]
+    draw = score_oracle.draw_of(n, vocab, (lse + torch.tensor(tau).log()).float())
     on_gpu = anchored_logps.Marks(*moved(draw))
     anchored_logps_fwd(*moved(operands), *moved(options), False, draw=on_gpu)
-    anchored.assert_marks(draw._replace(mask=on_gpu.mask.cpu()), *operands, options)
+    score_oracle.assert_marks(draw._replace(mask=on_gpu.mask.cpu()), *operands, options)
 
 
 def test_anchored_rows_beyond_the_safe_range(hopper):
     gaps = [20.0, 8.0, 60.0, 0.0, -40.0, -100.0, -120.0, -200.0, -1000.0] * 40
-    operands = anchored.confident(gaps)
+    operands = score_oracle.confident(gaps)
     exps = torch.empty((len(gaps), 608), dtype=torch.bfloat16, device=DEVICE)[:, :601]
-    result = anchored_logps_fwd(*moved(operands), *anchored.PLAIN, True, exps=exps)
+    result = anchored_logps_fwd(*moved(operands), *score_oracle.PLAIN, True, exps=exps)
     result = anchored_logps.Anchored(*(x.cpu() for x in result))
     assert result.redone.tolist() == [gap < -109 for gap in gaps]
-    anchored.assert_accurate(result[:3], anchored.oracle(*operands), atol=6e-5, rms=3e-5)
-    anchored.assert_exps(exps.cpu(), result, *operands, anchored.PLAIN)
+    score_oracle.assert_accurate(result[:3], score_oracle.oracle(*operands), atol=6e-5, rms=3e-5)
+    score_oracle.assert_exps(exps.cpu(), result, *operands, score_oracle.PLAIN)
 
 
 def test_anchored_rows_have_the_same_bits_in_any_batch(hopper):
     for hidden_size in (1024, 2048):
-        hidden, weight, ids = moved(anchored.problem(1000, 5003, hidden_size, torch.bfloat16))
+        hidden, weight, ids = moved(score_oracle.problem(1000, 5003, hidden_size, torch.bfloat16))
         hidden[::50] *= 8  # some of them are done again
-        whole = anchored_logps_fwd(hidden, weight, ids, *anchored.PLAIN, True)
+        whole = anchored_logps_fwd(hidden, weight, ids, *score_oracle.PLAIN, True)
         for some in (torch.arange(7), torch.randperm(1000)[:300]):
             some = some.to(DEVICE)
-            alone = anchored_logps_fwd(hidden[some], weight, ids[some], *anchored.PLAIN, True)
+            alone = anchored_logps_fwd(hidden[some], weight, ids[some], *score_oracle.PLAIN, True)
             assert all(torch.equal(a, w[some]) for a, w in zip(alone, whole, strict=True))
 
 
@@ -257,11 +263,11 @@ def test_specialised_warps_give_the_same_sums(hopper, hidden_size):
     flattened, specialised = hopper
     if specialised is None:
         pytest.skip("one variant only")
-    hidden, weight, ids = moved(anchored.problem(1000, 50_021, hidden_size, torch.bfloat16))
+    hidden, weight, ids = moved(score_oracle.problem(1000, 50_021, hidden_size, torch.bfloat16))
     anchor = torch.full((1000,), 40.0, device=DEVICE)
 
     def sums(launch):
-        arguments = (launch, hidden, weight, ids, *anchored.PLAIN, anchor, True, None, None)
+        arguments = (launch, hidden, weight, ids, *score_oracle.PLAIN, anchor, True, None, None)
         partials, kernel = anchored_logps._sum_tiles(*arguments)
         return partials, "ttg.warp_specialize" in kernel.asm["ttgir"]
 
@@ -279,21 +285,23 @@ def test_specialised_warps_pass_their_trial(hopper):
     assert anchored_logps._launch(*2 * [torch.empty(8, 1024, device=DEVICE)], True) is hopper[1]
 
 
-@pytest.mark.parametrize("rows_at_once, dead", dense.CHUNKING.values(), ids=dense.CHUNKING)
-@pytest.mark.parametrize("options", dense.OPTIONS.values(), ids=dense.OPTIONS)
-@pytest.mark.parametrize("needs", dense.NEEDS.values(), ids=dense.NEEDS)
+@pytest.mark.parametrize(
+    "rows_at_once, dead", row_oracle.CHUNKING.values(), ids=row_oracle.CHUNKING
+)
+@pytest.mark.parametrize("options", row_oracle.TRANSFORMED.values(), ids=row_oracle.TRANSFORMED)
+@pytest.mark.parametrize("needs", row_oracle.NEEDS.values(), ids=row_oracle.NEEDS)
 @pytest.mark.parametrize("logit_std", [1.0, 6.0], ids=["flat", "peaked"])
 def test_gradients_from_exponentials(hopper, logit_std, needs, options, rows_at_once, dead):
-    given = dense.rows_with_upstream(logit_std, options, dead, DEVICE, **SHAPES["ragged"])
+    given = row_oracle.rows_with_upstream(logit_std, options, dead, DEVICE, **SHAPES["ragged"])
     plan = tiles.plan(given.rows.hidden, given.head.weight, None)._replace(exps_rows=rows_at_once)
-    dense.check_gradients_from_exponentials(given, plan, needs)
+    row_oracle.check_gradients_from_exponentials(given, plan, needs)
 
 
 def test_anchored_log_probs_never_wait_for_the_host(hopper):
-    operands = moved(anchored.problem(300, 5003, 1024, torch.bfloat16))
-    anchored_logps_fwd(*operands, *anchored.PLAIN, True)  # compiles, and tries its variants
+    operands = moved(score_oracle.problem(300, 5003, 1024, torch.bfloat16))
+    anchored_logps_fwd(*operands, *score_oracle.PLAIN, True)  # compiles, and tries its variants
     torch.cuda.set_sync_debug_mode("error")
     try:
-        anchored_logps_fwd(*operands, *anchored.PLAIN, True)
+        anchored_logps_fwd(*operands, *score_oracle.PLAIN, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")

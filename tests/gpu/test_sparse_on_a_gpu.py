@@ -11,8 +11,8 @@ from fastgrpo.head import sparse
 from fastgrpo.head.loops import logps_fwd
 from fastgrpo.head.plan import Head, Rows, plan
 from fastgrpo.testing import Batch, make_batch, relative_error
-from tests.kernels.interpreter import test_interpreter_sparse_entries as twins
-from tests.test_sparse import SEEDS, assert_unbiased, gradients
+from oracle import SEEDS, assert_unbiased, gradients
+from row_oracle import ENTRY_OPTIONS, entry_operands, options_of
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -81,11 +81,11 @@ def test_a_seed_decides_every_bit_and_overflow_is_exact():
         assert relative_error(actual, exact) <= 4e-3
 
 
-@pytest.mark.parametrize("name", twins.OPTIONS)
+@pytest.mark.parametrize("name", ENTRY_OPTIONS)
 def test_dot_products_and_bags(name):
-    _, _, _, inverse, bias, hidden = twins.problem()
+    _, _, _, inverse, bias, hidden = entry_operands()
     weight = torch.randn(1100, hidden.shape[1])
-    bias, inverse, scale, softcap = twins.options_of(name, inverse, bias)
+    bias, inverse, scale, softcap = options_of(name, inverse, bias)
     entries = torch.randint(1100, (len(hidden), 11), dtype=torch.int32)
     wanted = torch.zeros(len(hidden), 11)
     torch_kernels.entry_logits(hidden, weight, bias, inverse, scale, softcap, entries, None, wanted)

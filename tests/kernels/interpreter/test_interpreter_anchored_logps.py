@@ -7,56 +7,28 @@ import math
 import pytest
 import torch
 
-from fastgrpo_kernels import Marks, anchored_logps_fwd, has_anchored, linear_logps_fwd, mask_words
 from fastgrpo_kernels import anchored_logps as anchored
+from fastgrpo_kernels import anchored_logps_fwd, has_anchored, linear_logps_fwd
 from fastgrpo_kernels.runtime import launch_for
-from tests.kernels.interpreter.test_interpreter_linear_logps import (
+from score_oracle import (
+    DTYPES,
+    PLAIN,
+    TRANSFORMS,
     assert_accurate,
+    assert_exps,
+    assert_marks,
+    confident,
+    draw_of,
     oracle,
     problem,
 )
 
 BLOCKS = launch_for("anchored_logps", 16, "interpreter").blocks
-PLAIN = (None, None, 1.0, 0.0)  # bias, inverse temperature, scale, softcap
-DTYPES = [torch.float16, torch.bfloat16]
-
-
-def transformed(vocab, n, dtype, scale=0.25, softcap=0.0):
-    bias = torch.randn(vocab, generator=torch.Generator().manual_seed(1)).to(dtype)
-    return bias, torch.linspace(0.5, 2.0, n), scale, softcap
-
-
-TRANSFORMS = {
-    "plain": lambda *_: PLAIN,
-    "bias, temperature and scale": transformed,
-    "softcap": lambda v, n, dtype: transformed(v, n, dtype, 1.0, 30.0),
-    "tight softcap": lambda v, n, dtype: transformed(v, n, dtype, 2.0, 5.0),
-}
 
 
 def room_for(n, vocab):
     """An uninitialised tile of exponentials, whose rows TMA can address."""
     return torch.empty((n, -(-vocab // 8) * 8), dtype=torch.bfloat16)[:, :vocab]
-
-
-def probabilities(hidden, weight, bias, inv_temperature, scale, softcap):
-    """p (n, V) and the softcap's slope, fp64."""
-    z = scale * (hidden.double() @ weight.double().T + (0.0 if bias is None else bias.double()))
-    slope = 1 - torch.tanh(z / softcap) ** 2 if softcap else torch.ones_like(z)
-    z = softcap * torch.tanh(z / softcap) if softcap else z
-    z = z if inv_temperature is None else z * inv_temperature.double()[:, None]
-    return z.softmax(1), slope
-
-
-def assert_exps(exps, result, hidden, weight, ids, options):
-    """They are p times the slope, rounded once to bf16 and accurate to 1e-5 before; 0 at ids."""
-    p, slope = probabilities(hidden, weight, *options)
-    wanted = (p * slope).scatter(1, ids[:, None], 0.0)
-    actual = exps.double() * result.log_scale.double().exp()[:, None]
-    error = (actual - wanted).abs()
-    # The slope comes from a tanh near 1: its error is absolute. Smallest: 2^-126, times e^40.
-    assert (error <= (2**-8 + 2e-5) * wanted + 1e-5 * (slope < 1) * p + 1e-20).all()
-    assert (exps[torch.arange(len(ids)), ids] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,16 +118,6 @@ def test_which_operands_it_takes():
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def confident(gaps, vocab=601, hidden_size=40):
-    """One row per gap: its token's logit stands that many nats above one other, the rest at 0."""
-    weight = torch.zeros(vocab, hidden_size)
-    weight[3, 0] = weight[7, 1] = 1.0
-    hidden = torch.zeros(len(gaps), hidden_size)
-    hidden[:, 0] = torch.tensor(gaps).clamp(min=0)
-    hidden[:, 1] = -torch.tensor(gaps).clamp(max=0)
-    return hidden.bfloat16(), weight.bfloat16(), torch.full((len(gaps),), 3)
-
-
 @pytest.mark.parametrize("with_exps", [False, True], ids=["scores", "exps"])
 def test_rows_beyond_the_safe_range_are_done_again(with_exps):
     gaps = [20.0, 8.0, 60.0, 0.0, -40.0, -100.0, -120.0, -200.0, -1000.0]
@@ -223,31 +185,6 @@ def test_no_rows():
 
 
 # ---- drawing -----------------------------------------------------------------------------------
-
-
-def draw_of(n, vocab, anchor, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    words = (torch.randint(2**23, (k,), generator=g, dtype=torch.int32) for k in (vocab, n))
-    mask = torch.full((n, mask_words(vocab)), -1, dtype=torch.int32)
-    return Marks(anchor, *words, mask)
-
-
-def unpacked(mask, vocab):
-    v = torch.arange(vocab)
-    return (mask[:, 4 * (v // 128) + v // 2 % 4] >> (2 * (v // 8 % 16) + v % 2) & 1).bool()
-
-
-def assert_marks(draw, hidden, weight, ids, options):
-    """They are where e > u, but for ties within the accuracy of e; none beyond V."""
-    vocab, (p, _) = len(weight), probabilities(hidden, weight, *options)
-    lse = oracle(hidden, weight, ids, *options)[1]
-    e = (p * (lse - draw.anchor).exp()[:, None]).scatter(1, ids[:, None], 0.0)
-    u = (draw.column_words ^ draw.row_words[:, None]).double() / 2**23
-    marked, sure = unpacked(draw.mask, vocab), (e - u).abs() > 1e-6 + 1e-4 * e
-    assert torch.equal(marked[sure], (e > u)[sure])
-    assert sure.double().mean() > 0.999 and 0.001 < marked.double().mean() < 0.5
-    whole_tiles = -(-vocab // BLOCKS["BLOCK_V"]) * BLOCKS["BLOCK_V"]
-    assert not unpacked(draw.mask, whole_tiles)[:, vocab:].any()
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)

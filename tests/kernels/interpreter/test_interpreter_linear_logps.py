@@ -7,42 +7,10 @@ import torch
 
 from fastgrpo_kernels import linear_logps_fwd
 from fastgrpo_kernels.runtime import launch_for
+from score_oracle import assert_accurate, oracle, problem
 
 BLOCKS = launch_for("linear_logps", 16, "interpreter").blocks
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def problem(n, vocab, hidden_size, dtype, weight_dtype=None, spread=4.0, seed=0):
-    """Rows whose logits have a standard deviation of `spread` nats, half of the targets likely."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, hidden_size, generator=g).to(dtype)
-    weight = torch.randn(vocab, hidden_size, generator=g) * spread / hidden_size**0.5
-    weight = weight.to(weight_dtype or dtype)
-    ids = torch.randint(0, vocab, (n,), generator=g)
-    if n:
-        ids[::2] = (hidden.double() @ weight.double().T).argmax(1)[::2]
-    return hidden, weight, ids
-
-
-def oracle(hidden, weight, ids, bias=None, inv_temperature=None, logit_scale=1.0, softcap=0.0):
-    """fp64 logps, lse and entropy; -inf logits count for nothing."""
-    z = hidden.double() @ weight.double().T
-    z = z if bias is None else z + bias.double()
-    z = z * logit_scale
-    z = softcap * torch.tanh(z / softcap) if softcap else z
-    z = z if inv_temperature is None else z * inv_temperature.double()[:, None]
-    logps = z.log_softmax(1)
-    entropy = -torch.where(logps == -torch.inf, 0.0, logps.exp() * logps).sum(1)
-    return logps.gather(1, ids[:, None])[:, 0], z.logsumexp(1), entropy
-
-
-def assert_accurate(actual, expected, *, atol=2e-5, rms=1e-5):
-    """The accuracy bars: at most 2e-5 nats for any row, 1e-5 over the rows."""
-    for name, a, e in zip(("logps", "lse", "entropy"), actual, expected, strict=True):
-        error = (a.double() - e).abs()
-        assert a.dtype == torch.float32
-        assert error.max() <= atol, (name, error.max())
-        assert error.square().mean().sqrt() <= rms, (name, error.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,34 +8,7 @@ import torch
 import fastgrpo_kernels as kernels
 from fastgrpo import torch_kernels
 from fastgrpo_kernels.sparse_entries import Kept, compact_mask
-
-OPTIONS = {
-    "plain": {},
-    "temperature": {"inv_temperature": True},
-    "everything": {"inv_temperature": True, "bias": True, "logit_scale": 1.3, "softcap": 9.0},
-}
-
-
-def problem(n=13, vocab=1100, slots=24, hidden_size=72, seed=0):
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g)
-
-    z = 2 * normal(n, vocab)
-    ids = torch.randint(vocab, (n,), generator=g)
-    words = [torch.randint(2**23, (k,), generator=g, dtype=torch.int32) for k in (vocab, n)]
-    return z, ids, words, normal(n).abs() + 0.5, normal(vocab), normal(n, hidden_size)
-
-
-def options_of(name, inv_temperature, bias):
-    chosen = dict(OPTIONS[name])
-    return (
-        bias if chosen.get("bias") else None,
-        inv_temperature if chosen.get("inv_temperature") else None,
-        chosen.get("logit_scale", 1.0),
-        chosen.get("softcap", 0.0),
-    )
+from row_oracle import ENTRY_OPTIONS, entry_operands, options_of
 
 
 def empty_kept(n, slots, first=1):
@@ -47,9 +20,9 @@ def empty_kept(n, slots, first=1):
 
 
 @pytest.mark.parametrize("slots", [24, 400], ids=["some overflow", "all fit"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ENTRY_OPTIONS)
 def test_tile_draw(name, slots):
-    z, ids, (columns, rows), inverse, bias, _ = problem()
+    z, ids, (columns, rows), inverse, bias, _ = entry_operands()
     bias, inverse, scale, softcap = options_of(name, inverse, bias)
     anchor = z.logsumexp(1) - 4.0 + torch.arange(len(z)) / 4  # from a few entries to hundreds
     anchor[3] = torch.nan
@@ -93,11 +66,11 @@ def test_compact_mask():
 
 
 @pytest.mark.parametrize("slots", [24, 400], ids=["some overflow", "all fit"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ENTRY_OPTIONS)
 def test_drawn_in_the_epilogue(name, slots, monkeypatch):
     """The same entries as from tiles of logits, with the same logits; rows that fail overflow."""
     monkeypatch.setattr("fastgrpo_kernels.sparse_entries.MASK_BYTES", 2000)  # several blocks
-    _, ids, (columns, rows), inverse, bias, hidden = problem()
+    _, ids, (columns, rows), inverse, bias, hidden = entry_operands()
     hidden = hidden.bfloat16()
     weight = (torch.randn(1100, hidden.shape[1]) / 4).bfloat16()
     bias, inverse, scale, softcap = options_of(name, inverse, bias.bfloat16())
@@ -133,9 +106,9 @@ def test_drawn_in_the_epilogue(name, slots, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("slots", [1, 11])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ENTRY_OPTIONS)
 def test_entry_logits(name, slots, dtype):
-    _, _, _, inverse, bias, hidden = problem()
+    _, _, _, inverse, bias, hidden = entry_operands()
     weight = torch.randn(1100, hidden.shape[1]).to(dtype)
     hidden = hidden.to(dtype)
     bias, inverse, scale, softcap = options_of(name, inverse, bias.to(dtype))

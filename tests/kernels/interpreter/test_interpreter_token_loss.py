@@ -8,37 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgrpo import LossConfig, torch_kernels
+from fastgrpo import torch_kernels
 from fastgrpo_kernels import STATS, segment_reduce, token_loss
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import SURROGATES
-
-LOW, HIGH = 0.2, 0.28
-N = 300  # two whole blocks of the interpreter's launch and a ragged one
-
-
-def parameters(name):
-    rule = SURROGATES[name]
-    bounds = {"epsilon_low": LOW, "epsilon_high": HIGH, "delta": 3.0, "proximal_coef": 0.3}
-    bounds["epsilon_high"] = 3.0 if name == "cispo_raw" else HIGH
-    given = {key: value for key, value in bounds.items() if key in rule.parameters}
-    return LossConfig(surrogate=name, ratio_level=rule.ratio_levels[0], **given).parameters
-
-
-def problem():
-    """Rows at, around and far from every clip edge, with both signs of advantage and 0."""
-    g = torch.Generator().manual_seed(0)
-    edges = torch.tensor([1 - LOW, 1 + HIGH, 1.1, 3.0, 1.0]).log()
-    log_ratio = torch.cat([edges, edges + 1e-4, edges - 1e-4, edges + 0.1, edges - 0.1])
-    log_ratio = torch.cat([log_ratio.repeat(10), torch.randn(N - 250, generator=g)])
-    logps = -3 * torch.rand(N, generator=g) - 1.2
-    advantages = torch.randn(N, generator=g)
-    advantages[::11] = 0.0
-    weights, multipliers = torch.rand(N, generator=g) / N, 2 * torch.rand(N, generator=g)
-    multipliers[::7] = 0.0
-    context = torch.rand(N, generator=g).round()
-    ref_logps = logps + 0.5 * torch.randn(N, generator=g)
-    return logps, log_ratio, advantages, weights, multipliers, context, ref_logps
+from row_oracle import HIGH, LOW, loss_rows, parameters
 
 
 def assert_same(rows, *options, **keywords):
@@ -56,7 +30,7 @@ def assert_same(rows, *options, **keywords):
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_surrogate_is_its_twin_on_every_edge(name, separate):
     """The same source on the same fp32 bits: they may differ by rounding, never by a branch."""
-    rows = problem()
+    rows = loss_rows()
     assert_same(rows, name, parameters(name), "k3", "value", 0.0, separate=separate)
     without = (*rows[:4], None, None, None)
     assert_same(without, name, parameters(name), "k3", "value", 0.0, separate=separate)
@@ -68,12 +42,12 @@ def test_every_surrogate_is_its_twin_on_every_edge(name, separate):
 def test_every_kl_is_its_twin(kl, gradient, clamps):
     for name, separate in (("ppo_clip", False), ("cispo", True)):
         options = (name, parameters(name), kl, gradient, 0.07, *clamps)
-        _, _, dratio, _ = assert_same(problem(), *options, separate=separate)
+        _, _, dratio, _ = assert_same(loss_rows(), *options, separate=separate)
         assert (dratio is not None) == separate
 
 
 def test_stats_are_sums_and_extrema():
-    rows = problem()
+    rows = loss_rows()
     logps, log_ratio, advantages, *_, ref_logps = rows
     stats = token_loss(*rows, "ppo_clip", parameters("ppo_clip"), "k3", "value", 0.0)[3]
     x, r = (ref_logps - logps).double(), log_ratio.double().exp()
@@ -100,7 +74,7 @@ def test_stats_are_sums_and_extrema():
 
 @pytest.mark.parametrize("n", [0, 1, 129])
 def test_row_counts(n):
-    rows = [x[:n].clone() for x in problem()]
+    rows = [x[:n].clone() for x in loss_rows()]
     options = ("ppo_clip", parameters("ppo_clip"), "k3", "value", 0.1)
     loss, dlogps, dratio, stats = token_loss(*rows, *options, separate=True)
     assert loss.shape == dlogps.shape == dratio.shape == (n,) and stats.shape == (len(STATS),)
