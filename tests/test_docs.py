@@ -16,9 +16,9 @@ import torch
 
 from fastgrpo import LossConfig, count_normalizer
 from fastgrpo.objective.aggregation import token_weights
+from fastgrpo.objective.fields import AGGREGATIONS, ANCHORS, CORRECTIONS, ENTROPY_MODES, REJECTIONS
 from fastgrpo.objective.policy import METRICS
 from fastgrpo.objective.presets import PRESETS
-from fastgrpo.objective.rules import AGGREGATIONS, ANCHORS, CORRECTIONS, ENTROPY_MODES, REJECTIONS
 from fastgrpo.objective.segments import Sequences
 from fastgrpo.testing import make_batch
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS

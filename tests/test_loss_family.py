@@ -14,8 +14,8 @@ import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, reference, testing
+from fastgrpo.objective.fields import AGGREGATIONS, CORRECTIONS, REJECTIONS
 from fastgrpo.objective.presets import PRESETS
-from fastgrpo.objective.rules import AGGREGATIONS, CORRECTIONS, REJECTIONS
 from fastgrpo.testing import relative_error
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import SURROGATES

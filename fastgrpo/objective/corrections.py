@@ -16,7 +16,7 @@ from fastgrpo import checks
 from fastgrpo.backend import resolve
 from fastgrpo.checks import one_of
 from fastgrpo.objective.config import LossConfig
-from fastgrpo.objective.rules import REJECTIONS
+from fastgrpo.objective.fields import REJECTIONS
 from fastgrpo.objective.segments import Segments, Sequences
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
 from fastgrpo_kernels.twins import torch_twin

@@ -1,53 +1,30 @@
-"""What each field of `LossConfig` may be, and together with what."""
+"""Which values each field of a loss may have, and beside which others it has an effect."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from fastgrpo.checks import finite, one_of, positive, share
+from fastgrpo.objective.fields import (
+    AGGREGATIONS,
+    ANCHORS,
+    CORRECTIONS,
+    ENTROPY_MODES,
+    REJECTIONS,
+    LossFields,
+)
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import RATIO_LEVELS, SURROGATES
 
-if TYPE_CHECKING:
-    from fastgrpo.objective.config import LossConfig
 
-AGGREGATIONS = (
-    "token_mean",  # sum over tokens / number of tokens
-    "sequence_mean",  # mean over sequences of the mean over their tokens
-    "fixed_length",  # sum over tokens / (B * max_completion_length)
-    "token_sum",  # sum over tokens
-    "sequence_sum",  # mean over sequences of the sum over their tokens
-    "prompt_mean",  # mean over prompts of the mean over the tokens of all their completions
-)
-ENTROPY_MODES = ("none", "detached", "differentiable")
-ANCHORS = ("old", "sampler")
-
-# Correction -> (is its decision one per sequence, its default bounds).
-CORRECTIONS: dict[str, tuple[bool, tuple[float, float]]] = {
-    "none": (False, (0.0, math.inf)),
-    "token_tis": (False, (0.0, 2.0)),
-    "icepop": (False, (0.5, 5.0)),
-    "sequence_tis": (True, (0.0, 2.0)),
-    "sequence_mis": (True, (0.0, 3.0)),
-    "seq_mask_tis": (True, (0.999, 1.002)),
-}
-REJECTIONS = ("none",) + tuple(
-    f"{level}_{k}"
-    for level in ("token", "seq_sum", "seq_mean", "seq_max")
-    for k in ("k1", "k2", "k3")
-    if (level, k) != ("seq_max", "k1")
-)
-
-
-def check(config: LossConfig) -> None:
+def check_fields(config: LossFields) -> None:
     """Raise ValueError for a wrong value, and for one without effect beside the others."""
-    _names(config)
-    _numbers(config)
-    _combination(config)
+    _check_names(config)
+    _check_numbers(config)
+    _check_combination(config)
 
 
-def _names(config: LossConfig) -> None:
+def _check_names(config: LossFields) -> None:
     one_of("surrogate", config.surrogate, tuple(SURROGATES))
     one_of("ratio_level", config.ratio_level, RATIO_LEVELS)
     one_of("anchor", config.anchor, ANCHORS)
@@ -65,7 +42,7 @@ def _names(config: LossConfig) -> None:
         )
 
 
-def _numbers(config: LossConfig) -> None:
+def _check_numbers(config: LossFields) -> None:
     in_log_space = config.surrogate == "gmpo"
     finite("epsilon_low", config.epsilon_low, 0.0, math.inf if in_log_space else 1.0)
     if config.surrogate == "cispo_raw" and finite("epsilon_high", config.epsilon_high) <= 1.0:
@@ -120,7 +97,7 @@ def _numbers(config: LossConfig) -> None:
         raise ValueError(f"max_completion_length: expected an int >= 1, got {length!r}")
 
 
-def _combination(config: LossConfig) -> None:
+def _check_combination(config: LossFields) -> None:
     """Refuse a field that differs from its default and would be ignored."""
     used = {*config.rule.parameters, *config.rule.options}
     of_some_surrogate = {n for s in SURROGATES.values() for n in (*s.parameters, *s.options)}
@@ -178,12 +155,12 @@ def _combination(config: LossConfig) -> None:
     )
 
 
-def _expects(config: LossConfig, name: str, condition: bool, expected: str) -> None:
+def _expects(config: LossFields, name: str, condition: bool, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}; got {getattr(config, name)!r}")
 
 
-def _needs(config: LossConfig, name: str, condition: bool, otherwise: str) -> None:
+def _needs(config: LossFields, name: str, condition: bool, otherwise: str) -> None:
     default = type(config).__dataclass_fields__[name].default
     if not condition and getattr(config, name) != default:
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect with {otherwise}")
