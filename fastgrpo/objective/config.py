@@ -16,7 +16,7 @@ import torch
 from fastgrpo.checks import one_of
 from fastgrpo.objective.fields import LossFields
 from fastgrpo.objective.presets import PRESETS
-from fastgrpo.objective.rules import check_fields
+from fastgrpo.objective.rules import check_fields, own_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class LossConfig(LossFields):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "surrogate_parameters", own_parameters(self))
         check_fields(self)
         # Made here, as `torch.compile` cannot trace what would make it later.
         object.__setattr__(self, "key", json.dumps(asdict(self)))

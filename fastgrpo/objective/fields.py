@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastgrpo_kernels.surrogates import SURROGATES, Surrogate
@@ -49,7 +50,11 @@ class LossFields:
     """What describes a loss, unchecked: `LossConfig` is this with its rules."""
 
     surrogate: str = "ppo_clip"
-    """Loss of one token: a key of `fastgrpo_kernels.surrogates.SURROGATES`."""
+    """Loss of one token: a key of `fastgrpo_kernels.surrogates.SURROGATES`, where
+    `register_surrogate` adds one of your own."""
+    surrogate_parameters: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    """What such a loss of your own takes: {name: number}, its defaults where left out. Stored as
+    pairs. The package's own losses have fields instead, below."""
     ratio_level: str = "token"
     """The log-ratio it sees: a "token"'s own; the mean over its "sequence"; that mean with the
     token's gradient ("sequence_token"); the sum over the sequence ("sequence_sum"); or "none"."""
@@ -143,12 +148,18 @@ class LossFields:
 
     @property
     def rule(self) -> Surrogate:
+        if self.surrogate not in tuple(SURROGATES):
+            raise ValueError(
+                f"surrogate: expected one of {list(SURROGATES)}, got {self.surrogate!r}; a loss of "
+                "your own is known once the module that calls register_surrogate is imported"
+            )
         return SURROGATES[self.surrogate]
 
     @property
     def parameters(self) -> tuple[float, ...]:
         """What the surrogate's function takes after its tensors; None is an infinite bound."""
-        values = (getattr(self, name) for name in self.rule.parameters)
+        own = dict(self.surrogate_parameters)
+        values = (own[n] if n in own else getattr(self, n) for n in self.rule.parameters)
         return tuple(math.inf if value is None else float(value) for value in values)
 
     @property

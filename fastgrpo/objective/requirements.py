@@ -43,7 +43,8 @@ def check_call(
     if skip_zero_advantage and not config.zero_advantage_is_inert:
         raise ValueError(
             "skip_zero_advantage: expected a loss that tokens with advantage 0 have no part in, "
-            "got one with statistics of sequences or of the batch, a KL term or an entropy bonus"
+            "got one with a gradient there, statistics of sequences or of the batch, a KL term or "
+            "an entropy bonus"
         )
     if skip_zero_advantage and (config.entropy == "differentiable"):
         raise ValueError("skip_zero_advantage has no effect with entropy='differentiable'")
@@ -63,7 +64,7 @@ def check_call(
                 "max_completion_length: expected a length in the LossConfig, or a normalizer, for "
                 "aggregation='fixed_length'; got neither"
             )
-    if seed is not None and config.surrogate != "clip_cov" and not sparsity:
+    if seed is not None and config.rule.context != "drawn_covariance" and not sparsity:
         raise ValueError(
             f"seed has no effect with surrogate={config.surrogate!r} and sparsity=0: nothing is "
             "drawn"

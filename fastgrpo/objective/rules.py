@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from fastgrpo.checks import finite, one_of, positive, share
 from fastgrpo.objective.fields import (
@@ -24,8 +25,26 @@ def check_fields(config: LossFields) -> None:
     _check_combination(config)
 
 
+def own_parameters(config: LossFields) -> tuple[tuple[str, float], ...]:
+    """Return `surrogate_parameters` as they are stored: all of them, in the function's order."""
+    rule, given = config.rule, config.surrogate_parameters
+    expected = f"a mapping of {list(rule.own)} to numbers with surrogate={config.surrogate!r}"
+    if not isinstance(rule.parameters, Mapping):
+        expected = (
+            f"nothing with surrogate={config.surrogate!r}, whose parameters are the fields "
+            f"{list(rule.fields)} of LossConfig"
+        )
+    try:
+        given = dict(given)
+    except (TypeError, ValueError):
+        raise ValueError(f"surrogate_parameters: expected {expected}, got {given!r}") from None
+    if not given.keys() <= rule.own.keys():
+        raise ValueError(f"surrogate_parameters: expected {expected}, got {given}")
+    values = {**rule.own, **given}
+    return tuple((n, finite(f"surrogate_parameters[{n!r}]", x)) for n, x in values.items())
+
+
 def _check_names(config: LossFields) -> None:
-    one_of("surrogate", config.surrogate, tuple(SURROGATES))
     one_of("ratio_level", config.ratio_level, RATIO_LEVELS)
     one_of("anchor", config.anchor, ANCHORS)
     one_of("aggregation", config.aggregation, AGGREGATIONS)
@@ -34,7 +53,7 @@ def _check_names(config: LossFields) -> None:
     one_of("kl", config.kl, tuple(KL_ESTIMATORS))
     one_of("kl_gradient", config.kl_gradient, tuple(KL_GRADIENTS))
     one_of("entropy", config.entropy, ENTROPY_MODES)
-    levels = SURROGATES[config.surrogate].ratio_levels
+    levels = config.rule.ratio_levels
     if config.ratio_level not in levels:
         raise ValueError(
             f"ratio_level: expected one of {list(levels)} with surrogate={config.surrogate!r}, "
@@ -99,9 +118,8 @@ def _check_numbers(config: LossFields) -> None:
 
 def _check_combination(config: LossFields) -> None:
     """Refuse a field that differs from its default and would be ignored."""
-    used = {*config.rule.parameters, *config.rule.options}
-    of_some_surrogate = {n for s in SURROGATES.values() for n in (*s.parameters, *s.options)}
-    for name in sorted(of_some_surrogate - used):
+    of_some_surrogate = {name for rule in SURROGATES.values() for name in rule.fields}
+    for name in sorted(of_some_surrogate - set(config.rule.fields)):
         _needs(config, name, False, f"surrogate={config.surrogate!r}")
     for name in ("anchor", "log_ratio_clamp"):
         _needs(config, name, config.ratio_level != "none", "ratio_level='none'")
@@ -150,8 +168,8 @@ def _check_combination(config: LossFields) -> None:
         config,
         "correction",
         not (config.folds_correction and CORRECTIONS[config.correction][0]),
-        "one of ['none', 'token_tis', 'icepop'] with surrogate='vespo', which multiplies it "
-        "over the sequence",
+        f"one of ['none', 'token_tis', 'icepop'] with surrogate={config.surrogate!r}, which "
+        "multiplies it over the sequence",
     )
 
 
