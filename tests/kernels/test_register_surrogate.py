@@ -8,7 +8,9 @@ import importlib
 import json
 import multiprocessing
 import pickle
+import subprocess
 import sys
+import textwrap
 from unittest import mock
 
 import pytest
@@ -303,6 +305,18 @@ def test_compiled_equals_eager(losses):
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     for traced, eager in zip(*results, strict=True):
         assert torch.equal(traced, eager)
+
+
+def test_without_triton(losses):
+    code = """
+        import sys; sys.modules["triton"] = None
+        import fastgrpo, losses_of_mine
+        print(losses_of_mine.gradient(fastgrpo.LossConfig(surrogate="leaky_clip"))[0])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    paths = {"PYTHONPATH": ":".join(sys.path)}
+    printed = subprocess.run(command, capture_output=True, text=True, env=paths, check=True).stdout
+    assert float(printed) == losses.gradient(LossConfig(surrogate="leaky_clip"))[0]
 
 
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="Triton compiles in other processes")
