@@ -76,7 +76,7 @@ class LossFields:
     """Second upper bound of the ratio: where A < 0 ("ppo_clip" and its kin), or of the weight
     (DPPO). None = off."""
     log_ratio_clamp: float | None = None
-    """Token log-ratios stay within +-this, without gradient outside (verl, OpenRLHF: 20)."""
+    """Token log-ratios stay within +-this (verl, OpenRLHF: 20). Outside there is no gradient."""
     proximal_coef: float = 0.0
     """proximal_coef / 2 * log_ratio^2 is added ("prime_dppo", "ipo", "dro")."""
     sapo_temperature_pos: float = 1.0
@@ -89,11 +89,11 @@ class LossFields:
     vespo_lambda_neg: float = 2.0
     """Shape of the weight w^k exp(lambda (1 - w)), by the sign of A."""
     cov_ratio: float = 2e-4
-    """Share of the call's tokens that "clip_cov" drops and "kl_cov" penalises; at least one."""
+    """Share of the call's tokens, at least one, that "clip_cov" drops and "kl_cov" penalises."""
     cov_low: float = 1.0
-    """"clip_cov" draws among tokens whose covariance of A and logp is above this, and"""
+    """"clip_cov" draws among tokens whose covariance of A and logp is above this."""
     cov_high: float = 5.0
-    """below this."""
+    """It draws among tokens whose covariance is below this."""
     kl_cov_coef: float = 0.1
     """Weight of |log_ratio| on the tokens that "kl_cov" chooses."""
     fipo_half_life: float = 32.0
@@ -106,9 +106,10 @@ class LossFields:
     """Where A < 0 and the ratio is above this the influence weight stays in [0.8, 1]."""
 
     correction: str = "none"
-    """Weight w = exp(old_logps - sampler_logps) on the policy loss: "token_tis" clips w,
-    "sequence_tis" its product over the sequence; "icepop" and "sequence_mis" zero what is out of
-    bounds; "seq_mask_tis" zeroes sequences whose geometric mean is."""
+    """Weight on the policy loss, made of w = exp(old_logps - sampler_logps). "token_tis" clips w,
+    "sequence_tis" the product of w over the sequence. "icepop" takes w and "sequence_mis" the
+    product, and 0 where it is out of bounds. "seq_mask_tis" takes w, and 0 in sequences whose
+    geometric mean of w is out of bounds."""
     correction_min: float | None = None
     """Lower bound of that weight. None = the correction's own."""
     correction_max: float | None = None
@@ -117,12 +118,12 @@ class LossFields:
     """Tokens or sequences too far from the sampler get no policy loss: "token", "seq_sum",
     "seq_mean" or "seq_max", then "_k1", "_k2" or "_k3", as in `fastgrpo.rejection_mask`."""
     rejection_min: float | None = None
-    """Lower bound, for k1: of sampler / old probability. None = 1 / rejection_max."""
+    """Lower bound of sampler / old probability, for k1 only. None = 1 / rejection_max."""
     rejection_max: float | None = None
-    """Upper bound of the divergence; k1: of sampler / old probability."""
+    """Upper bound of the divergence, or for k1 of sampler / old probability."""
     off_policy_mask_threshold: float | None = None
-    """Sequences with A < 0 whose mean of sampler_logps (or old_logps) - logps is above this get no
-    policy loss (DeepSeek-V3.2). None = off."""
+    """A sequence with A < 0 gets no policy loss where its mean of sampler_logps - logps is above
+    this (DeepSeek-V3.2). old_logps stand in where there are no sampler_logps. None = off."""
     top_entropy_quantile: float = 1.0
     """The policy loss and the entropy bonus act on this share of tokens, those of highest entropy
     (arXiv 2506.01939); the denominator and the KL stay."""
@@ -132,14 +133,14 @@ class LossFields:
     kl: str = "k3"
     """Its estimator: "k1", "k2", "k3" or "abs"."""
     kl_gradient: str = "value"
-    """What is differentiated: the "value"; k2 under this value ("straight_through"); the ratio
-    times it ("importance"); or exp(logp - sg(logp)) times it ("score_function")."""
+    """What is differentiated: the "value"; k2, under this value ("straight_through"); the ratio
+    times the value ("importance"); or exp(logp - sg(logp)) times the value ("score_function")."""
     kl_input_clamp: float | None = None
-    """ref_logps - logps stay within +-this, without gradient outside but for "straight_through"
-    (verl, NeMo-RL: 20)."""
+    """ref_logps - logps stay within +-this (verl, NeMo-RL: 20). Outside there is no gradient,
+    except with "straight_through"."""
     kl_output_clamp: float | None = None
-    """The estimate stays within +-this, without gradient outside but for "straight_through" (verl,
-    NeMo-RL: 10)."""
+    """The estimate stays within +-this (verl, NeMo-RL: 10). Outside there is no gradient, except
+    with "straight_through"."""
 
     entropy: str = "none"
     """What `GRPOLoss.entropy` holds: "none", "detached" or "differentiable" values."""

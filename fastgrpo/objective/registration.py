@@ -44,28 +44,30 @@ def register_surrogate(
         )
         config = LossConfig(surrogate="squared_gap", surrogate_parameters={"step": 0.2})
 
-    It is checked here: value and slope of fn against the formula and its autograd in float64, at
-    every ratio level, at advantages of either sign and 0. Each process imports the module that
+    Value and slope of fn are checked here against the formula and its autograd, in float64, at
+    every ratio level and at advantages of either sign and 0. Each process imports the module that
     registers. Registering the same function again, as a reload of its module does, replaces it.
 
     Args:
         name: what `LossConfig.surrogate` is to be; not one that is taken.
-        fn: fn(logp, log_ratio, advantage, context, *parameters) -> (L, slope, clipped), for tokens
-            (n,), fp32 in a kernel and float64 on tensors that have it. The slope is dL/dlog_ratio;
-            clipped is -1 where a lower bound took effect, 1 where an upper one did, else 0. A
-            function in a file, for Triton compiles its source; `tl.` is torch on tensors, so keep
-            to what both have and to `fastgrpo_kernels.twins` (`clip`, `outside`, `choose`,
-            `bounded_exp`, an exp that cannot overflow). Functions that it calls are decorated with
+        fn: fn(logp, log_ratio, advantage, context, *parameters) -> (L, slope, clipped). Tensors are
+            (n,), a number per token: fp32 in a kernel, fp32 or float64 in torch. The slope is
+            dL/dlog_ratio. clipped is -1 where a lower bound took effect, 1 where an upper one did,
+            else 0. Triton compiles the source, so fn lives in a file. In torch `tl` is torch: keep
+            to what both have, and to `clip`, `outside`, `choose` and `bounded_exp` of
+            `fastgrpo_kernels.twins`. What fn calls is decorated with
             `fastgrpo_kernels.runtime.jit`; fn itself may be.
-        formula: formula(the same) -> L (n,), in plain torch and differentiable.
+        formula: formula(the same arguments) -> L (n,), in plain torch, differentiable.
         parameters: what fn takes after its tensors, in its order: {name: default}, finite numbers.
             `LossConfig(surrogate_parameters={name: value})` sets them.
         ratio_levels: the values of `LossConfig.ratio_level` that it is meant for.
-        slope: "ratio", L moves with the log-ratio; "logp", it moves with logp, its slope is
-            dL/dlogp and the ratio a constant that the formula detaches.
-        context: the rule that gives each token the constant `context`, 0 without one: a key of
-            `fastgrpo_kernels.surrogates.CONTEXT_FIELDS`, which has the fields that set it.
-        inert: whether tokens with advantage 0 have neither loss nor gradient: they are left out.
+        slope: "ratio": the gradient of L passes through log_ratio alone. "logp": it passes through
+            logp alone, the slope is dL/dlogp, and the formula detaches the ratio.
+        context: the rule that gives each token the constant `context`: a key of
+            `fastgrpo_kernels.surrogates.CONTEXT_FIELDS`, which lists the fields of `LossConfig`
+            that it reads. None: `context` is 0.
+        inert: whether tokens with advantage 0 have neither loss nor gradient. If so, they are left
+            out.
 
     Raises:
         ValueError: for a name that is taken, for anything of the above that is not as it says, and

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.objective.config import LossConfig
+from fastgrpo_kernels.surrogates import SURROGATES
 
 
 def check_call(
@@ -64,7 +65,9 @@ def check_call(
                 "max_completion_length: expected a length in the LossConfig, or a normalizer, for "
                 "aggregation='fixed_length'; got neither"
             )
-    if seed is not None and config.rule.context != "drawn_covariance" and not sparsity:
+    # `torch.compile` reads fields of a config, but no property.
+    drawn = SURROGATES[config.surrogate].context == "drawn_covariance"
+    if seed is not None and not drawn and not sparsity:
         raise ValueError(
             f"seed has no effect with surrogate={config.surrogate!r} and sparsity=0: nothing is "
             "drawn"
