@@ -45,6 +45,16 @@ REJECTIONS = ("none",) + tuple(
 )
 
 
+def surrogate_named(name: str) -> Surrogate:
+    """Return the surrogate, where it is known to this process."""
+    if name not in tuple(SURROGATES):
+        raise ValueError(
+            f"surrogate: expected one of {list(SURROGATES)}, got {name!r}; a loss of your own is "
+            "known once the module that calls register_surrogate is imported"
+        )
+    return SURROGATES[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossFields:
     """What describes a loss, unchecked: `LossConfig` is this with its rules."""
@@ -149,12 +159,7 @@ class LossFields:
 
     @property
     def rule(self) -> Surrogate:
-        if self.surrogate not in tuple(SURROGATES):
-            raise ValueError(
-                f"surrogate: expected one of {list(SURROGATES)}, got {self.surrogate!r}; a loss of "
-                "your own is known once the module that calls register_surrogate is imported"
-            )
-        return SURROGATES[self.surrogate]
+        return surrogate_named(self.surrogate)
 
     @property
     def parameters(self) -> tuple[float, ...]:

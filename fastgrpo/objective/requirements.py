@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.objective.config import LossConfig
-from fastgrpo_kernels.surrogates import SURROGATES
+from fastgrpo.objective.fields import surrogate_named
 
 
 def check_call(
@@ -66,7 +66,7 @@ def check_call(
                 "aggregation='fixed_length'; got neither"
             )
     # `torch.compile` reads fields of a config, but no property.
-    drawn = SURROGATES[config.surrogate].context == "drawn_covariance"
+    drawn = surrogate_named(config.surrogate).context == "drawn_covariance"
     if seed is not None and not drawn and not sparsity:
         raise ValueError(
             f"seed has no effect with surrogate={config.surrogate!r} and sparsity=0: nothing is "

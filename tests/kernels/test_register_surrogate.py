@@ -329,6 +329,19 @@ def test_compiles_without_a_gpu(losses, name):
     assert compiling.usage(kernel).stack == 0
 
 
+def test_a_seed_is_taken_under_compile_too():
+    """Which losses draw is told by the context, of a config that is a constant of the trace."""
+    batch = make_batch()
+
+    def step(hidden, weight):
+        return fastgrpo.grpo_loss(
+            hidden, weight, *batch[2:5], old_logps=batch.old_logps, config="clip_cov", seed=3
+        ).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*batch[:2]), step(*batch[:2]))
+
+
 def test_in_a_process_of_its_own(losses):
     config = config_of("leaky_clip")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -342,6 +355,10 @@ def test_in_a_process_of_its_own(losses):
         loss, gradient = pool.apply(losses.gradient, (config,))
     here = losses.gradient(config)
     assert loss == here[0] and gradient == here[1]
+    # What came through a pickle is not checked before it is used.
+    del SURROGATES["leaky_clip"]
+    with pytest.raises(ValueError, match=missing):
+        losses.gradient(config)
 
 
 def test_a_reload_replaces_it(losses, tmp_path, backend):
