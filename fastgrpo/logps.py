@@ -63,16 +63,16 @@ def linear_logps(
         entropy: "none", "detached", or "differentiable", whose gradient costs nothing more.
         workspace_mb: MiB for the logits tile; default `fastgrpo.default_workspace_mb`.
             Less costs speed, never exactness.
-        sparsity: 0, exact gradients; tau in (0, 1): unbiased ones from about 1/tau entries of a row
-            or fewer, of which the log-probs and entropies know nothing (docs/sparse-backward.md).
-            By the logits, their variance exceeds that of sampling the tokens by tau / (1 - tau) at
-            most.
+        sparsity: 0 gives exact gradients. tau in (0, 1) gives unbiased ones, made of about 1/tau
+            entries of each row or fewer (docs/sparse-backward.md). Log-probs and entropies stay
+            exact. The gradient with respect to the logits has at most tau / (1 - tau) more variance
+            than sampling the tokens gives it.
         seed: of the entries that `sparsity` draws: the same seed gives the same bits. Calls and
             ranks that share one share their errors: take one for each. None: PyTorch's generator.
-        old_logps: (...), nats, of about the same policy (those at sampling time): with them entries
-            are drawn in the forward, without them in a second pass of the backward. How far off
-            they are changes the number of entries and the variance, not the mean. NaN, where there
-            is none, counts as probability 1.
+        old_logps: (...), nats, of about the same policy, such as those at sampling time. With them
+            entries are drawn in the forward, without them in a second pass of the backward. How far
+            off they are changes the number of entries and the variance, not the mean. NaN, where
+            there is none, counts as probability 1.
         backend: "auto" (Triton kernels on GPUs, else torch), "triton" or "torch".
 
     Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With

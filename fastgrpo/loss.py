@@ -28,8 +28,9 @@ class GRPOLoss(NamedTuple):
     entropy: Tensor | None
     """As completion_ids, fp32, nats, as `LossConfig.entropy` asks."""
     metrics: dict[str, Tensor]
-    """Detached scalars on the device: means over `<name>_count` tokens, by which calls combine,
-    but for `_min`, `_max`, and `ess`, which two of the means give."""
+    """Detached scalars on the device. Each is a mean over `<name>_count` tokens, and calls combine
+    as means do, weighted by these counts. `_min` and `_max` are extrema instead, and `ess` is
+    importance_mean^2 / importance_square."""
 
 
 def grpo_loss(
@@ -96,10 +97,10 @@ def grpo_loss(
         skip_zero_advantage: do not even score tokens with advantage 0, which have no gradient here:
             2NVH less for each. Loss and gradients are the same; their log-probs and entropies are
             returned as 0, and metrics are means over the others.
-        sparsity: 0, exact gradients; tau in (0, 1): unbiased ones at the price of the forward, as
-            in `linear_logps`. The loss, log-probs and metrics stay exact. The estimate of the
-            log-probs is the first given one of old_logps, sampler_logps and ref_logps; without any
-            a second pass draws.
+        sparsity: 0 gives exact gradients, tau in (0, 1) unbiased ones at the price of the forward,
+            as in `linear_logps`. The loss, log-probs and metrics stay exact. Entries are drawn by
+            the first given one of old_logps, sampler_logps and ref_logps, or without any in a
+            second pass.
         seed: of what `sparsity` and surrogate "clip_cov" draw: one for each call and rank. None:
             PyTorch's generator.
 
@@ -117,11 +118,11 @@ def grpo_loss(
         kept_entries, kept_entries_max     entries of a row that its sparse gradient is made of, all
                                            slots of a row that overflows
         overflow_rows                      share whose gradient is dense, as they kept too many
-        variance_bound_max                 largest tau' / (1 - tau'), tau' being tau as the row's
-                                           estimate made it; it bounds what sparsity adds to the
-                                           variance of sampling the token
-                                           (these four: of the rows for which entries were drawn
-                                           in this call, not in a backward of its own)
+        variance_bound_max                 bounds what sparsity adds to the variance of sampling a
+                                           token, as a share of it: tau' / (1 - tau'), where tau' is
+                                           what a row's estimate made of tau
+                                           (these four: over the rows for which this call drew
+                                           entries, not a backward of its own)
 
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value, and for options

@@ -14,7 +14,9 @@ from unittest import mock
 import pytest
 import torch
 
+import fastgrpo
 from fastgrpo import LossConfig, count_normalizer
+from fastgrpo.head import sparse
 from fastgrpo.objective.aggregation import token_weights
 from fastgrpo.objective.fields import AGGREGATIONS, ANCHORS, CORRECTIONS, ENTROPY_MODES, REJECTIONS
 from fastgrpo.objective.metrics import METRICS
@@ -195,6 +197,11 @@ def test_bounds_of_corrections():
 def test_metrics():
     rows = table(section("Metrics"), "metric")
     assert sorted(name for cell in rows for name in code(cell)) == sorted(METRICS)
+
+
+def test_the_docstring_lists_every_metric():
+    listed = re.search(r"Metrics, means.*?\n\n", fastgrpo.grpo_loss.__doc__, re.DOTALL).group()
+    assert set(METRICS) | set(sparse.METRICS) <= set(re.findall(r"\w+", listed))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
