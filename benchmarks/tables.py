@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import roofline, sparse_epilogues, targets
+from benchmarks import roofline, targets
 from benchmarks.cases import BOUND
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.profiles import newest_workload
@@ -172,24 +172,6 @@ def _curve(results: Path, folder: str) -> str:
     return f"{title}\n\n{roofline.kept_table(machine, rows)}"
 
 
-def _epilogues(results: Path, folder: str) -> str:
-    path = results / sparse_epilogues.RECORD.name
-    return f"Record {_link(path, folder)}.\n\n{epilogues_table(json.loads(path.read_text()))}"
-
-
-def epilogues_table(record: Row) -> str:
-    """Return what a way to get entries out costs the epilogue of the tile that runs."""
-    lines = ["| way, uniform number | instructions added per logit | registers | stack, bytes |"]
-    lines += ["|---|---|---|---|"]
-    first = record["rows"][0]["tile"]
-    for row in record["rows"]:
-        if row["tile"] == first:
-            lines.append(
-                f"| {row['form']} | {row['added']:.1f} | {row['registers']} | {row['stack']} |"
-            )
-    return f"Tile {first}, triton {record['triton']}.\n\n" + "\n".join(lines)
-
-
 def _learning(results: Path, folder: str) -> str:
     """Return the runs of examples/sparse_backward.py, whose data lie beside its figure."""
     result = json.loads(LEARNING.read_text())
@@ -236,7 +218,6 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "targets": _goals,
     "predicted": _predicted,
     "predicted-kept": _curve,
-    "sparse-epilogues": _epilogues,
     "sparse-learning": _learning,
 }
 
