@@ -1,10 +1,11 @@
 """Predictions respect the bounds, follow the formulas, and give what others have published."""
 
+import json
 import math
 
 import pytest
 
-from benchmarks import roofline
+from benchmarks import environment, roofline
 from benchmarks.providers import LOADERS
 from benchmarks.roofline import MACHINES, Case, bound, predictions
 from benchmarks.shapes import CUDA_SHAPES
@@ -98,6 +99,17 @@ def test_efficiency_is_the_published_column():
     assert roofline.efficiency(1024) == 0.89 and roofline.efficiency(100_000) == 1
     assert roofline.efficiency(64) == pytest.approx(0.817 / 8)
     assert roofline.efficiency(1024) < roofline.efficiency(1500) < roofline.efficiency(2048)
+
+
+def test_instructions_are_those_of_the_compiled_kernels():
+    budget = environment.ROOT / "tests" / "kernels" / "compile" / "compile-budget.json"
+    kernels = json.loads(budget.read_text())["kernels"]
+    for instructions, name in (
+        (roofline.STATISTICS, "anchored"),
+        (roofline.EXPONENTIALS, "anchored-exps-plain"),
+        (roofline.DRAW, "anchored-draw-plain"),
+    ):
+        assert instructions * 128 == kernels[f"{name} sm_90"]["instructions"], name
 
 
 def test_routes_are_called_as_the_providers_are():
