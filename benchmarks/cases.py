@@ -14,9 +14,9 @@ from benchmarks import environment
 from benchmarks.data import Batch, random_batch, rl_batch
 from benchmarks.measure import MODES, Errors, Outcome, check, errors, oracle, run, sampling_noise
 from benchmarks.peak_memory import allocated_peak_mib, resident_peak_mib
-from benchmarks.profiles import expected_kept, newest_profile, rl_like_batch
 from benchmarks.providers import Provider
 from benchmarks.shapes import Shape
+from benchmarks.time_model.profiles import expected_kept, newest_profile, rl_like_batch
 from benchmarks.timing import GemmBound, bound_dtype, describe, interleave, summary
 
 BOUND = "GEMM bound"

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, environment, providers, sweep, targets
+from benchmarks import cases, environment, providers
 from benchmarks.measure import MODES
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, LARGE_SHAPE, TINY_SHAPES, Shape
+from benchmarks.time_model import sweep, targets
 from benchmarks.timing import describe, time_once
 
 POLICY_MODES = ("policy", "policy_sharp", "policy_flat")

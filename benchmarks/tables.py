@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import roofline, targets
 from benchmarks.cases import BOUND
 from benchmarks.environment import RESULTS, ROOT
-from benchmarks.profiles import newest_workload
+from benchmarks.time_model import roofline
+from benchmarks.time_model.machines import MACHINES
+from benchmarks.time_model.profiles import newest_workload
 
 # Each document, and the path of the records' folder in its links.
 DOCUMENTS = {
@@ -26,14 +27,6 @@ DOCUMENTS = {
     ROOT / "docs" / "sparse-backward.md": "../benchmarks/results",
 }
 LEARNING = ROOT / "docs" / "figures" / "sparse-learning.json"
-# Of the predictions: ours, what everyone has, and the best that others ship for this loss.
-SHOWN = (
-    "fastgrpo triton",
-    "fastgrpo triton, tiles",
-    "plain logits",
-    "TRL chunked",
-    "Liger scaled CE",
-)
 Row = dict[str, Any]
 
 
@@ -160,14 +153,15 @@ def _workload(results: Path, folder: str) -> str:
 
 
 def _predicted(results: Path, folder: str) -> str:
-    machine, rows = roofline.MACHINES["h200"], 16384
+    machine, rows = MACHINES["h200"], 16384
     title = f"Predicted, {machine.name}, {rows} tokens: ms (share of the bound)."
     modes = ("logps", "loss", "frozen", "half_zero")
-    return f"{title}\n\n{roofline.predicted_table(machine, rows, modes, SHOWN)}"
+    exact = ("fastgrpo triton", "fastgrpo triton, tiles")
+    return f"{title}\n\n{roofline.predicted_table(machine, rows, modes, exact)}"
 
 
 def _curve(results: Path, folder: str) -> str:
-    machine, rows = roofline.MACHINES["h200"], 16384
+    machine, rows = MACHINES["h200"], 16384
     title = f"Predicted, {machine.name}, {rows} tokens: ms (in products of the forward, 2NVH)."
     return f"{title}\n\n{roofline.kept_table(machine, rows)}"
 
@@ -196,14 +190,6 @@ def _learning(results: Path, folder: str) -> str:
     )
 
 
-def _goals(results: Path, folder: str) -> str:
-    path = newest("cuda", results)
-    if path is None:
-        return f"Not measured: no GPU yet.\n\n{targets.table(None)}"
-    record = json.loads(path.read_text())
-    return f"{_caption(path, record, folder)}\n\n{targets.table(record)}"
-
-
 # The marker's name -> from the folder of records, and the path of that folder in links, the text.
 TABLES: dict[str, Callable[[Path, str], str]] = {
     "cpu": _recorded("cpu", speed_table),
@@ -215,7 +201,6 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "model-cpu": _recorded("cpu", _beside),
     "model-cuda": _recorded("cuda", _beside),
     "workload": _workload,
-    "targets": _goals,
     "predicted": _predicted,
     "predicted-kept": _curve,
     "sparse-learning": _learning,

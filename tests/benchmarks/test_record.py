@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from benchmarks import record, tables, targets
+from benchmarks import record, tables
 from benchmarks.cases import BOUND
 from benchmarks.environment import slug
 from benchmarks.measure import MODES, Errors
 from benchmarks.providers import load
 from benchmarks.shapes import LARGE_SHAPE, Shape
+from benchmarks.time_model import targets
 
 SHAPE = Shape("test", 64, 1031, 128)
 NAMES = ("plain logits", "fastgrpo torch", "fastgrpo sparse")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import sweep
 from benchmarks.shapes import Shape
+from benchmarks.time_model import sweep
 from fastgrpo_kernels import runtime
 
 SHAPE = Shape("test", 32, 101, 16)

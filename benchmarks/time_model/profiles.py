@@ -1,8 +1,8 @@
 """What a policy's rows look like: entropy, tail mass, kept entries; and batches that look alike.
 
-What a sparse backward costs depends on the number of entries that a row keeps, which no random
-batch can tell. `workload.py` measures it on a trained model; `rl_like_batch` puts rows of the
-measured kind on a head of any shape.
+The cost of a sparse backward depends on the number of entries that a row keeps. A random batch
+cannot tell that number. `workload.py` measures it on a trained model, and `rl_like_batch` puts rows
+of the measured kind on a head of any shape.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def newest_workload(results: Path = RESULTS) -> tuple[Path, dict[str, Any]]:
     """Return path and content of the workload record with the latest date."""
     found = [(path, json.loads(path.read_text())) for path in results.glob("workload-*.json")]
     if not found:
-        raise FileNotFoundError(f"no workload-*.json in {results}: python -m benchmarks.workload")
+        raise FileNotFoundError(
+            f"no workload-*.json in {results}: python -m benchmarks.time_model.workload"
+        )
     return max(found, key=lambda item: item[1]["date"])
 
 

@@ -1,6 +1,6 @@
 """Train a small language model, sample from it and record what its rows look like.
 
-    python -m benchmarks.workload --maths train.jsonl --cache FOLDER
+    python -m benchmarks.time_model.workload --maths train.jsonl --cache FOLDER
 
 How many entries a sparse backward keeps depends on the entropy and on the tails of a policy's
 distribution. No download is needed: text is the Python source that is installed, and grade-school
@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import environment
-from benchmarks.profiles import LARGER_VOCABS, RANKS, TAUS, RowStats, row_statistics
+from benchmarks.time_model.profiles import LARGER_VOCABS, RANKS, TAUS, RowStats, row_statistics
 from fastgrpo.train.model import Policy, describe_head
 from fastgrpo.train.rollout import Rollout, generate
 
@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> Path:
     policy, prompts, facts = prepare(recipe, options.maths, options.cache)
     config = policy.model.config
     content = {
-        **environment.facts("benchmarks.workload"),
+        **environment.facts("benchmarks.time_model.workload"),
         "model": {
             "parameters": sum(p.numel() for p in policy.model.parameters()),
             "vocab": config.vocab_size,
