@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.data import Batch, random_batch, rl_batch
+from benchmarks.data import LossInputs, random_batch, rl_batch
 from benchmarks.measure import MODES, Errors, Outcome, check, errors, oracle, run, sampling_noise
 from benchmarks.peak_memory import allocated_peak_mib, resident_peak_mib
 from benchmarks.providers import Provider
@@ -22,7 +22,7 @@ from benchmarks.timing import GemmBound, bound_dtype, describe, interleave, summ
 BOUND = "GEMM bound"
 
 
-def make_batch(shape: Shape, dtype: torch.dtype, mode: str, device: torch.device) -> Batch:
+def make_batch(shape: Shape, dtype: torch.dtype, mode: str, device: torch.device) -> LossInputs:
     """Return the batch that `mode` works on."""
     # Past its limit of recompilations torch.compile silently runs eagerly.
     torch.compiler.reset()
@@ -37,7 +37,7 @@ def make_batch(shape: Shape, dtype: torch.dtype, mode: str, device: torch.device
     return dataclasses.replace(batch, skip_zero_advantage=MODES[mode].skip_zero_advantage)
 
 
-def distances(provider: Provider, mode: str, batch: Batch, exact: Outcome) -> Errors:
+def distances(provider: Provider, mode: str, batch: LossInputs, exact: Outcome) -> Errors:
     """Return the errors of one call; where the mode gives a loss only, of its log-probs as well."""
     found = errors(run(provider, mode, batch), exact, batch.completion_mask)
     if found.logps_rms is None:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import environment, providers
 from benchmarks.cases import distances, make_batch
-from benchmarks.data import Batch
+from benchmarks.data import LossInputs
 from benchmarks.measure import MODES, Errors, Outcome, check, oracle, run
 from benchmarks.peak_memory import allocated_peak_mib
 from benchmarks.shapes import CUDA_SHAPES, TINY_SHAPES, Shape
@@ -24,9 +24,9 @@ LINES = pytest.StashKey[list[str]]()
 
 
 class Case(NamedTuple):
-    part: Batch  # as many of the completions as the oracle can take
+    part: LossInputs  # as many of the completions as the oracle can take
     exact: Outcome  # what they should give
-    batch: Batch
+    batch: LossInputs
     bound_ms: float
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.data import Batch
+from benchmarks.data import LossInputs
 from benchmarks.providers import Provider, plain_logits, policy_loss
 
 
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
     dweight: Tensor | None  # (V, H)
 
 
-def run(provider: Provider, mode: str, batch: Batch) -> Outcome:
+def run(provider: Provider, mode: str, batch: LossInputs) -> Outcome:
     """Run one call from cleared gradients."""
     batch.hidden.grad = batch.weight.grad = None
     if mode == "logps":
@@ -65,7 +65,7 @@ def run(provider: Provider, mode: str, batch: Batch) -> Outcome:
     return Outcome(None, loss.detach(), batch.hidden.grad, batch.weight.grad)
 
 
-def oracle(mode: str, batch: Batch, block: int = 256) -> Outcome:
+def oracle(mode: str, batch: LossInputs, block: int = 256) -> Outcome:
     """Return `run` of plain logits in fp64 from the same rounded inputs, in blocks of rows."""
     exact = batch.to(torch.float64, frozen=not batch.weight.requires_grad)
     token_logps = plain_logits().token_logps
@@ -129,7 +129,9 @@ def errors(outcome: Outcome, exact: Outcome, mask: Tensor) -> Errors:
     )
 
 
-def sampling_noise(mode: str, batch: Batch, exact: Outcome, tau: float, block: int = 256) -> Errors:
+def sampling_noise(
+    mode: str, batch: LossInputs, exact: Outcome, tau: float, block: int = 256
+) -> Errors:
     """Return the relative errors that the sparse backward's gradients have over its seeds.
 
     An entry that is kept with probability p / tau' and then counts tau' has variance

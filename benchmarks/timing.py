@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.data import Batch
+from benchmarks.data import LossInputs
 
 L2_FLUSH_BYTES = 256 << 20
 
@@ -23,7 +23,9 @@ class GemmBound:
     would in any implementation that can hold them.
     """
 
-    def __init__(self, batch: Batch, gemms: int, dtype: torch.dtype, block: int = 8192) -> None:
+    def __init__(
+        self, batch: LossInputs, gemms: int, dtype: torch.dtype, block: int = 8192
+    ) -> None:
         self.hidden = batch.hidden.detach().flatten(0, 1).to(dtype)  # (N, H)
         self.weight = batch.weight.detach().to(dtype)  # (V, H)
         rows, vocab = self.hidden.shape[0], self.weight.shape[0]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.data import Batch
+from benchmarks.data import LossInputs
 from benchmarks.environment import RESULTS
 from benchmarks.shapes import Shape
 
@@ -122,7 +122,7 @@ def rl_like_batch(
     *,
     profile: Profile,
     seed: int = 0,
-) -> Batch:
+) -> LossInputs:
     """Return a batch whose rows have the probabilities of `profile`'s, at a head of any shape.
 
     A row's most probable entries, up to 128, get the probabilities that the measured row has at
@@ -175,7 +175,7 @@ def rl_like_batch(
     anything = torch.randint(v, (n,), generator=generator, device=device)
     peak = entries.gather(1, drawn.clamp(max=peaks - 1)[:, None])[:, 0]
     ids = torch.where(drawn < peaks, peak, anything)
-    return Batch.of_rows(hidden.to(dtype), weight, ids, shape.sequences, generator)
+    return LossInputs.of_rows(hidden.to(dtype), weight, ids, shape.sequences, generator)
 
 
 def _peak_probabilities(mass: Tensor, peaks: int) -> Tensor:
