@@ -1,7 +1,7 @@
 """Put every implementation that is compared behind one signature.
 
-A provider computes per-token log-probs, or a whole GRPO loss, from the same batch. One that only
-has log-probs gets its loss from `policy_loss`, which is also the oracle's.
+All compute per-token log-probs or a whole GRPO loss from the same batch. A provider that only has
+log-probs gets its loss from `policy_loss`, and so does the oracle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LossFn = Callable[[LossInputs], Tensor]  # -> (), differentiable
 
 
 class Provider(NamedTuple):
-    """An implementation; `fused_loss` is None where the loss is composed from `token_logps`."""
+    """An implementation. Without a `fused_loss` its loss is composed from `token_logps`."""
 
     name: str
     token_logps: LogpsFn
@@ -61,7 +61,7 @@ def plain_logits() -> Provider:
 
 def compiled_logits() -> Provider:
     if not torch.cuda.is_available():
-        raise ImportError("compared on CUDA only")
+        raise ImportError("needs CUDA")
     plain = plain_logits()
     compiled = partial(torch.compile, dynamic=False)
     return Provider("torch.compile", compiled(plain.token_logps), compiled(plain.loss))
@@ -160,16 +160,16 @@ def verl_kernel() -> Provider:
 
 
 def quack() -> Provider:
-    raise ImportError("has a scalar cross-entropy only: no per-token log-probs, no policy loss")
+    raise ImportError("has no per-token log-probs and no policy loss")
 
 
 def fastgrpo(backend: str, sparsity: float = 0.0) -> Provider:
     import fastgrpo
 
+    # Times of Triton's interpreter would say nothing.
     if backend == "triton" and not torch.cuda.is_available():
-        raise ImportError("needs CUDA; the interpreter is not timed")
+        raise ImportError("needs CUDA")
     config = fastgrpo.LossConfig.preset("dapo", epsilon_low=EPSILON, epsilon_high=EPSILON)
-
     sparse = {"sparsity": sparsity, "seed": 0} if sparsity else {}
 
     def token_logps(batch: LossInputs) -> Tensor:
