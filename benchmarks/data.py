@@ -21,7 +21,7 @@ class LossInputs:
     completion_mask: Tensor  # (B, T) bool
     advantages: Tensor  # (B,) fp32
     old_logps: Tensor  # (B, T) fp32, nats
-    skip_zero_advantage: bool = False  # nobody asks for the log-probs of tokens with advantage 0
+    skip_zero_advantage: bool = False  # no log-probs are wanted of tokens with advantage 0
 
     def to(self, dtype: torch.dtype, *, frozen: bool = False) -> LossInputs:
         """Return the batch with fresh leaves in `dtype`; values are rounded if it is narrower."""
@@ -92,11 +92,11 @@ def random_batch(
 
 
 def rl_batch(batch: LossInputs, zero_advantage: float = 0.5, padding: float = 0.0) -> LossInputs:
-    """Return `batch` as reinforcement learning meets it.
+    """Return `batch` with advantages of 0 and padding, as reinforcement learning meets them.
 
-    The first `zero_advantage` of the completions, to a whole number, belong to groups whose rewards
-    are all equal; at least one completion counts. Lengths fall evenly from T to
-    (1 - 2 * padding) * T, so that the share `padding` of all positions is padding.
+    A share `zero_advantage` of the completions gets advantage 0, like groups whose rewards are all
+    equal. These are the first ones; at least one completion keeps its advantage. Lengths fall
+    evenly from T to (1 - 2 * padding) * T, so that a share `padding` of all positions is padding.
     """
     sequences, length = batch.completion_ids.shape
     advantages = batch.advantages.clone()

@@ -1,7 +1,7 @@
 """Write the tables of README and docs: `python -m benchmarks.tables`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. It names the record that it
-comes from, or says that it is predicted. Nothing in it is typed by hand.
+comes from, or says that it is predicted. Do not edit it by hand.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def newest(kind: str, results: Path = RESULTS) -> Path | None:
 
 
 def speed_table(record: Row, *, mode: str = "loss") -> str:
-    """Return time, share of the bound and peak memory: a row a provider, a block a case."""
+    """Return time, share of the bound and peak memory, one row for each provider and case."""
     lines = ["| tokens x vocabulary x hidden | implementation | ms (p10-p90) | share | peak MiB |"]
     lines += ["|---|---|---|---|---|"]
     peaks = {_key(row): row for row in record["memory"] if "peak_mib" in row}
@@ -63,7 +63,7 @@ def speed_table(record: Row, *, mode: str = "loss") -> str:
 
 
 def accuracy_table(record: Row, *, mode: str = "loss") -> str:
-    """Return the distances from the fp64 oracle: a row a provider, a block a case."""
+    """Return the distances from the fp64 oracle, one row for each provider and case."""
     lines = ["| tokens x vocabulary x hidden | implementation | log-prob rms | dhidden | dweight |"]
     lines += ["|---|---|---|---|---|"]
     for row in record["accuracy"]:
@@ -95,7 +95,7 @@ def modes_table(record: Row) -> str:
 
 
 def workload_table(record: Row) -> str:
-    """Return what the rows of each policy look like, and of the unsharpened one by entropy."""
+    """Return what each policy's rows look like; those of the unsharpened one also by entropy."""
     lines = [
         "| rows | share | entropy, nats | mass beyond 64: median / p90 | kept at 1e-2 "
         "| kept at 1e-3: mean / p90 / max | kept at 1e-4 | at 1e-3, V = 151936 |",
@@ -135,7 +135,7 @@ def _recorded(kind: str, render: Callable[[Row], str]) -> Callable[[Path, str], 
 
 
 def _beside(record: Row) -> str:
-    """Return predictions beside measurements, those of emulated 16-bit products left out."""
+    """Return predictions beside measurements; on a CPU of fp32 only, for 16 bits are emulated."""
     if record["gpu"] is None:
         record = record | {"speed": [r for r in record["speed"] if r["dtype"] == "float32"]}
     return roofline.measured_table(roofline.machine_of(record), record)

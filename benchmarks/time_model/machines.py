@@ -33,7 +33,7 @@ MACHINES = {
 
 
 def cpu_machine(rate: float, source: str) -> Machine:
-    """Return a CPU: its GEMM rate is the only constant, passes and epilogues are free."""
+    """Return a CPU. Its GEMM rate is the only constant: passes and epilogues are free."""
     return Machine("CPU", rate, math.inf, 1, 0, math.inf, source)
 
 

@@ -87,8 +87,8 @@ def predicted_table(
 ) -> str:
     """Return predicted milliseconds, and in brackets the share of the bound of the exact call.
 
-    A sparse call's share is of the products of a forward, which are all that it cannot avoid.
-    `names` chooses among the providers, none: all.
+    The share of a sparse call is of the forward's product, the only one that it cannot avoid.
+    `names` chooses among the providers; without names the table has all of them.
     """
     heads = [shape for shape in CUDA_SHAPES if shape.rows == rows]
     if machine.multiprocessors == 1:
@@ -112,7 +112,7 @@ def predicted_table(
 def kept_table(machine: Machine, rows: int, kept: tuple[int, ...] = (10, 34, 100, 272)) -> str:
     """Return predicted milliseconds of the sparse backward by kept entries and live rows.
 
-    In brackets the time in forward products, 2NVH: what a dense loss needs three of.
+    In brackets stands the time in forward products, 2NVH. A dense loss needs three of them.
     """
     heads = [shape for shape in CUDA_SHAPES if shape.rows == rows]
     titles = " | ".join(f"{s.name} {s.vocab} x {s.hidden}" for s in heads)

@@ -45,8 +45,8 @@ class Case(NamedTuple):
 def bound(machine: Machine, case: Case) -> float:
     """Return the seconds of the products that a dense call cannot avoid, at the full rate.
 
-    Rows that drop out are not in it: of a loss (2b + 4a) / 6 remain, with a share b of the rows
-    scored and a share a live.
+    Rows that drop out are not in it. With a share b of the rows scored and a share a live, the
+    share (2b + 4a) / 6 of a loss remains.
     """
     share = case.scored + (case.gemms - 1) * case.live
     return share * case.product / machine.rate
@@ -55,7 +55,7 @@ def bound(machine: Machine, case: Case) -> float:
 def forward(
     machine: Machine, case: Case, *, instructions: float = STATISTICS, written: float = 0.0
 ) -> float:
-    """Return the seconds of the fused forward kernel; `written` bytes a logit, beside products."""
+    """Return the seconds of the fused forward kernel, which writes `written` bytes per logit."""
     rows = round(case.scored * case.rows)
     if not rows:
         return 0.0
@@ -70,8 +70,9 @@ def backward_products(
 ) -> float:
     """Return the seconds of dhidden and, unless the head is frozen, dweight over chunks of rows.
 
-    Several chunks add to an fp32 dweight: read and written once more for each but the first. So
-    does dhidden for each `piece` of the vocabulary but the first, unless it stays in the L2.
+    Several chunks add to an fp32 dweight, which every chunk but the first reads and writes once
+    more. In the same way every `piece` of the vocabulary but the first reads and writes dhidden
+    once more, unless it stays in the L2.
     """
     seconds, chunk = 0.0, max(1, min(chunk, rows))
     for start in range(0, rows, chunk):
@@ -88,10 +89,10 @@ def backward_products(
 
 
 def tile_route(machine: Machine, case: Case) -> float:
-    """fastgrpo on other GPUs: an fp32 tile from the library, two passes over it, two products.
+    """Return the seconds on other GPUs: a library's fp32 tile, two passes over it, two products.
 
-    A logit is read by the statistics (4 bytes), read and written by its gradient (4 and 2). Rows
-    without a gradient go through the forward kernel.
+    The pass for the statistics reads 4 bytes per logit. The pass for the gradient reads 4 and
+    writes 2. Rows without a gradient go through the forward kernel.
     """
     if case.mode == "logps":
         return forward(machine, case)
@@ -110,7 +111,7 @@ def tile_route(machine: Machine, case: Case) -> float:
 
 
 def anchored_route(machine: Machine, case: Case) -> float:
-    """fastgrpo on Hopper: one kernel leaves 16-bit exponentials, and two products take them."""
+    """Return the seconds on Hopper: a kernel that leaves 16-bit exponentials, and two products."""
     if case.mode == "logps":
         return forward(machine, case)
     live = round(case.live * case.rows)
@@ -126,12 +127,14 @@ def anchored_route(machine: Machine, case: Case) -> float:
 
 
 def sparse_route(machine: Machine, case: Case, *, anchored: bool = True) -> float:
-    """The sparse backward: a forward that draws, then sums over the kept entries.
+    """Return the seconds of the sparse backward: a forward that draws, then sums over kept entries.
 
-    anchored: drawn in the forward kernel, left as a bit mask, V/8 bytes a row. Else on the fp32
-    tile of the library, which statistics and draw read once each. A kept entry fetches its row of
-    the weight for its logit and again for dhidden, and its row of hidden for dweight, all from
-    memory; the entries are sorted (eight passes of 16 bytes) and a dense dweight is written.
+    `anchored`: the forward kernel draws, and leaves a bit mask of V/8 bytes per row. Otherwise the
+    library leaves an fp32 tile, which statistics and draw read once each.
+
+    A kept entry fetches its row of the weight twice, for its logit and for dhidden, and its row of
+    hidden once, for dweight, all from memory. The entries are sorted in eight passes of 16 bytes,
+    and a dense dweight is written.
     """
     if case.mode == "logps":
         return forward(machine, case)

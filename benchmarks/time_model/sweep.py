@@ -1,4 +1,4 @@
-"""Time launch variants of a kernel against its table's entry, so that a record can correct it."""
+"""Time launch variants of a kernel beside the one in its table, so that a record can correct it."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ def candidates(kernel: str, bits: int, arch: str) -> dict[str, Launch]:
 def sweep_launches(
     kernel: str, shape: Shape, dtype: torch.dtype, device: torch.device, *, seconds: float
 ) -> list[dict[str, Any]]:
-    """Return one row for each launch: its time, its share of the bound, or why it failed.
+    """Return one row for each launch: its time and its share of the bound, or why it failed.
 
-    One whose log-probs are more than 1e-4 nats from the table entry's is a failure. No rows where
-    the kernel does not run.
+    A launch fails if its log-probs are more than 1e-4 nats from those of the table's entry. Where
+    the kernel does not run there are no rows.
     """
     bits, arch = 8 * dtype.itemsize, runtime.architecture(device)
     if not has_table(kernel, shape, bits, arch):

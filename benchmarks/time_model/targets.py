@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 class Target(NamedTuple):
-    """A goal; `values` yields what a record says about it, one figure a case."""
+    """A goal; `values` yields one figure for each case of a record that it is about."""
 
     name: str
     limit: float
