@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
@@ -23,6 +24,7 @@ MODE = "loss"
 CHECKED_ROWS = 512  # tokens whose results are held against float64: its logits take their time
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in OWN_BARS}
 COLUMNS = 100
+BUSY = 0.5  # processes per core that spoil a comparison
 
 
 class Comparison(NamedTuple):
@@ -33,10 +35,12 @@ class Comparison(NamedTuple):
     rounds: int
     rows: list[dict[str, Any]]
     left_out: dict[str, str]  # provider -> why
+    load: float  # runnable processes per core before the comparison: others' work
 
 
 def compare(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> Comparison:
     """Check every provider that works here, then time those that are right, in rotated rounds."""
+    load = os.getloadavg()[0] / os.cpu_count()
     available, left_out = providers.load()
     part = _shape(min(shape.rows, CHECKED_ROWS), shape.vocab, shape.hidden)
     errors = {}
@@ -52,7 +56,7 @@ def compare(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int)
     left_out |= {row["provider"]: row["failure"] for row in timed if "failure" in row}
     rows = [row | {"errors": errors.get(row["provider"])} for row in timed if "failure" not in row]
     rows.sort(key=lambda row: row["median_ms"])
-    return Comparison(shape, dtype, rounds, rows, left_out)
+    return Comparison(shape, dtype, rounds, rows, left_out, load)
 
 
 def table(found: Comparison) -> str:
@@ -78,6 +82,9 @@ def table(found: Comparison) -> str:
         f"Peak: above the inputs. Errors: relative L2 distance from float64, on {checked} tokens.",
         "fastgrpo sparse estimates gradients from a few drawn entries: its errors are that noise.",
     ]
+    if found.load > BUSY:
+        busy = f"{found.load:.1f} processes per core"
+        lines.append(f"The machine was busy before ({busy}): measure again later.")
     if found.left_out:
         lines += textwrap.wrap(f"Left out: {_by_reason(found.left_out)}.", COLUMNS)
     return "\n".join(lines)

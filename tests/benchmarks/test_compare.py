@@ -70,6 +70,12 @@ def test_table_fits_a_terminal_and_says_what_the_bound_is(found):
     assert explained in lines
 
 
+def test_a_busy_machine_is_named(found):
+    busy = "The machine was busy before (2.0 processes per core): measure again later."
+    assert busy in comparing.table(found._replace(load=2.0)).splitlines()
+    assert "busy" not in comparing.table(found._replace(load=0.1))
+
+
 def test_reasons_are_shared_and_shortened():
     text = comparing._by_reason(
         {"a": "ImportError: needs CUDA", "b": "x " * 200, "c": "needs CUDA"}
