@@ -225,7 +225,8 @@ def main(arguments: list[str] | None = None) -> Path:
     record.content["missing"] = missing
     for stage in (cuda_stages if on_gpu else cpu_stages)(available, record, options.quick):
         record.stage(*stage)
-    print(targets.table(record.content))
+    if on_gpu:
+        print(targets.table(record.content))
     print(f"wrote {record.path}")
     return record.path
 
