@@ -7,6 +7,7 @@ import torch
 
 from fastgrpo_kernels.runtime import INTERPRETED
 
+pytest.register_assert_rewrite("oracle", "row_oracle", "score_oracle")
 BACKENDS = ["triton"] if INTERPRETED else ["torch"]
 
 

@@ -16,7 +16,7 @@ import torch
 
 from fastgrpo import LossConfig, count_normalizer
 from fastgrpo.objective.aggregation import token_weights
-from fastgrpo.objective.policy import METRICS
+from fastgrpo.objective.metrics import METRICS
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.rules import AGGREGATIONS, ANCHORS, CORRECTIONS, ENTROPY_MODES, REJECTIONS
 from fastgrpo.objective.segments import Sequences

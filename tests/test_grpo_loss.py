@@ -11,9 +11,8 @@ from fastgrpo.head import routes
 from fastgrpo.head.loops import logps_fwd
 from fastgrpo.objective.presets import PRESETS as ALL_PRESETS
 from fastgrpo.testing import make_batch, relative_error, rms
+from oracle import PRESETS, config_of, exact, fused
 
-# One of each shape that a loss takes on its way through the ops; tests/test_loss_family.py has all.
-PRESETS = ("reinforce", "grpo", "dapo", "dr_grpo", "cispo", "gspo", "gmpo", "prime_dppo")
 ROUTES = {
     # One chunk holds all rows: gradients in one pass.
     "one pass": {},
@@ -29,48 +28,6 @@ OPTIONS = {
     "kl and entropy": {"beta": 0.1, "entropy_coef": 0.3, "entropy": "detached"},
     "differentiable entropy": {"entropy_coef": 0.3, "entropy": "differentiable", "beta": 0.05},
 }
-
-
-def config_of(preset, **options):
-    if preset == "dr_grpo":
-        options["max_completion_length"] = 9
-    return LossConfig.preset(preset, **options)
-
-
-def exact(batch, config, *, on_policy=False, normalizer=None, **head):
-    """Loss and gradients of hidden and weight in float64."""
-    hidden, weight = (x.detach().double().requires_grad_() for x in batch[:2])
-    logps, entropy, _ = reference.token_logps(hidden, weight, batch.completion_ids, **head)
-    loss = reference.policy_loss(
-        logps,
-        entropy,
-        batch.completion_mask,
-        batch.advantages.double(),
-        config,
-        old_logps=None if on_policy else batch.old_logps.double(),
-        ref_logps=batch.ref_logps.double(),
-        normalizer=normalizer,
-    )
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
-
-
-def fused(batch, config, *, on_policy=False, frozen=False, **options):
-    """The same from `grpo_loss`, and its whole result."""
-    hidden = batch.hidden.detach().requires_grad_()
-    weight = batch.weight.detach().requires_grad_(not frozen)
-    out = fastgrpo.grpo_loss(
-        hidden,
-        weight,
-        batch.completion_ids,
-        batch.completion_mask,
-        batch.advantages,
-        old_logps=None if on_policy else batch.old_logps,
-        ref_logps=batch.ref_logps,
-        config=config,
-        **options,
-    )
-    out.loss.backward()
-    return out, hidden.grad, weight.grad
 
 
 def assert_close(batch, config, bar=1e-5, loss_bar=1e-6, on_policy=False, head=None, **options):
@@ -379,9 +336,9 @@ def test_tokens_with_advantage_0_need_not_be_scored(backend, preset, monkeypatch
     known = {"old_logps": batch.old_logps, "sampler_logps": batch.sampler_logps}
     scored, results = [], []
 
-    def counting(impl, rows, *args):
+    def counting(rows, *args):
         scored.append(len(rows.ids))
-        return logps_fwd(impl, rows, *args)
+        return logps_fwd(rows, *args)
 
     monkeypatch.setattr(routes, "logps_fwd", counting)
     for skip in (False, True):

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import fastgrpo
-from fastgrpo import LossConfig, reference, testing
+import oracle
+from fastgrpo import LossConfig, reference
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.rules import AGGREGATIONS, CORRECTIONS, REJECTIONS
 from fastgrpo.testing import relative_error
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import SURROGATES
+from oracle import valid_batch as make_batch
 
 # What a surrogate needs to show its behaviour on 20 tokens.
 SETTINGS = {
@@ -42,57 +44,20 @@ VARIANTS = [
 ]
 
 
-def make_batch(**options):
-    """A batch whose log-probs are all below 0: some losses look at probabilities."""
-    batch = testing.make_batch(**options)
-    return type(batch)(*batch[:5], *(x.clamp(max=-1e-4) for x in batch[5:]))
-
-
-def _groups(batch, config):
+def groups_of(batch, config):
     """Two prompts, their completions interleaved."""
     return torch.arange(len(batch.hidden)) % 2 if config.aggregation == "prompt_mean" else None
 
 
-def exact(batch, config, *, on_policy=False, **options):
-    """Loss and gradients of hidden and weight in float64."""
-    hidden, weight = (x.detach().double().requires_grad_() for x in batch[:2])
-    logps, entropy, _ = reference.token_logps(hidden, weight, batch.completion_ids)
-    loss = reference.policy_loss(
-        logps,
-        entropy,
-        batch.completion_mask,
-        batch.advantages.double(),
-        config,
-        old_logps=None if on_policy else batch.old_logps.double(),
-        ref_logps=batch.ref_logps.double(),
-        sampler_logps=batch.sampler_logps.double(),
-        groups=_groups(batch, config),
-        **options,
-    )
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
-
-
-def fused(batch, config, *, on_policy=False, frozen=False, **options):
-    """The same from `grpo_loss`, and its whole result."""
-    hidden = batch.hidden.double().requires_grad_()
-    weight = batch.weight.double().requires_grad_(not frozen)
-    out = fastgrpo.grpo_loss(
-        hidden,
-        weight,
-        *batch[2:5],
-        old_logps=None if on_policy else batch.old_logps,
-        ref_logps=batch.ref_logps,
-        sampler_logps=batch.sampler_logps,
-        group_ids_or_size=_groups(batch, config),
-        config=config,
-        **options,
-    )
-    out.loss.backward()
-    return out, hidden.grad, weight.grad
+def fused(batch, config, **options):
+    """Loss and gradients from `grpo_loss` in float64."""
+    double = batch._replace(hidden=batch.hidden.double(), weight=batch.weight.double())
+    return oracle.fused(double, config, group_ids_or_size=groups_of(batch, config), **options)
 
 
 def assert_close(batch, config, *, on_policy=False, **options):
-    loss, *wanted = exact(batch, config, on_policy=on_policy)
+    groups = groups_of(batch, config)
+    loss, *wanted = oracle.exact(batch, config, on_policy=on_policy, groups=groups)
     out, *grads = fused(batch, config, on_policy=on_policy, **options)
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-9, abs=1e-9)
     for actual, gradient in zip(grads, wanted, strict=True):

@@ -10,33 +10,13 @@ import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, ops, reference
-from fastgrpo.head.plan import Logps
-from fastgrpo.testing import LargestTensor, make_batch
+from fastgrpo.testing import make_batch
+from fastgrpo_kernels import Logps
+from oracle import largest_inside
 
 ROWS, HIDDEN, VOCAB, WORKSPACE_MB = 512, 16, 4096, 0.25
 LOGITS = ROWS * VOCAB * 4
 assert LOGITS == 32 * WORKSPACE_MB * 2**20
-
-
-def largest_inside(op, call, monkeypatch):
-    """The largest tensor that the implementation of a custom op makes while `call` runs.
-
-    A dispatch mode sees an op as a whole, so the mode is entered inside the implementation.
-    """
-    seen = LargestTensor()
-    undecorated = op._init_fn
-
-    def observed(*args):
-        with seen:
-            return undecorated(*args)
-
-    with monkeypatch.context() as patch:
-        for device, kernel in list(op._backend_fns.items()):
-            assert kernel is not None
-            patch.setitem(op._backend_fns, device, observed)
-        call()
-    assert seen.bytes > 0, "the implementation was not observed"
-    return seen.bytes
 
 
 def make(dtype=torch.float32):
@@ -87,7 +67,7 @@ def test_full_logits_would_be_caught(monkeypatch):
     """The same observer on the same op, with the loop replaced by the reference."""
     batch = make()
 
-    def full_logits(impl, rows, head, plan, with_entropy):
+    def full_logits(rows, head, plan, with_entropy):
         logps, _, lse = reference.token_logps(rows.hidden, head.weight, rows.ids)
         return Logps(logps, lse, None)
 

@@ -14,8 +14,8 @@ ROOMS = {
     "packing": set(),
     "torch_kernels": set(),
     "backend": {"torch_kernels"},
-    # Everything vocabulary-sized.
-    "head": {"torch_kernels", "packing", "objective"},
+    # Everything vocabulary-sized: knows nothing of losses but a function from log-probs.
+    "head": {"packing", "backend", "torch_kernels"},
     # What is optimised: knows nothing of the vocabulary.
     "objective": {"checks", "packing", "backend"},
     "advantages": {"checks", "backend"},

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastgrpo import checks
-from fastgrpo.advantages.estimators import ESTIMATORS, Batch
+from fastgrpo.advantages.estimators import ESTIMATORS, RewardBatch
 from fastgrpo.advantages.groups import Groups, check_ddof, check_lengths, check_rewards
+from fastgrpo.backend import resolve
 from fastgrpo.checks import finite, one_of
 
 
@@ -95,11 +96,11 @@ def group_advantages(
         f_norm=f_norm,
     )
     _check_options(estimator, options, rewards)
-    groups = Groups(group_ids_or_size, rewards)
+    groups = Groups(group_ids_or_size, rewards, resolve(rewards.device, "auto"))
     for name in ("lengths", "greedy_rewards"):
         if options[name] is not None:
             options[name] = groups.sort(options[name].detach().float())
-    batch = Batch(groups.sort(rewards.detach()), groups, options)
+    batch = RewardBatch(groups.sort(rewards.detach()), groups, options)
     advantages = ESTIMATORS[estimator].formula(batch).where(batch.scored, 0.0)
     result = groups.restore(advantages)
     return (result, groups.live(advantages)) if return_live_groups else result

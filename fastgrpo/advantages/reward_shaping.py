@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.advantages.groups import Groups, check_lengths, check_rewards
+from fastgrpo.backend import resolve
 from fastgrpo.checks import finite, one_of
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
 from fastgrpo_kernels.twins import torch_twin
@@ -90,7 +91,7 @@ def length_penalty(
     check_lengths(lengths, tuple(rewards.shape), rewards)
     if finite("weight", weight) < 0:
         raise ValueError(f"weight: expected a number >= 0, got {weight}")
-    groups = Groups(group_ids_or_size, rewards)
+    groups = Groups(group_ids_or_size, rewards, resolve(rewards.device, "auto"))
     r, length = groups.sort(rewards.detach()), groups.sort(lengths.detach().float())
     longest = groups.stats(length.where(~r.isnan(), torch.nan)).high
     penalty = weight * groups.stats(r).mean * (length / longest.clamp(min=1))

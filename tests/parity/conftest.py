@@ -12,6 +12,7 @@ from torch import Tensor
 import fastgrpo
 from fastgrpo import LossConfig
 from fastgrpo.testing import Batch, make_batch, relative_error
+from padded_rollout import Rollout
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -69,34 +70,9 @@ def setting(dtype):
     """Tied embeddings, left-padded prompts; a completion with a tool's tokens, an empty one, one
     with a token that the sampler could not score.
     """
-    from tests.parity.trl_source import make_setting  # TRL may be missing
+    from trl_source import make_setting  # TRL may be missing
 
     return make_setting(dtype)
-
-
-class Rollout:
-    """What a trainer's loss is written in: float64, padded, 0 where masked, autograd on logps."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.hidden = batch.hidden.double().requires_grad_()
-        self.weight = batch.weight.double().requires_grad_()
-        self.mask = batch.completion_mask
-        self.lengths = self.mask.sum(1)
-        logps = (self.hidden @ self.weight.T).log_softmax(-1)
-        self.logps = self._clean(logps.gather(-1, batch.completion_ids[..., None])[..., 0])
-        self.old, self.ref, self.sampler = (self._clean(x.double()) for x in batch[5:])
-        advantages = batch.advantages.double()
-        self.A = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(self.logps)
-
-    def _clean(self, x: Tensor) -> Tensor:
-        return torch.where(self.mask, x, 0.0)
-
-    def token_mean(self, x: Tensor) -> Tensor:
-        return self._clean(x).sum() / self.mask.sum()
-
-    def sequence_mean(self, x: Tensor) -> Tensor:
-        """Of each sequence over its tokens, (B, 1); 0 for an empty one."""
-        return self._clean(x).sum(1, keepdim=True) / self.lengths.clamp(min=1)[:, None]
 
 
 @pytest.fixture

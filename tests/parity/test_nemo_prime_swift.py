@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastgrpo import LossConfig
-from tests.parity.conftest import Rollout
+from padded_rollout import Rollout
 
 HALF_LIFE = 3.0  # tokens, of FIPO's discount
 

@@ -11,7 +11,7 @@ pytest.importorskip("trl", minversion="1.16")
 from trl import GRPOConfig  # noqa: E402
 from trl.experimental.gmpo import GMPOTrainer  # noqa: E402
 
-from tests.parity.test_trl import (  # noqa: E402
+from trl_cases import (  # noqa: E402
     CASES,
     CISPO,
     CORRECTED_KL,
@@ -19,7 +19,7 @@ from tests.parity.test_trl import (  # noqa: E402
     QUANTILE,
     TOKENS,
 )
-from tests.parity.trl_source import (  # noqa: E402
+from trl_source import (  # noqa: E402
     assert_same,
     errors,
     exact_logps,
