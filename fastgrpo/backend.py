@@ -57,7 +57,7 @@ class Kernels(Protocol):
     def scatter_rows(
         self,
         acc: Tensor,
-        ids: Tensor,
+        sorted_ids: Tensor,
         order: Tensor,
         coef: Tensor,
         rows: Tensor,

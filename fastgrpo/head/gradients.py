@@ -87,16 +87,16 @@ class GradSums:
             final,
         )
 
-    def rows(self, c: slice, live: Tensor | None = None) -> Tensor | None:
-        """Return where dhidden of a chunk, or of its live rows, is to be summed."""
-        if self.dhidden is None or live is None:
+    def rows(self, c: slice, kept: Tensor | None = None) -> Tensor | None:
+        """Return where dhidden of a chunk, or of the rows kept of it, is to be summed."""
+        if self.dhidden is None or kept is None:
             return None if self.dhidden is None else self.dhidden[c]
-        return self.dhidden.new_empty((len(live), self.dhidden.shape[1]))
+        return self.dhidden.new_empty((len(kept), self.dhidden.shape[1]))
 
-    def store_rows(self, c: slice, live: Tensor | None, dhidden: Tensor | None) -> None:
-        """Put dhidden of a chunk's live rows in its place."""
-        if self.dhidden is not None and live is not None:
-            self.dhidden[c].index_copy_(0, live, dhidden)
+    def store_rows(self, c: slice, kept: Tensor | None, dhidden: Tensor | None) -> None:
+        """Put dhidden of the rows kept of a chunk in its place."""
+        if self.dhidden is not None and kept is not None:
+            self.dhidden[c].index_copy_(0, kept, dhidden)
 
     def add_tile(
         self,

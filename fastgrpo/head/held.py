@@ -20,7 +20,7 @@ from fastgrpo.head.gradients import GradSums, Targets
 from fastgrpo.head.plan import Needs, Plan, VocabSlice, chunks, padded
 from fastgrpo_kernels import Head, Logps, Rows, RowState, Tile, Upstream
 
-ENOUGH_ALIVE = 0.9  # share of rows with a gradient at which moving the others' rows does not pay
+FEW_DEAD = 0.1  # share of rows without gradient up to which moving the others does not pay
 PACKED_AT_ONCE = 256  # rows that move together
 
 
@@ -36,8 +36,8 @@ class Held(Protocol):
         """Fill the buffer for a chunk of rows and return their scores."""
         ...
 
-    def too_many(self, live: int) -> bool:
-        """Whether dropping the rows of the chunk that are not among `live` would not pay."""
+    def worth_dropping(self, count: int) -> bool:
+        """Whether dropping so many rows of the chunk pays."""
         ...
 
     def keep(self, live: Tensor) -> None:
@@ -73,8 +73,8 @@ class RawLogits:
         self._scored = state.finish(self.with_entropy)
         return self._scored
 
-    def too_many(self, live: int) -> bool:
-        return live == len(self._rows.ids)
+    def worth_dropping(self, count: int) -> bool:
+        return count > 0
 
     def keep(self, live: Tensor) -> None:
         self._live, self._rows = live, self._rows[live]
@@ -162,8 +162,8 @@ class AnchoredExponentials:
         self._scored, self._log_scale = result.scored, result.log_scale
         return self._scored
 
-    def too_many(self, live: int) -> bool:
-        return live >= ENOUGH_ALIVE * len(self._rows.ids)
+    def worth_dropping(self, count: int) -> bool:
+        return count > FEW_DEAD * len(self._rows.ids)
 
     def keep(self, live: Tensor) -> None:
         self._rows, self._scored = self._rows[live], self._scored[live]

@@ -88,15 +88,15 @@ def logps_and_grads(
     for c in chunks(n, held.size):
         scored = held.score(rows[c])
         scores.append(scored)
-        upstream, live = loss.upstream(c, scored), None
+        upstream, kept = loss.upstream(c, scored), None
         if not plan.sync_stalls or (loss.may_drop_rows and held.worth_a_wait):
-            found = upstream.alive().nonzero()[:, 0]
-            if not held.too_many(len(found)):
-                live, upstream = found, upstream[found]
+            live = upstream.live()
+            if held.worth_dropping(len(scored.logps) - len(live)):
+                kept, upstream = live, upstream[live]
                 held.keep(live)
-        dhidden = sums.rows(c, live)
+        dhidden = sums.rows(c, kept)
         held.add_to(sums, dhidden, upstream, accumulate=c.start > 0)
-        sums.store_rows(c, live, dhidden)
+        sums.store_rows(c, kept, dhidden)
     del held  # before another dweight is made of the sums
     scored = Logps.cat(scores) if scores else Logps.empty(rows, plan.accumulator, loss.with_entropy)
     return scored, sums.result()

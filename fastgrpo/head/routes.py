@@ -75,7 +75,7 @@ def loss_and_grads(
     result = loss.evaluate(scored)
     if not any(needs):
         return scored, result, Grads(None, None, None), None
-    live = result.upstream.alive().nonzero()[:, 0]
+    live = result.upstream.live()
     grads = logps_bwd(rows[live], head, plan, scored[live], result.upstream[live], needs)
     dhidden = spread(grads.hidden, live, len(rows.ids))
     return scored, result, grads._replace(hidden=dhidden), None
@@ -113,7 +113,7 @@ def _sparse(
     if loss.estimate is None:
         scored = logps_fwd(rows, head, plan, loss.with_entropy)
         result = loss.evaluate(scored)
-        chosen = result.upstream.alive().nonzero()[:, 0]
+        chosen = result.upstream.live()
         rows, drawn = rows[chosen], scored[chosen]
         entries = sparse.entries_of(rows, head, plan, words[chosen], drawn)
     else:

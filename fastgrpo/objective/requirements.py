@@ -8,6 +8,7 @@ from torch import Tensor
 from fastgrpo import checks
 from fastgrpo.objective.call import LossCall
 from fastgrpo.objective.config import LossConfig
+from fastgrpo.objective.fields import surrogate_named
 
 
 def check_call(
@@ -35,7 +36,8 @@ def check_call(
     if skip_zero_advantage and not config.zero_advantage_is_inert:
         raise ValueError(
             "skip_zero_advantage: expected a loss that tokens with advantage 0 have no part in, "
-            "got one with statistics of sequences or of the batch, a KL term or an entropy bonus"
+            "got one with a gradient there, statistics of sequences or of the batch, a KL term or "
+            "an entropy bonus"
         )
     if skip_zero_advantage and (config.entropy == "differentiable"):
         raise ValueError("skip_zero_advantage has no effect with entropy='differentiable'")
@@ -55,7 +57,9 @@ def check_call(
                 "max_completion_length: expected a length in the LossConfig, or a normalizer, for "
                 "aggregation='fixed_length'; got neither"
             )
-    if call.seed is not None and config.surrogate != "clip_cov" and not sparsity:
+    # `torch.compile` reads fields of a config, but no property.
+    drawn = surrogate_named(config.surrogate).context == "drawn_covariance"
+    if call.seed is not None and not drawn and not sparsity:
         raise ValueError(
             f"seed has no effect with surrogate={config.surrogate!r} and sparsity=0: nothing is "
             "drawn"

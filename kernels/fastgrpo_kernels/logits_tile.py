@@ -236,13 +236,13 @@ def _scatter_rows_kernel(
 
 def scatter_rows(
     acc: Tensor,  # (Vs, H) fp32
-    ids: Tensor,  # (n,) int64, ascending
+    sorted_ids: Tensor,  # (n,) int64, ascending
     order: Tensor,  # (n,) int64: the row of `coef` and `rows` that each id belongs to
     coef: Tensor,  # (n,) fp32
     rows: Tensor,  # (n, H)
     vocab_start: int,
 ) -> None:
-    """Add coef[order[i]] * rows[order[i]] to acc[ids[i] - vocab_start] for ids in the slice.
+    """Add coef[order[i]] * rows[order[i]] to acc[sorted_ids[i] - vocab_start], in the slice.
 
     Deterministic: one program per run of equal ids and block of columns, in the order given.
     """
@@ -254,7 +254,7 @@ def scatter_rows(
         if n:
             grid = (n, -(-hidden_size // launch.blocks["BLOCK_H"]))
             _scatter_rows_kernel[grid](
-                *(acc, ids, order, coef, rows),
+                *(acc, sorted_ids, order, coef, rows),
                 *(n, acc.shape[0], hidden_size, acc.stride(0), rows.stride(0), vocab_start),
                 **launch.kwargs(),
             )

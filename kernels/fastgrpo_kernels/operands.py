@@ -81,6 +81,10 @@ class Upstream(NamedTuple):
         alive = self.dlogps != 0
         return alive if self.dentropy is None else alive | (self.dentropy != 0)
 
+    def live(self) -> Tensor:
+        """Return the indices of those rows. The host waits for their number."""
+        return self.alive().nonzero()[:, 0]
+
 
 class RowState(NamedTuple):
     """Running softmax statistics of each row (n,) over the slices of the vocabulary seen so far.
