@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.data import Batch, random_batch, rl_batch
+from benchmarks.data import LossInputs, random_batch, rl_batch
 from benchmarks.measure import MODES, Errors, Outcome, check, errors, oracle, run, sampling_noise
 from benchmarks.peak_memory import allocated_peak_mib, resident_peak_mib
-from benchmarks.profiles import expected_kept, newest_profile, rl_like_batch
 from benchmarks.providers import Provider
 from benchmarks.shapes import Shape
+from benchmarks.time_model.profiles import expected_kept, newest_profile, rl_like_batch
 from benchmarks.timing import GemmBound, bound_dtype, describe, interleave, summary
 
 BOUND = "GEMM bound"
 
 
-def make_batch(shape: Shape, dtype: torch.dtype, mode: str, device: torch.device) -> Batch:
+def make_batch(shape: Shape, dtype: torch.dtype, mode: str, device: torch.device) -> LossInputs:
     """Return the batch that `mode` works on."""
     # Past its limit of recompilations torch.compile silently runs eagerly.
     torch.compiler.reset()
@@ -37,8 +37,8 @@ def make_batch(shape: Shape, dtype: torch.dtype, mode: str, device: torch.device
     return dataclasses.replace(batch, skip_zero_advantage=MODES[mode].skip_zero_advantage)
 
 
-def distances(provider: Provider, mode: str, batch: Batch, exact: Outcome) -> Errors:
-    """Return the errors of one call; where the mode gives a loss only, of its log-probs as well."""
+def distances(provider: Provider, mode: str, batch: LossInputs, exact: Outcome) -> Errors:
+    """Return the errors of one call. If the mode gives no log-probs, a second call adds theirs."""
     found = errors(run(provider, mode, batch), exact, batch.completion_mask)
     if found.logps_rms is None:
         logps = errors(run(provider, "logps", batch), exact, batch.completion_mask)
@@ -79,11 +79,12 @@ def speed(
     *,
     rounds: int,
     seconds: float,
+    peaks: bool,
 ) -> list[dict[str, Any]]:
     """Return one row for each provider and one for the bound: samples and shares of the bound.
 
-    On CUDA each provider runs once before it is timed, and its row has the peak memory as well.
-    On a CPU a call takes seconds, and the first one is like the others.
+    With `peaks` each provider runs before it is timed, and its row has the MiB that PyTorch
+    allocated. Only CUDA needs a call to warm up: on a CPU the first call is like the others.
     """
     batch = make_batch(shape, dtype, mode, device)
     bound = GemmBound(batch, MODES[mode].gemms, bound_dtype(dtype, device))
@@ -94,10 +95,11 @@ def speed(
     for provider in providers:
         row = rows[provider.name] = _identity(provider.name, shape, dtype, mode)
         call = calls[provider.name] = partial(run, provider, mode, batch)
-        if device.type == "cpu":
+        if not peaks:
             continue
         try:
-            call()
+            if device.type == "cuda":
+                call()
             row["peak_mib"] = allocated_peak_mib(call, device)
         except Exception as error:  # noqa: BLE001
             row["failure"] = describe(error)

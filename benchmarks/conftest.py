@@ -1,4 +1,8 @@
-"""Shared by the pytest benchmarks: batches, oracles, the bound, and the summary at the end."""
+"""Shared by the pytest benchmarks: batches, oracles, the bound, and the summary at the end.
+
+On a CPU the parametrized shapes are tiny. They only check results there: what a tiny shape takes is
+the time of Python, and says nothing about a real head.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ import torch
 
 from benchmarks import environment, providers
 from benchmarks.cases import distances, make_batch
-from benchmarks.data import Batch
+from benchmarks.compare import Comparison, table
+from benchmarks.data import LossInputs
 from benchmarks.measure import MODES, Errors, Outcome, check, oracle, run
 from benchmarks.peak_memory import allocated_peak_mib
 from benchmarks.shapes import CUDA_SHAPES, TINY_SHAPES, Shape
@@ -21,12 +26,13 @@ ORACLE_ROWS = 2048  # the oracle's logits are fp64
 ON_GPU = torch.cuda.is_available()
 AVAILABLE, MISSING = providers.load()
 LINES = pytest.StashKey[list[str]]()
+COMPARISON = pytest.StashKey[Comparison]()
 
 
 class Case(NamedTuple):
-    part: Batch  # as many of the completions as the oracle can take
+    part: LossInputs  # as many of the completions as the oracle can take
     exact: Outcome  # what they should give
-    batch: Batch
+    batch: LossInputs
     bound_ms: float
 
 
@@ -49,7 +55,7 @@ def _case(shape: Shape, dtype: torch.dtype, mode: str) -> Case:
 
 @pytest.fixture
 def measure(benchmark, request) -> Callable[[str, str, Shape, torch.dtype], None]:
-    """Return a function that checks a provider in a mode, times it and adds a summary line."""
+    """Return a function that checks a provider in a mode; on a GPU it times it, adds a line."""
 
     def measure_case(name: str, mode: str, shape: Shape, dtype: torch.dtype) -> None:
         if name in MISSING:
@@ -67,8 +73,9 @@ def measure(benchmark, request) -> Callable[[str, str, Shape, torch.dtype], None
         check(provider, found, dtype)
         benchmark.group = f"{shape.label} {str(dtype).removeprefix('torch.')} {mode}"
         benchmark.extra_info |= {"peak_mib": peak, "bound_ms": case.bound_ms, **found._asdict()}
-        benchmark.pedantic(call, rounds=5 if ON_GPU else 3, warmup_rounds=1)
-        if benchmark.stats is not None:  # None under --benchmark-disable
+        benchmark.disabled |= not ON_GPU  # one call, no clock
+        benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+        if benchmark.stats is not None:  # None where disabled
             median_ms = benchmark.stats.stats.median * 1e3
             line = _line(benchmark.group, name, median_ms, case.bound_ms, peak, found)
             request.config.stash.setdefault(LINES, []).append(line)
@@ -105,12 +112,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("provider", providers.LOADERS, ids=lambda n: n.replace(" ", "-"))
 
 
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's own table
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     lines = config.stash.get(LINES, [])
+    if COMPARISON in config.stash:
+        lines = [*lines, *table(config.stash[COMPARISON]).splitlines()]
     if lines:
         terminalreporter.section("fastgrpo benchmarks")
         terminalreporter.write_line(environment.header())
         for line in lines:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def keep_for_summary(request: pytest.FixtureRequest) -> Callable[[Comparison], None]:
+    """Return a function that puts a comparison at the end of the terminal's summary."""
+    return partial(request.config.stash.__setitem__, COMPARISON)

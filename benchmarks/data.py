@@ -12,7 +12,7 @@ from benchmarks.shapes import Shape
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class LossInputs:
     """The inputs of one GRPO loss: token mean, epsilon 0.2, beta 0."""
 
     hidden: Tensor  # (B, T, H), leaf that requires grad
@@ -21,9 +21,9 @@ class Batch:
     completion_mask: Tensor  # (B, T) bool
     advantages: Tensor  # (B,) fp32
     old_logps: Tensor  # (B, T) fp32, nats
-    skip_zero_advantage: bool = False  # nobody asks for the log-probs of tokens with advantage 0
+    skip_zero_advantage: bool = False  # no log-probs are wanted of tokens with advantage 0
 
-    def to(self, dtype: torch.dtype, *, frozen: bool = False) -> Batch:
+    def to(self, dtype: torch.dtype, *, frozen: bool = False) -> LossInputs:
         """Return the batch with fresh leaves in `dtype`; values are rounded if it is narrower."""
         return dataclasses.replace(
             self,
@@ -39,7 +39,7 @@ class Batch:
         ids: Tensor,  # (N,)
         sequences: int,
         generator: torch.Generator,
-    ) -> Batch:
+    ) -> LossInputs:
         """Return a dense batch: every row is live and no ratio is clipped."""
         rows, device = len(ids), ids.device
         advantages = torch.randn(sequences, generator=generator, device=device)
@@ -57,7 +57,7 @@ class Batch:
             old_logps=old_logps.view(sequences, length),
         )
 
-    def sequences(self, chosen: slice) -> Batch:
+    def sequences(self, chosen: slice) -> LossInputs:
         """Return the batch of these completions, hidden states as a new leaf, the same weight."""
         return dataclasses.replace(
             self,
@@ -71,7 +71,7 @@ class Batch:
 
 def random_batch(
     shape: Shape, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
-) -> Batch:
+) -> LossInputs:
     """Return a dense batch: every row is live, no ratio is clipped, every gradient is needed.
 
     The hidden states lean towards their target's classifier row, so that the targets'
@@ -88,15 +88,15 @@ def random_batch(
         torch.rand(shape.rows, 1, generator=generator, device=device) * 1.5 * math.log(shape.vocab)
     )
     hidden = (normal(shape.rows, shape.hidden) + lean * weight[ids].float()).to(dtype)
-    return Batch.of_rows(hidden, weight, ids, shape.sequences, generator)
+    return LossInputs.of_rows(hidden, weight, ids, shape.sequences, generator)
 
 
-def rl_batch(batch: Batch, zero_advantage: float = 0.5, padding: float = 0.0) -> Batch:
-    """Return `batch` as reinforcement learning meets it.
+def rl_batch(batch: LossInputs, zero_advantage: float = 0.5, padding: float = 0.0) -> LossInputs:
+    """Return `batch` with advantages of 0 and padding, as reinforcement learning meets them.
 
-    The first `zero_advantage` of the completions, to a whole number, belong to groups whose rewards
-    are all equal; at least one completion counts. Lengths fall evenly from T to
-    (1 - 2 * padding) * T, so that the share `padding` of all positions is padding.
+    A share `zero_advantage` of the completions gets advantage 0, like groups whose rewards are all
+    equal. These are the first ones; at least one completion keeps its advantage. Lengths fall
+    evenly from T to (1 - 2 * padding) * T, so that a share `padding` of all positions is padding.
     """
     sequences, length = batch.completion_ids.shape
     advantages = batch.advantages.clone()

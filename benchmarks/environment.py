@@ -102,13 +102,13 @@ def facts(module: str) -> dict[str, Any]:
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "gpu": gpu_state(),
-        # Files by their names alone: where they lay is nobody's business.
+        # Files by their names alone: a record does not tell the folders of a machine.
         "command": " ".join([f"python -m {module}", *(Path(a).name for a in sys.argv[1:])]),
     }
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Write a record, what holds nothing but values on one line."""
+    """Write a record as JSON; a list or object without others inside it stands on one line."""
     text = json.dumps(content, indent=1)
     line = re.compile(r"([\[{])\n\s+([^\[\]{}]*?)\n\s+([\]}])")
     text = line.sub(lambda m: m[1] + re.sub(r"\s*\n\s*", " ", m[2]) + m[3], text)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.data import Batch
+from benchmarks.data import LossInputs
 from benchmarks.providers import Provider, plain_logits, policy_loss
 
 
@@ -19,8 +19,8 @@ class Mode(NamedTuple):
     frozen: bool = False
     zero_advantage: float = 0.0  # share of the completions
     padding: float = 0.0  # share of the positions
-    skip_zero_advantage: bool = False  # do without the log-probs of what has no advantage
-    policy: str | None = None  # whose rows, by its name in the workload record; None: random ones
+    skip_zero_advantage: bool = False  # no log-probs of completions without an advantage
+    policy: str | None = None  # rows of this policy of the workload record; None: random rows
 
 
 MODES = {
@@ -33,7 +33,7 @@ MODES = {
     "half_masked": Mode(gemms=3, padding=0.5),
     "skip_90": Mode(gemms=3, zero_advantage=0.9),
     "rl": Mode(gemms=3, zero_advantage=0.5, padding=0.25),
-    # What a policy's rows cost: a curve over the entries that a sparse backward keeps of them.
+    # Rows of three policies. A sparse backward keeps a different number of entries of each.
     "policy": Mode(gemms=3, policy="sharpened 2"),
     "policy_sharp": Mode(gemms=3, policy="sharpened 4"),
     "policy_flat": Mode(gemms=3, policy="as trained"),
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
     dweight: Tensor | None  # (V, H)
 
 
-def run(provider: Provider, mode: str, batch: Batch) -> Outcome:
+def run(provider: Provider, mode: str, batch: LossInputs) -> Outcome:
     """Run one call from cleared gradients."""
     batch.hidden.grad = batch.weight.grad = None
     if mode == "logps":
@@ -57,7 +57,7 @@ def run(provider: Provider, mode: str, batch: Batch) -> Outcome:
             return Outcome(provider.token_logps(batch), None, None, None)
     if mode == "token_logps":
         logps = provider.token_logps(batch)
-        # Any upstream gradient will do; this one is already there, and as varied as one likes.
+        # Any upstream gradient will do. This one is at hand, and differs from token to token.
         logps.backward(batch.old_logps.to(logps.dtype) / batch.old_logps.numel())
         return Outcome(logps.detach(), None, batch.hidden.grad, batch.weight.grad)
     loss = provider.loss(batch)
@@ -65,7 +65,7 @@ def run(provider: Provider, mode: str, batch: Batch) -> Outcome:
     return Outcome(None, loss.detach(), batch.hidden.grad, batch.weight.grad)
 
 
-def oracle(mode: str, batch: Batch, block: int = 256) -> Outcome:
+def oracle(mode: str, batch: LossInputs, block: int = 256) -> Outcome:
     """Return `run` of plain logits in fp64 from the same rounded inputs, in blocks of rows."""
     exact = batch.to(torch.float64, frozen=not batch.weight.requires_grad)
     token_logps = plain_logits().token_logps
@@ -97,14 +97,14 @@ def oracle(mode: str, batch: Batch, block: int = 256) -> Outcome:
 
 
 class Errors(NamedTuple):
-    """Distances from the oracle; None where the mode does not have the quantity."""
+    """Distances from the oracle. A quantity that the mode does not have is None."""
 
     logps_rms: float | None = None  # nats
     logps_max: float | None = None  # nats
     loss: float | None = None  # absolute
     dhidden: float | None = None  # relative L2
     dweight: float | None = None  # relative L2
-    dhidden_noise: float | None = None  # what an unbiased estimate's should be: root mean square
+    dhidden_noise: float | None = None  # of an unbiased estimate: the expected error, rms
     dweight_noise: float | None = None
 
 
@@ -129,12 +129,14 @@ def errors(outcome: Outcome, exact: Outcome, mask: Tensor) -> Errors:
     )
 
 
-def sampling_noise(mode: str, batch: Batch, exact: Outcome, tau: float, block: int = 256) -> Errors:
-    """Return the relative errors that the sparse backward's gradients have over its seeds.
+def sampling_noise(
+    mode: str, batch: LossInputs, exact: Outcome, tau: float, block: int = 256
+) -> Errors:
+    """Return the root mean square, over seeds, of the sparse gradients' relative errors.
 
-    An entry that is kept with probability p / tau' and then counts tau' has variance
-    p (tau' - p), tau' being tau times the factor by which the row's estimate is off. Entries are
-    pairwise independent, so variances add up; the target is always kept.
+    Let tau' be tau times the factor by which the row's estimate of p is off. An entry is kept with
+    probability p / tau' and then counts tau', so that its variance is p (tau' - p). Entries are
+    pairwise independent, so that variances add up. The target is always kept and has none.
     """
     logps = exact.logps.float().requires_grad_()
     if mode == "token_logps":
@@ -168,7 +170,7 @@ class Bar(NamedTuple):
     gradient: float
 
 
-# What fastgrpo promises, and what rounding the logits to 16 bits costs a peer, with a margin.
+# Ours: what fastgrpo promises. Peers': what rounding the logits to 16 bits costs, with a margin.
 OWN_BARS = {torch.float32: Bar(1e-5, 1e-5), torch.bfloat16: Bar(1e-5, 4e-3)}
 PEER_BARS = {torch.float32: Bar(1e-4, 1e-3), torch.bfloat16: Bar(0.1, 0.1)}
 

@@ -1,7 +1,8 @@
 """Measure the memory that one call needs beyond its inputs, gradients included.
 
-On a CPU the high-water mark of the resident set is the only honest witness, and one process has
-only one: each figure comes from a fresh interpreter, `python -m benchmarks.peak_memory`.
+On a CPU a library allocates past PyTorch, and only the high-water mark of the resident set sees
+all of it. A process has one such mark, so that each figure of a record comes from a fresh
+interpreter, `python -m benchmarks.peak_memory`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def allocated_peak_mib(call: Callable[[], object], device: torch.device) -> floa
         torch.cuda.synchronize(device)
         del result
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    # Else the profiler writes two lines to the terminal each time.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = call()
     del result

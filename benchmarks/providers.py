@@ -1,7 +1,7 @@
 """Put every implementation that is compared behind one signature.
 
-A provider computes per-token log-probs, or a whole GRPO loss, from the same batch. One that only
-has log-probs gets its loss from `policy_loss`, which is also the oracle's.
+All compute per-token log-probs or a whole GRPO loss from the same batch. A provider that only has
+log-probs gets its loss from `policy_loss`, and so does the oracle.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.data import Batch
+from benchmarks.data import LossInputs
 
 EPSILON = 0.2
 
-LogpsFn = Callable[[Batch], Tensor]  # -> (B, T), nats, differentiable
-LossFn = Callable[[Batch], Tensor]  # -> (), differentiable
+LogpsFn = Callable[[LossInputs], Tensor]  # -> (B, T), nats, differentiable
+LossFn = Callable[[LossInputs], Tensor]  # -> (), differentiable
 
 
 class Provider(NamedTuple):
-    """An implementation; `fused_loss` is None where the loss is composed from `token_logps`."""
+    """An implementation. Without a `fused_loss` its loss is composed from `token_logps`."""
 
     name: str
     token_logps: LogpsFn
     fused_loss: LossFn | None = None
     sparsity: float = 0.0  # tau: gradients are an unbiased estimate; 0: exact
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: LossInputs) -> Tensor:
         if self.fused_loss is not None:
             return self.fused_loss(batch)
         return policy_loss(self.token_logps(batch), batch)
 
 
-def policy_loss(logps: Tensor, batch: Batch, normalizer: Tensor | None = None) -> Tensor:
+def policy_loss(logps: Tensor, batch: LossInputs, normalizer: Tensor | None = None) -> Tensor:
     """Return the clipped-ratio loss averaged over tokens, in the dtype of `logps`."""
     advantages = batch.advantages[:, None]
     # Before the exponential: whatever stands at a masked position must not become inf * 0.
@@ -51,7 +51,7 @@ def policy_loss(logps: Tensor, batch: Batch, normalizer: Tensor | None = None) -
 def plain_logits() -> Provider:
     """Full logits in the model's dtype, log-softmax in fp32: what a Hugging Face model does."""
 
-    def token_logps(batch: Batch) -> Tensor:
+    def token_logps(batch: LossInputs) -> Tensor:
         logits = F.linear(batch.hidden, batch.weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.log_softmax(-1).gather(-1, batch.completion_ids[..., None])[..., 0]
@@ -61,7 +61,7 @@ def plain_logits() -> Provider:
 
 def compiled_logits() -> Provider:
     if not torch.cuda.is_available():
-        raise ImportError("compared on CUDA only")
+        raise ImportError("needs CUDA")
     plain = plain_logits()
     compiled = partial(torch.compile, dynamic=False)
     return Provider("torch.compile", compiled(plain.token_logps), compiled(plain.loss))
@@ -94,7 +94,7 @@ def liger_grpo() -> Provider:
         loss_type="bnpo",
     )
 
-    def fused_loss(batch: Batch) -> Tensor:
+    def fused_loss(batch: LossInputs) -> Tensor:
         return module(
             batch.hidden,
             batch.weight,
@@ -104,7 +104,7 @@ def liger_grpo() -> Provider:
             old_per_token_logps=batch.old_logps,
         )[0]
 
-    def token_logps(batch: Batch) -> Tensor:
+    def token_logps(batch: LossInputs) -> Tensor:
         return LigerFusedLinearPPOBase.chunk_forward(
             batch.hidden, batch.weight, batch.completion_ids
         )
@@ -160,26 +160,26 @@ def verl_kernel() -> Provider:
 
 
 def quack() -> Provider:
-    raise ImportError("has a scalar cross-entropy only: no per-token log-probs, no policy loss")
+    raise ImportError("has no per-token log-probs and no policy loss")
 
 
 def fastgrpo(backend: str, sparsity: float = 0.0) -> Provider:
     import fastgrpo
 
+    # Times of Triton's interpreter would say nothing.
     if backend == "triton" and not torch.cuda.is_available():
-        raise ImportError("needs CUDA; the interpreter is not timed")
+        raise ImportError("needs CUDA")
     config = fastgrpo.LossConfig.preset("dapo", epsilon_low=EPSILON, epsilon_high=EPSILON)
-
     sparse = {"sparsity": sparsity, "seed": 0} if sparsity else {}
 
-    def token_logps(batch: Batch) -> Tensor:
+    def token_logps(batch: LossInputs) -> Tensor:
         ids = batch.completion_ids.masked_fill(~batch.completion_mask, -100)
         drawn = sparse | {"old_logps": batch.old_logps} if sparse else {}
         return fastgrpo.linear_logps(
             batch.hidden, batch.weight, ids, backend=backend, **drawn
         ).logps
 
-    def fused_loss(batch: Batch) -> Tensor:
+    def fused_loss(batch: LossInputs) -> Tensor:
         return fastgrpo.grpo_loss(
             batch.hidden,
             batch.weight,
@@ -200,7 +200,7 @@ def fastgrpo(backend: str, sparsity: float = 0.0) -> Provider:
 def by_rows(rows: Callable[[Tensor, Tensor, Tensor], Tensor], *, compact: bool = False) -> LogpsFn:
     """Wrap a function of (N, H), (V, H), (N,); `compact` drops the masked rows first."""
 
-    def token_logps(batch: Batch) -> Tensor:
+    def token_logps(batch: LossInputs) -> Tensor:
         ids, mask = batch.completion_ids, batch.completion_mask
         if not compact:
             return rows(batch.hidden.flatten(0, 1), batch.weight, ids.flatten()).view(ids.shape)

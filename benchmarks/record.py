@@ -1,7 +1,7 @@
 """Measure this machine and leave a record: `python -m benchmarks.record`.
 
-The record, benchmarks/results/<device>-<date>.json, is written after every stage, so that whatever
-ends the run leaves what was measured up to there.
+The record, benchmarks/results/<device>-<date>.json, is written after every stage. A run that ends
+early leaves what was measured before.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, environment, providers, sweep, targets
+from benchmarks import cases, environment, providers
 from benchmarks.measure import MODES
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, LARGE_SHAPE, TINY_SHAPES, Shape
+from benchmarks.time_model import sweep, targets
 from benchmarks.timing import describe, time_once
 
 POLICY_MODES = ("policy", "policy_sharp", "policy_flat")
 SECTIONS = ("accuracy", "sweep", "speed", "memory")
 
-# What a CPU user has; `pytest benchmarks/` compares the others too, at tiny shapes.
+# What a CPU user has.
 CPU_PROVIDERS = (
     "plain logits",
     "TRL chunked",
@@ -36,9 +37,9 @@ CPU_PROVIDERS = (
     "fastgrpo torch",
     "fastgrpo sparse",
 )
-# Where 16-bit GEMMs are emulated a peer's call takes minutes: everyone gets these rows instead.
+# Where 16-bit GEMMs are emulated a peer's call takes minutes. There all providers get these rows.
 FEWER_ROWS = {"32k": 256, "152k": 64}
-# One call would eat the budget.
+# Left out there: one call takes minutes.
 MINUTES_A_CALL = {"152k": ("F.linear_cross_entropy",)}
 
 Stage = tuple[str, str, float, Callable[[], list[dict[str, Any]]]]  # section, label, seconds, work
@@ -95,9 +96,8 @@ def cpu_stages(available: list[providers.Provider], record: Record, quick: bool)
         # Peers are slow where 16-bit GEMMs are emulated: more rounds would tell nothing more.
         share = (0.2 if dtype == torch.float32 else 0.05) * record.budget
         add("accuracy", partial(cases.accuracy, device=device), who, shape, dtype)
-        add(
-            "speed", partial(cases.speed, device=device, rounds=9, seconds=share), who, shape, dtype
-        )
+        speed = partial(cases.speed, device=device, rounds=9, seconds=share, peaks=False)
+        add("speed", speed, who, shape, dtype)
 
     def add_memory(who: list, shape: Shape, dtype: torch.dtype) -> None:
         for provider in who:
@@ -109,7 +109,7 @@ def cpu_stages(available: list[providers.Provider], record: Record, quick: bool)
         part = shape._replace(rows=min(shape.rows, 512))
         check = partial(cases.accuracy, own, part, torch.float32, mode, device)
         case = (own, shape, torch.float32, mode, device)
-        work = partial(cases.speed, *case, rounds=9, seconds=0.03 * record.budget)
+        work = partial(cases.speed, *case, rounds=9, seconds=0.03 * record.budget, peaks=False)
         stages.extend([("accuracy", label, 10, check), ("speed", label, 10, work)])
 
     for shape in shapes:
@@ -133,8 +133,8 @@ def cpu_stages(available: list[providers.Provider], record: Record, quick: bool)
 def cuda_stages(available: list[providers.Provider], record: Record, quick: bool) -> list[Stage]:
     """Return the stages of a GPU record, what matters most first.
 
-    Tests, numerics of every mode, launch variants, the modes that the targets are about, then
-    whatever the time is left for.
+    The order: tests, numerics of every mode, the loss, launch variants, the modes that the targets
+    are about, and then the others, as long as there is time.
     """
     device = torch.device("cuda")
     own = [p for p in available if p.name in ("fastgrpo triton", "fastgrpo sparse")]
@@ -150,9 +150,8 @@ def cuda_stages(available: list[providers.Provider], record: Record, quick: bool
     def add_speed(who: list, shape: Shape, mode: str) -> None:
         # A round of all peers takes half a second at a real head.
         limit = seconds if who is own else 2 * seconds
-        work = partial(
-            cases.speed, who, shape, torch.bfloat16, mode, device, rounds=rounds, seconds=limit
-        )
+        case = (who, shape, torch.bfloat16, mode, device)
+        work = partial(cases.speed, *case, rounds=rounds, seconds=limit, peaks=True)
         stages.append(("speed", f"{shape.label} {mode}", 10, work))
 
     def add_sweep(kernel: str, shape: Shape) -> None:
@@ -226,7 +225,8 @@ def main(arguments: list[str] | None = None) -> Path:
     record.content["missing"] = missing
     for stage in (cuda_stages if on_gpu else cpu_stages)(available, record, options.quick):
         record.stage(*stage)
-    print(targets.table(record.content))
+    if on_gpu:
+        print(targets.table(record.content))
     print(f"wrote {record.path}")
     return record.path
 

@@ -1,7 +1,7 @@
 """Write the tables of README and docs: `python -m benchmarks.tables`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. It names the record that it
-comes from, or says that it is predicted. Nothing in it is typed by hand.
+comes from, or says that it is predicted. Do not edit it by hand.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import roofline, sparse_epilogues, targets
 from benchmarks.cases import BOUND
 from benchmarks.environment import RESULTS, ROOT
-from benchmarks.profiles import newest_workload
+from benchmarks.time_model import roofline
+from benchmarks.time_model.machines import MACHINES
+from benchmarks.time_model.profiles import newest_workload
 
 # Each document, and the path of the records' folder in its links.
 DOCUMENTS = {
@@ -26,14 +27,6 @@ DOCUMENTS = {
     ROOT / "docs" / "sparse-backward.md": "../benchmarks/results",
 }
 LEARNING = ROOT / "docs" / "figures" / "sparse-learning.json"
-# Of the predictions: ours, what everyone has, and the best that others ship for this loss.
-SHOWN = (
-    "fastgrpo triton",
-    "fastgrpo triton, tiles",
-    "plain logits",
-    "TRL chunked",
-    "Liger scaled CE",
-)
 Row = dict[str, Any]
 
 
@@ -49,7 +42,7 @@ def newest(kind: str, results: Path = RESULTS) -> Path | None:
 
 
 def speed_table(record: Row, *, mode: str = "loss") -> str:
-    """Return time, share of the bound and peak memory: a row a provider, a block a case."""
+    """Return time, share of the bound and peak memory, one row for each provider and case."""
     lines = ["| tokens x vocabulary x hidden | implementation | ms (p10-p90) | share | peak MiB |"]
     lines += ["|---|---|---|---|---|"]
     peaks = {_key(row): row for row in record["memory"] if "peak_mib" in row}
@@ -70,7 +63,7 @@ def speed_table(record: Row, *, mode: str = "loss") -> str:
 
 
 def accuracy_table(record: Row, *, mode: str = "loss") -> str:
-    """Return the distances from the fp64 oracle: a row a provider, a block a case."""
+    """Return the distances from the fp64 oracle, one row for each provider and case."""
     lines = ["| tokens x vocabulary x hidden | implementation | log-prob rms | dhidden | dweight |"]
     lines += ["|---|---|---|---|---|"]
     for row in record["accuracy"]:
@@ -102,7 +95,7 @@ def modes_table(record: Row) -> str:
 
 
 def workload_table(record: Row) -> str:
-    """Return what the rows of each policy look like, and of the unsharpened one by entropy."""
+    """Return what each policy's rows look like; those of the unsharpened one also by entropy."""
     lines = [
         "| rows | share | entropy, nats | mass beyond 64: median / p90 | kept at 1e-2 "
         "| kept at 1e-3: mean / p90 / max | kept at 1e-4 | at 1e-3, V = 151936 |",
@@ -142,7 +135,7 @@ def _recorded(kind: str, render: Callable[[Row], str]) -> Callable[[Path, str], 
 
 
 def _beside(record: Row) -> str:
-    """Return predictions beside measurements, those of emulated 16-bit products left out."""
+    """Return predictions beside measurements; on a CPU of fp32 only, for 16 bits are emulated."""
     if record["gpu"] is None:
         record = record | {"speed": [r for r in record["speed"] if r["dtype"] == "float32"]}
     return roofline.measured_table(roofline.machine_of(record), record)
@@ -160,34 +153,17 @@ def _workload(results: Path, folder: str) -> str:
 
 
 def _predicted(results: Path, folder: str) -> str:
-    machine, rows = roofline.MACHINES["h200"], 16384
+    machine, rows = MACHINES["h200"], 16384
     title = f"Predicted, {machine.name}, {rows} tokens: ms (share of the bound)."
     modes = ("logps", "loss", "frozen", "half_zero")
-    return f"{title}\n\n{roofline.predicted_table(machine, rows, modes, SHOWN)}"
+    exact = ("fastgrpo triton", "fastgrpo triton, tiles")
+    return f"{title}\n\n{roofline.predicted_table(machine, rows, modes, exact)}"
 
 
 def _curve(results: Path, folder: str) -> str:
-    machine, rows = roofline.MACHINES["h200"], 16384
+    machine, rows = MACHINES["h200"], 16384
     title = f"Predicted, {machine.name}, {rows} tokens: ms (in products of the forward, 2NVH)."
     return f"{title}\n\n{roofline.kept_table(machine, rows)}"
-
-
-def _epilogues(results: Path, folder: str) -> str:
-    path = results / sparse_epilogues.RECORD.name
-    return f"Record {_link(path, folder)}.\n\n{epilogues_table(json.loads(path.read_text()))}"
-
-
-def epilogues_table(record: Row) -> str:
-    """Return what a way to get entries out costs the epilogue of the tile that runs."""
-    lines = ["| way, uniform number | instructions added per logit | registers | stack, bytes |"]
-    lines += ["|---|---|---|---|"]
-    first = record["rows"][0]["tile"]
-    for row in record["rows"]:
-        if row["tile"] == first:
-            lines.append(
-                f"| {row['form']} | {row['added']:.1f} | {row['registers']} | {row['stack']} |"
-            )
-    return f"Tile {first}, triton {record['triton']}.\n\n" + "\n".join(lines)
 
 
 def _learning(results: Path, folder: str) -> str:
@@ -214,14 +190,6 @@ def _learning(results: Path, folder: str) -> str:
     )
 
 
-def _goals(results: Path, folder: str) -> str:
-    path = newest("cuda", results)
-    if path is None:
-        return f"Not measured: no GPU yet.\n\n{targets.table(None)}"
-    record = json.loads(path.read_text())
-    return f"{_caption(path, record, folder)}\n\n{targets.table(record)}"
-
-
 # The marker's name -> from the folder of records, and the path of that folder in links, the text.
 TABLES: dict[str, Callable[[Path, str], str]] = {
     "cpu": _recorded("cpu", speed_table),
@@ -233,10 +201,8 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "model-cpu": _recorded("cpu", _beside),
     "model-cuda": _recorded("cuda", _beside),
     "workload": _workload,
-    "targets": _goals,
     "predicted": _predicted,
     "predicted-kept": _curve,
-    "sparse-epilogues": _epilogues,
     "sparse-learning": _learning,
 }
 

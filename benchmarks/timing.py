@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.data import Batch
+from benchmarks.data import LossInputs
 
 L2_FLUSH_BYTES = 256 << 20
 
@@ -18,12 +18,14 @@ Call = Callable[[], object]
 class GemmBound:
     """The matrix products that a call cannot avoid, into preallocated outputs.
 
-    1: logits; 2: and dhidden (frozen head); 3: and dweight. The operands of the gradient products
-    have the size and layout of dlogits, in `dtype`. Long batches go in blocks of rows, as they
-    would in any implementation that can hold them.
+    With `gemms` = 1 these are the logits, with 2 dhidden as well (a frozen head), with 3 dweight
+    too. The operands of the gradient products have the size and layout of dlogits, in `dtype`. Long
+    batches go in blocks of rows, as in any implementation whose logits have to fit.
     """
 
-    def __init__(self, batch: Batch, gemms: int, dtype: torch.dtype, block: int = 8192) -> None:
+    def __init__(
+        self, batch: LossInputs, gemms: int, dtype: torch.dtype, block: int = 8192
+    ) -> None:
         self.hidden = batch.hidden.detach().flatten(0, 1).to(dtype)  # (N, H)
         self.weight = batch.weight.detach().to(dtype)  # (V, H)
         rows, vocab = self.hidden.shape[0], self.weight.shape[0]
@@ -81,10 +83,10 @@ def interleave(
     seconds: float,
     slow_ms: float = 20_000.0,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Return each call's samples in ms, one a round, and the errors of the calls that failed.
+    """Return each call's samples in ms, one per round, and the errors of the calls that failed.
 
-    Every round runs every call once, each round starting one call further on. It stops after
-    `rounds`, or before the first round that would not fit into `seconds`; one round is always run.
+    Every round runs every call once, and starts one call further on than the round before. One
+    round is always run. Others follow up to `rounds`, as long as the next one fits into `seconds`.
     A call that takes longer than `slow_ms` is left out of the later rounds.
     """
     flush = None

@@ -1,10 +1,12 @@
 """The sweep puts each launch into the table, times it, and leaves the table as it was."""
 
+from unittest import mock
+
 import pytest
 import torch
 
-from benchmarks import sweep
 from benchmarks.shapes import Shape
+from benchmarks.time_model import sweep
 from fastgrpo_kernels import runtime
 
 SHAPE = Shape("test", 32, 101, 16)
@@ -37,6 +39,18 @@ def test_every_candidate_is_launched_and_timed(monkeypatch):
     assert {row["launch"]["BLOCK_V"] for row in rows} >= {128, 256}
     assert all(row["median_ms"] >= 0 and row["share_of_bound"] > 0 for row in rows)
     assert all(launch in used for launch in sweep.CANDIDATES["linear_logps"][1])
+
+
+@pytest.mark.parametrize("kernel", sweep.CANDIDATES)
+def test_the_launcher_is_called_as_it_is_declared(kernel, monkeypatch):
+    name = "linear_logps_fwd" if kernel == "linear_logps" else "anchored_logps_fwd"
+    launcher = mock.create_autospec(getattr(sweep, name))
+    monkeypatch.setattr(sweep, name, launcher)
+    hidden, weight, ids = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)
+    sweep.CANDIDATES[kernel][0](hidden, weight, ids)
+    (rows, head, with_entropy), _ = launcher.call_args
+    assert rows.hidden is hidden and rows.ids is ids and head.weight is weight
+    assert with_entropy is False
 
 
 def test_wrong_and_failing_launches_are_named(monkeypatch):

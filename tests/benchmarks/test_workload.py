@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from benchmarks import profiles, workload
 from benchmarks.measure import MODES
-from benchmarks.profiles import LARGER_VOCABS, RANKS, TAUS
 from benchmarks.shapes import Shape
+from benchmarks.time_model import profiles, workload
+from benchmarks.time_model.profiles import LARGER_VOCABS, RANKS, TAUS
 
 
 def test_statistics_against_a_direct_computation():
@@ -116,7 +116,7 @@ def test_record_of_a_tiny_run(tiny_run):
             assert set(part["kept"]["0.01"]) == {"mean", "p50", "p90", "p99", "max"}
         assert all(len(row) == len(RANKS) for row in policy["mass_rows"])
     assert profiles.newest_profile("sharpened 3", folder).source.startswith("workload-")
-    with pytest.raises(FileNotFoundError, match="benchmarks.workload"):
+    with pytest.raises(FileNotFoundError, match="benchmarks.time_model.workload"):
         profiles.newest_profile("as trained", folder / "cache")
 
 

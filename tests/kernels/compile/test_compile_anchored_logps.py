@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.compiling import (
+from fastgrpo_kernels.runtime import LAUNCHES
+from tests.kernels.compile.compiling import (
     CASES,
     PARTS,
     VARIANTS,
@@ -18,7 +19,6 @@ from benchmarks.compiling import (
     tool,
     usage,
 )
-from fastgrpo_kernels.runtime import LAUNCHES
 
 FLATTENED = LAUNCHES["anchored_logps"][16, "sm_90"]
 SPECIALISED = LAUNCHES["anchored_logps_small_h"][16, "sm_90"]

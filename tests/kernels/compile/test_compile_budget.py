@@ -7,7 +7,7 @@ import json
 import pytest
 import triton
 
-from benchmarks.compile_budget import COMMAND, TABLE, differences, measure
+from tests.kernels.compile.compile_budget import COMMAND, TABLE, differences, measure
 
 
 def test_the_table_is_what_the_compiler_gives():

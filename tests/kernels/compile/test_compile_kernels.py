@@ -6,9 +6,17 @@ import re
 
 import pytest
 
-from benchmarks.compile_budget import PAIRS, complaints
-from benchmarks.compiling import CASES, PARTS, VARIANTS, assembly, compile_case, compiled, usage
 from fastgrpo_kernels.runtime import LAUNCHES, Launch, launch_for
+from tests.kernels.compile.compile_budget import PAIRS, complaints
+from tests.kernels.compile.compiling import (
+    CASES,
+    PARTS,
+    VARIANTS,
+    assembly,
+    compile_case,
+    compiled,
+    usage,
+)
 
 
 @pytest.mark.parametrize(("name", "part"), PAIRS)

@@ -1,8 +1,8 @@
 """What a policy's rows look like: entropy, tail mass, kept entries; and batches that look alike.
 
-What a sparse backward costs depends on the number of entries that a row keeps, which no random
-batch can tell. `workload.py` measures it on a trained model; `rl_like_batch` puts rows of the
-measured kind on a head of any shape.
+The cost of a sparse backward depends on the number of entries that a row keeps. A random batch
+cannot tell that number. `workload.py` measures it on a trained model, and `rl_like_batch` puts rows
+of the measured kind on a head of any shape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.data import Batch
+from benchmarks.data import LossInputs
 from benchmarks.environment import RESULTS
 from benchmarks.shapes import Shape
 
@@ -37,9 +37,9 @@ class RowStats(NamedTuple):
 def row_statistics(hidden: Tensor, weight: Tensor, *, scale: float = 1.0) -> RowStats:
     """Return the statistics of the rows softmax(scale * hidden @ weight.T); hidden is (N, H).
 
-    An entry is kept with probability min(1, p / tau). For a larger vocabulary the power law that
-    the row follows between ranks V/8 and V/2 is continued behind its last entry, and the row
-    normalised again: an extrapolation, named as such wherever it is shown.
+    An entry is kept with probability min(1, p / tau). For a larger vocabulary the row is continued
+    behind its last entry, by the power law that it follows between ranks V/8 and V/2, and
+    normalised again. Wherever this is shown it is called an extrapolation.
     """
     blocks = []
     for block in hidden.split(max(1, (1 << 25) // weight.shape[0])):
@@ -89,7 +89,7 @@ def _kept_after(p: Tensor, behind: Tensor) -> Tensor:
 
 
 class Profile(NamedTuple):
-    """Rows of a policy, from the one of least entropy to that of most, and where they are from."""
+    """Rows of a policy in the order of their entropy, least first, and the record they are from."""
 
     mass: Tensor  # (rows, len(RANKS))
     source: str
@@ -109,7 +109,9 @@ def newest_workload(results: Path = RESULTS) -> tuple[Path, dict[str, Any]]:
     """Return path and content of the workload record with the latest date."""
     found = [(path, json.loads(path.read_text())) for path in results.glob("workload-*.json")]
     if not found:
-        raise FileNotFoundError(f"no workload-*.json in {results}: python -m benchmarks.workload")
+        raise FileNotFoundError(
+            f"no workload-*.json in {results}: python -m benchmarks.time_model.workload"
+        )
     return max(found, key=lambda item: item[1]["date"])
 
 
@@ -120,16 +122,18 @@ def rl_like_batch(
     *,
     profile: Profile,
     seed: int = 0,
-) -> Batch:
+) -> LossInputs:
     """Return a batch whose rows have the probabilities of `profile`'s, at a head of any shape.
 
     A row's most probable entries, up to 128, get the probabilities that the measured row has at
-    their ranks; the rest of its mass lies lognormally over the whole vocabulary. Tokens are drawn
-    from the row. What a batch holds is to be measured on it, never taken from the profile.
+    their ranks. The rest of its mass lies lognormally over the whole vocabulary. Tokens are drawn
+    from the row. The number of kept entries must be measured on the batch: it is near the
+    profile's, and not the same.
 
-    The head: peaks of a row need a direction in common, or states that lift a hundred logits
-    would be so long that the other logits scatter. Weight rows share one in classes, as related
-    words do; a class's tokens stand anywhere in the vocabulary.
+    The peaks of a row need a direction in common. Without one, a state that lifts a hundred logits
+    would be so long that the other logits scatter. So the rows of the weight form classes, as
+    related words do, and those of a class share a direction. Its tokens stand anywhere in the
+    vocabulary.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -173,7 +177,7 @@ def rl_like_batch(
     anything = torch.randint(v, (n,), generator=generator, device=device)
     peak = entries.gather(1, drawn.clamp(max=peaks - 1)[:, None])[:, 0]
     ids = torch.where(drawn < peaks, peak, anything)
-    return Batch.of_rows(hidden.to(dtype), weight, ids, shape.sequences, generator)
+    return LossInputs.of_rows(hidden.to(dtype), weight, ids, shape.sequences, generator)
 
 
 def _peak_probabilities(mass: Tensor, peaks: int) -> Tensor:

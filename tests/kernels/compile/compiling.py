@@ -1,7 +1,7 @@
-"""Compile every kernel for every part we name, without a GPU, and look at what comes out.
+"""Compile every kernel for every part that we name, without a GPU, and read what comes out.
 
-What this cannot see: races, speed, and the specialisation that a real launch chooses. Triton keeps
-what it has compiled: to look a second time is free.
+It cannot see races, speed, or the specialisation that a real launch chooses. Triton caches what it
+has compiled, so that a second look is free.
 """
 
 from __future__ import annotations

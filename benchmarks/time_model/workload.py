@@ -1,16 +1,17 @@
 """Train a small language model, sample from it and record what its rows look like.
 
-    python -m benchmarks.workload --maths train.jsonl --cache FOLDER
+    python -m benchmarks.time_model.workload --maths train.jsonl --cache FOLDER
 
 How many entries a sparse backward keeps depends on the entropy and on the tails of a policy's
-distribution. No download is needed: text is the Python source that is installed, and grade-school
-mathematics where a file of GSM8K is given. The vocabulary is trained on it too, byte-level.
+distribution. No download is needed. The text is the Python source that is installed, and
+grade-school mathematics where a file of GSM8K is given. A byte-level vocabulary is trained on it.
 
 The record, benchmarks/results/workload-<device>-<date>.json, has the statistics of the completions
-by policy: the model as it was trained, and sharpened. Sharpened by s means all logits times s:
-token by token the policy that maximises the expected log-prob under the trained model less
-1 / (s - 1) times the KL divergence to it. It stands in for what reinforcement learning does to
-entropy; tails get lighter with it than a reward that knows nothing of them would make them.
+of several policies: the model as it was trained, and sharpened. Sharpened by s means that all
+logits are multiplied by s. That is, token by token, the policy which maximises the expected
+log-prob under the trained model less 1 / (s - 1) times the KL divergence to it. It stands in for
+what reinforcement learning does to entropy. It makes tails lighter than a reward would that knows
+nothing of them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import environment
-from benchmarks.profiles import LARGER_VOCABS, RANKS, TAUS, RowStats, row_statistics
+from benchmarks.time_model.profiles import LARGER_VOCABS, RANKS, TAUS, RowStats, row_statistics
 from fastgrpo.train.model import Policy, describe_head
 from fastgrpo.train.rollout import Rollout, generate
 
@@ -343,7 +344,7 @@ def main(arguments: list[str] | None = None) -> Path:
     policy, prompts, facts = prepare(recipe, options.maths, options.cache)
     config = policy.model.config
     content = {
-        **environment.facts("benchmarks.workload"),
+        **environment.facts("benchmarks.time_model.workload"),
         "model": {
             "parameters": sum(p.numel() for p in policy.model.parameters()),
             "vocab": config.vocab_size,

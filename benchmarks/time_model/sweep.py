@@ -1,4 +1,4 @@
-"""Time launch variants of a kernel against its table's entry, so that a record can correct it."""
+"""Time launch variants of a kernel beside the one in its table, so that a record can correct it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.data import random_batch
 from benchmarks.shapes import Shape
 from benchmarks.timing import GemmBound, bound_dtype, describe, interleave, summary
-from fastgrpo_kernels import anchored_logps_fwd, linear_logps_fwd, runtime
+from fastgrpo_kernels import Head, Rows, anchored_logps_fwd, linear_logps_fwd, runtime
 from fastgrpo_kernels.runtime import Launch
 
 TABLE = "table"  # the name of the entry that is in use
@@ -25,7 +25,7 @@ def _gemm(rows: int, vocab: int, hidden: int, warps: int, stages: int, split: in
 
 
 def _portable_logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    return linear_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, False)[0]
+    return linear_logps_fwd(Rows(hidden, ids), Head(weight), False).logps
 
 
 def _persistent(
@@ -37,7 +37,7 @@ def _persistent(
 
 
 def _anchored_logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    return anchored_logps_fwd(hidden, weight, ids, None, None, 1.0, 0.0, False).logps
+    return anchored_logps_fwd(Rows(hidden, ids), Head(weight), False).scored.logps
 
 
 # Kernel -> a call that launches it, and what to try beside the table's entries for other devices.
@@ -107,10 +107,10 @@ def candidates(kernel: str, bits: int, arch: str) -> dict[str, Launch]:
 def sweep_launches(
     kernel: str, shape: Shape, dtype: torch.dtype, device: torch.device, *, seconds: float
 ) -> list[dict[str, Any]]:
-    """Return one row for each launch: its time, its share of the bound, or why it failed.
+    """Return one row for each launch: its time and its share of the bound, or why it failed.
 
-    One whose log-probs are more than 1e-4 nats from the table entry's is a failure. No rows where
-    the kernel does not run.
+    A launch fails if its log-probs are more than 1e-4 nats from those of the table's entry. Where
+    the kernel does not run there are no rows.
     """
     bits, arch = 8 * dtype.itemsize, runtime.architecture(device)
     if not has_table(kernel, shape, bits, arch):

@@ -1,8 +1,8 @@
-"""Write what every kernel takes on every part it has: `python -m benchmarks.compile_budget`.
+"""Write what the compiler makes of every kernel: `python -m tests.kernels.compile.compile_budget`.
 
-The table, benchmarks/results/compile-budget.json, has a line a kernel and part, so that a diff
-shows what a change costs. It holds for the Triton that it was made with; what must hold with any is
-in `complaints`.
+The table, compile-budget.json beside this file, has one line for each kernel and part, so that a
+diff shows what a change costs. It holds for the Triton that it was made with. What must hold with
+any Triton is in `complaints`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 import triton
 
-from benchmarks.compiling import CASES, PARTS, VARIANTS, Usage, compiled, usage
-from benchmarks.environment import RESULTS, write_record
+from benchmarks.environment import write_record
 from fastgrpo_kernels.runtime import launch_for
+from tests.kernels.compile.compiling import CASES, PARTS, VARIANTS, Usage, compiled, usage
 
-TABLE = RESULTS / "compile-budget.json"
-COMMAND = "python -m benchmarks.compile_budget"
+TABLE = Path(__file__).with_name("compile-budget.json")
+COMMAND = "python -m tests.kernels.compile.compile_budget"
 # Every case on every part that has a launch entry for it, the variants on one.
 PAIRS = [
     *((name, part) for name, case in CASES.items() for part in case.parts),

@@ -12,16 +12,16 @@ Row = dict[str, Any]
 
 
 class Target(NamedTuple):
-    """A goal; `values` yields what a record says about it, one figure a case."""
+    """A goal; `values` yields one figure for each case of a record that it is about."""
 
     name: str
     limit: float
     values: Callable[[Row], Iterator[float]]
     at_least: bool  # or at most
 
-    def state(self, record: Row | None) -> tuple[str, str]:
+    def state(self, record: Row) -> tuple[str, str]:
         """Return the worst figure and whether it is enough: met, missed or not measured."""
-        found = list(self.values(record)) if record else []
+        found = list(self.values(record))
         if not found:
             return "-", "not measured"
         worst = min(found) if self.at_least else max(found)
@@ -100,10 +100,8 @@ TARGETS = (
 )  # fmt: skip
 
 
-def table(record: Row | None) -> str:
-    """Return the goals with the worst case of a GPU's record; without one, as not measured."""
-    if record is not None and record["gpu"] is None:
-        record = None
+def table(record: Row) -> str:
+    """Return the goals with the worst case of a GPU's record."""
     lines = ["| goal on an H200 | limit | worst case | state |", "|---|---|---|---|"]
     for target in TARGETS:
         worst, state = target.state(record)
