@@ -17,7 +17,7 @@ from fastgrpo.objective.aggregation import count_normalizer
 from fastgrpo.objective.config import LossConfig
 from fastgrpo.objective.corrections import rejection_mask
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FusedGRPOLoss",

@@ -6,3 +6,13 @@ sampling, ``warmup`` the supervised start, ``optimizer`` the step, ``evaluation`
 ends. ``evolution`` and ``fitness`` are REINFORCE over parameters: ``examples/evolution.py``. Left
 out of the loop: several processes (torchrun, FSDP), resuming, inference engines.
 """
+
+from importlib.util import find_spec
+
+_NEEDED = ("transformers", "matplotlib", "tqdm")
+_MISSING = [name for name in _NEEDED if find_spec(name) is None]
+if _MISSING:
+    raise ModuleNotFoundError(
+        f"fastgrpo.train: expected {', '.join(_NEEDED)}, got no {' and no '.join(_MISSING)}: "
+        "pip install 'fastgrpo[train]'"
+    )
