@@ -16,6 +16,7 @@ from fastgrpo.loss import FusedGRPOLoss, GRPOLoss, grpo_loss
 from fastgrpo.objective.aggregation import count_normalizer
 from fastgrpo.objective.config import LossConfig
 from fastgrpo.objective.corrections import rejection_mask
+from fastgrpo.objective.registration import register_surrogate
 
 __version__ = "0.2.0"
 
@@ -32,9 +33,10 @@ __all__ = [
     "kl_penalty",
     "length_penalty",
     "linear_logps",
-    "rejection_mask",
     "mask_truncated_completions",
+    "register_surrogate",
     "reinforce_plus_plus",
+    "rejection_mask",
     "soft_overlong_punishment",
     "token_rewards",
 ]

@@ -1,23 +1,117 @@
-"""Which implementation of the launchers runs: the Triton kernels, or their torch twins."""
+"""Which implementation runs, the Triton kernels or their torch twins, and what both offer."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 import fastgrpo_kernels
 from fastgrpo import torch_kernels
+from fastgrpo_kernels import (
+    Anchored,
+    Draw,
+    GroupStats,
+    Head,
+    Kept,
+    Logps,
+    Rows,
+    RowState,
+    Tile,
+    TokenLoss,
+    Tokens,
+    TokenTerms,
+    Upstream,
+)
 from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
 
 BACKENDS = ("auto", "triton", "torch")
 
 
-def resolve(device: torch.device, backend: str) -> ModuleType:
-    """Return `fastgrpo_kernels` or `fastgrpo.torch_kernels`, which offer the same functions.
+class Kernels(Protocol):
+    """A backend: the modules `fastgrpo_kernels` and `fastgrpo.torch_kernels` are the two.
 
-    "auto" takes the kernels on CUDA and ROCm devices when triton imports. An explicit backend
-    never falls back: "triton" raises ValueError where it cannot run.
+    What a backend does without is None, and the loops take another way.
+    """
+
+    ROW_MAJOR_TILES: bool
+    """Whether tiles are rows of adjacent columns, or columns of adjacent rows."""
+
+    def matmul(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None: ...
+
+    # ---- a tile of logits ------------------------------------------------------------------------
+
+    def tile_stats(self, tile: Tile, state: RowState, with_entropy: bool) -> None: ...
+
+    def tile_grad(
+        self,
+        tile: Tile,
+        scored: Logps,
+        upstream: Upstream,
+        out: Tensor,
+        dtarget: Tensor | None,
+    ) -> None: ...
+
+    def scatter_rows(
+        self,
+        acc: Tensor,
+        sorted_ids: Tensor,
+        order: Tensor,
+        coef: Tensor,
+        rows: Tensor,
+        vocab_start: int,
+    ) -> None: ...
+
+    tile_exp: Callable[[Tile, RowState], Tensor] | None
+    """Statistics, with exponentials left in the tile, of which `tile_exp_grad` makes gradients."""
+    tile_exp_grad: Callable[[Tile, Tensor, Logps, Upstream], None] | None
+
+    # ---- logits that stay in registers -----------------------------------------------------------
+
+    linear_logps_fwd: Callable[[Rows, Head, bool], Logps] | None
+    """Scores of any rows."""
+
+    def has_anchored(self, rows: Rows, head: Head) -> bool:
+        """Whether the next two take these operands."""
+        ...
+
+    anchored_logps_fwd: Callable[..., Anchored] | None
+    linear_draw_fwd: Callable[[Rows, Head, bool, Draw, Kept], Logps] | None
+
+    # ---- a few entries of each row ---------------------------------------------------------------
+
+    def tile_draw(self, tile: Tile, draw: Draw, kept: Kept) -> None: ...
+
+    def entry_logits(
+        self, rows: Rows, head: Head, entries: Tensor, count: Tensor | None, out: Tensor
+    ) -> None: ...
+
+    def bag_sum(
+        self, out: Tensor, table: Tensor, index: Tensor, coef: Tensor, bounds: Tensor
+    ) -> None: ...
+
+    # ---- one number per token, per group ---------------------------------------------------------
+
+    def token_loss(self, tokens: Tokens, loss: TokenLoss, separate: bool = False) -> TokenTerms: ...
+
+    def segment_reduce(self, x: Tensor, cu_seqlens: Tensor, op: str) -> Tensor: ...
+
+    def group_stats(
+        self,
+        rewards: Tensor,
+        cu_groups: Tensor,
+        weights: Tensor | None = None,
+        leave_one_out: bool = False,
+    ) -> GroupStats: ...
+
+
+def resolve(device: torch.device, backend: str) -> Kernels:
+    """Return the kernels that a backend's name stands for on a device.
+
+    "auto" takes Triton's on CUDA and ROCm devices when triton imports. An explicit backend never
+    falls back: "triton" raises ValueError where it cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")

@@ -97,50 +97,49 @@ def linear_logps(
     one_of("entropy", entropy, ("none", "detached", "differentiable"))
     one_of("backend", backend, ("auto", "triton", "torch"))
     ids = token_ids.reshape(-1)
-    scored, _ = score(
-        hidden.reshape(-1, hidden.shape[-1]), weight, ids, ids != ignore_index, bias,
-        temperature_tensor(temperature, hidden), logit_scale, softcap, entropy, workspace_mb,
-        sparsity, seed, None if old_logps is None else old_logps.detach().reshape(-1), backend,
-    )  # fmt: skip
+    operands = ops.Operands(
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        token_ids=ids,
+        mask=ids != ignore_index,
+        bias=bias,
+        temperature=temperature_tensor(temperature, hidden),
+        logit_scale=float(logit_scale),
+        softcap=float(softcap or 0.0),
+        workspace_mb=workspace_mb,
+        backend=backend,
+    )
+    estimate = None if old_logps is None else old_logps.detach().reshape(-1)
+    scored, _ = score(operands, entropy, sparsity, seed, estimate)
     return TokenLogps(*(None if x is None else x.view(shape) for x in scored))
 
 
 def score(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,
-    ids: Tensor,  # (N,)
-    mask: Tensor,  # (N,) bool
-    bias: Tensor | None,
-    temperature: Tensor | None,  # (N,), () or None
-    logit_scale: float,
-    softcap: float | None,
+    operands: ops.Operands,
     entropy: str,
-    workspace_mb: float | None,
     sparsity: float,
     seed: int | None,
-    old_logps: Tensor | None,  # (N,)
-    backend: Backend,
+    estimate: Tensor | None,  # (N,) log-probs of about the same policy
 ) -> tuple[TokenLogps, Tensor | None]:
     """Return the scores of rows, and `sparse.METRICS` (len, 2) where entries were drawn."""
+    hidden, weight, bias = operands.hidden, operands.weight, operands.bias
     grad = torch.is_grad_enabled()
     head_needs = weight.requires_grad or (bias is not None and bias.requires_grad)
     sparsity = float(sparsity) if grad and (hidden.requires_grad or head_needs) else 0.0
     frozen = grad and hidden.requires_grad and not head_needs
-    logps, lse, entropies, _, *_, metrics = ops.linear_logps(
-        hidden, weight, ids, mask, bias, temperature, float(logit_scale), float(softcap or 0.0),
-        entropy != "none",
-        frozen and entropy != "differentiable" and not sparsity,
-        workspace_mb,
-        sparsity,
-        draw_seed(seed, hidden) if sparsity else None,
-        old_logps if sparsity else None,
-        backend,
-    )  # fmt: skip
-    if entropy == "none":
-        entropies = None
-    elif entropy == "detached":
-        entropies = entropies.detach()
-    return TokenLogps(logps, entropies, lse), metrics if len(metrics) else None
+    scores = ops.Scores(*ops.linear_logps(
+        **operands._asdict(),
+        with_entropy=entropy != "none",
+        with_jacobian=frozen and entropy != "differentiable" and not sparsity,
+        sparsity=sparsity,
+        draw_seed=draw_seed(seed, hidden) if sparsity else None,
+        old_logps=estimate if sparsity else None,
+    ))  # fmt: skip
+    entropies = None
+    if entropy != "none":
+        entropies = scores.entropy.detach() if entropy == "detached" else scores.entropy
+    metrics = scores.draw_metrics if len(scores.draw_metrics) else None
+    return TokenLogps(scores.logps, entropies, scores.lse), metrics
 
 
 def draw_seed(seed: int | None, like: Tensor) -> Tensor:
@@ -154,10 +153,12 @@ def temperature_tensor(temperature: float | Tensor, like: Tensor) -> Tensor | No
     """Return a temperature as the ops take it: (N,), (), or None for 1."""
     if isinstance(temperature, Tensor):
         return temperature.detach().reshape(-1) if temperature.dim() else temperature.detach()
-    return None if temperature == 1 else scalar(temperature, like)
+    return None if temperature == 1 else scalar_tensor(temperature, like)
 
 
-def scalar(x: float, like: Tensor) -> Tensor:
+def scalar_tensor(x: float | Tensor | None, like: Tensor) -> Tensor | None:
     """Return a number as a tensor (), in the dtype that results of `like` have."""
+    if x is None or isinstance(x, Tensor):
+        return x
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.full((), x, dtype=dtype, device=like.device)
+    return torch.full((), float(x), dtype=dtype, device=like.device)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from fastgrpo import checks, ops
 from fastgrpo.checks import one_of
 from fastgrpo.head import sparse
-from fastgrpo.logps import Backend, draw_seed, scalar, score, temperature_tensor
-from fastgrpo.objective.config import LossConfig, config_of_preset, needs_entropy
-from fastgrpo.objective.policy import METRICS, nearest
+from fastgrpo.logps import Backend, draw_seed, scalar_tensor, score, temperature_tensor
+from fastgrpo.objective.call import LossCall
+from fastgrpo.objective.config import LossConfig, config_of_preset
+from fastgrpo.objective.metrics import METRICS, Given
+from fastgrpo.objective.policy import nearest
 from fastgrpo.objective.requirements import check_call, group_ids
 
 
@@ -130,47 +132,63 @@ def grpo_loss(
     checks.transform(logit_scale, softcap, workspace_mb)
     checks.sparsity(sparsity, seed)
     one_of("backend", backend, ("auto", "triton", "torch"))
-    batch = _flatten(
-        hidden, completion_ids, completion_mask, advantages, old_logps, ref_logps, sampler_logps,
-        cu_seqlens, temperature,
-    )  # fmt: skip
-    check_call(
-        config, hidden, old_logps, ref_logps, sampler_logps, group_ids_or_size, entropy_threshold,
-        normalizer, seed, sparsity, skip_zero_advantage,
-    )  # fmt: skip
-    policy_args = (
-        batch.cu_seqlens, batch.advantages, batch.old_logps, batch.ref_logps, batch.sampler_logps,
-        group_ids(group_ids_or_size, len(batch.cu_seqlens) - 1, hidden),
-        _scalar(entropy_threshold, hidden), _scalar(normalizer, hidden), seed, config.key,
-    )  # fmt: skip
-    inverse = temperature_tensor(temperature, hidden)
+    call = LossCall(
+        cu_seqlens=cu_seqlens,
+        advantages=advantages,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampler_logps=sampler_logps,
+        groups=group_ids_or_size,
+        entropy_threshold=entropy_threshold,
+        normalizer=normalizer,
+        seed=seed,
+        config_key="",
+    )
+    mask = _check_tokens(hidden, completion_ids, completion_mask, temperature, call)
+    check_call(config, call, hidden, sparsity, skip_zero_advantage)
+    call = _flat(call, hidden)._replace(config_key=config.key)
+    operands = ops.Operands(
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        token_ids=completion_ids.detach().reshape(-1),
+        mask=mask.detach().reshape(-1),
+        bias=bias,
+        temperature=temperature_tensor(temperature, hidden),
+        logit_scale=float(logit_scale),
+        softcap=float(softcap or 0.0),
+        workspace_mb=workspace_mb,
+        backend=backend,
+    )
     if config.entropy == "differentiable":
         # Gradients of the entropy that the caller sends back can only be made in the backward.
-        given = (batch.old_logps, batch.sampler_logps, batch.ref_logps)
-        scored, drawn = score(
-            batch.hidden, weight, batch.ids, batch.mask, bias, inverse, logit_scale, softcap,
-            "differentiable", workspace_mb, sparsity, seed, nearest(*given), backend,
-        )  # fmt: skip
-        loss, _, _, metrics = ops.policy_loss_op(
-            scored.logps, scored.entropy, batch.mask, *policy_args, backend
+        estimate = nearest(call.old_logps, call.sampler_logps, call.ref_logps)
+        scored, drawn = score(operands, "differentiable", sparsity, seed, estimate)
+        loss, _, _, metrics = ops.policy_loss(
+            scored.logps, scored.entropy, operands.mask, **call._asdict(), backend=backend
         )
         logps, entropy = scored.logps.detach(), scored.entropy
         metrics = metrics if drawn is None else torch.cat([metrics, drawn])
     else:
         grad = torch.is_grad_enabled()
-        needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
+        needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         sparsity = float(sparsity) if any(needs) else 0.0
         loss, logps, entropy, metrics, *_ = ops.grpo_loss(
-            batch.hidden, weight, batch.ids, batch.mask, bias,
-            inverse, float(logit_scale), float(softcap or 0.0), *policy_args, *needs, workspace_mb,
-            skip_zero_advantage, sparsity, draw_seed(seed, hidden) if sparsity else None, backend,
-        )  # fmt: skip
+            **operands._asdict(),
+            **call._asdict(),
+            need_hidden=needs[0],
+            need_weight=needs[1],
+            need_bias=needs[2],
+            skip_zero_advantage=skip_zero_advantage,
+            sparsity=sparsity,
+            draw_seed=draw_seed(seed, hidden) if sparsity else None,
+        )
     shape = completion_ids.shape
+    given = Given(ref_logps is not None, sampler_logps is not None)
     return GRPOLoss(
         loss,
         logps.view(shape),
         entropy.view(shape) if config.entropy != "none" else None,
-        _metrics(metrics, config, batch),
+        _named(metrics, config, given),
     )
 
 
@@ -209,87 +227,71 @@ class FusedGRPOLoss(nn.Module):
         return f"{self.config}"
 
 
-class _Batch(NamedTuple):
-    """The arguments as rows (N, ...) with a mask and the bounds of their sequences."""
-
-    hidden: Tensor
-    ids: Tensor
-    mask: Tensor
-    advantages: Tensor  # (B,) or (N,)
-    old_logps: Tensor | None
-    ref_logps: Tensor | None
-    sampler_logps: Tensor | None
-    cu_seqlens: Tensor
-
-
-def _flatten(
+def _check_tokens(
     hidden: Tensor,
     ids: Tensor,
     mask: Tensor | None,
-    advantages: Tensor,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    sampler_logps: Tensor | None,
-    cu_seqlens: Tensor | None,
     temperature: float | Tensor,
-) -> _Batch:
+    call: LossCall,
+) -> Tensor:
+    """Check everything per token or sequence against hidden; return the mask."""
+    packed = call.cu_seqlens is not None
     shape = tuple(hidden.shape[:-1])
-    if len(shape) != (2 if cu_seqlens is None else 1):
-        form = "(B, T, H)" if cu_seqlens is None else "(N, H) with cu_seqlens"
+    if len(shape) != (1 if packed else 2):
+        form = "(N, H) with cu_seqlens" if packed else "(B, T, H)"
         raise ValueError(f"hidden: expected shape {form}, got {tuple(hidden.shape)}")
     checks.tensor("completion_ids", ids, shape, like=hidden, dtypes=(torch.int64,))
-    if mask is None and cu_seqlens is None:
+    if mask is None and not packed:
         raise ValueError("completion_mask: expected a bool tensor (B, T), got None")
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=hidden.device)
     checks.tensor("completion_mask", mask, shape, like=hidden, dtypes=(torch.bool,))
-    given = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps}
-    for name, x in given.items():
-        if x is not None:
+    for name in ("old_logps", "ref_logps", "sampler_logps"):
+        if (x := getattr(call, name)) is not None:
             checks.tensor(name, x, shape, like=hidden, dtypes=checks.FLOATS)
     checks.temperature(temperature, shape, hidden)
-    n = ids.numel()
-    if cu_seqlens is None:
-        sequences, length = shape
-        cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * length
-    else:
-        checks.bounds(cu_seqlens, hidden)
-        sequences = len(cu_seqlens) - 1
-    checks.tensor("advantages", advantages, like=hidden, dtypes=checks.FLOATS)
-    if tuple(advantages.shape) not in ((sequences,), shape):
+    if packed:
+        checks.bounds(call.cu_seqlens, hidden)
+    sequences = len(call.cu_seqlens) - 1 if packed else shape[0]
+    checks.tensor("advantages", call.advantages, like=hidden, dtypes=checks.FLOATS)
+    if tuple(call.advantages.shape) not in ((sequences,), shape):
         raise ValueError(
-            f"advantages: expected shape {(sequences,)} or {shape}, got {tuple(advantages.shape)}"
+            f"advantages: expected shape {(sequences,)} or {shape}, "
+            f"got {tuple(call.advantages.shape)}"
         )
+    return mask
+
+
+def _flat(call: LossCall, hidden: Tensor) -> LossCall:
+    """Return a call as the ops take it: rows (N,), and numbers as tensors."""
+    cu_seqlens = call.cu_seqlens
+    if cu_seqlens is None:
+        sequences, length, _ = hidden.shape
+        cu_seqlens = torch.arange(sequences + 1, device=hidden.device) * length
 
     def rows(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().reshape(-1)
 
-    return _Batch(
-        hidden.reshape(n, hidden.shape[-1]),
-        rows(ids),
-        rows(mask),
-        rows(advantages),
-        *(rows(x) for x in given.values()),
-        cu_seqlens,
+    return call._replace(
+        cu_seqlens=cu_seqlens,
+        advantages=rows(call.advantages),
+        old_logps=rows(call.old_logps),
+        ref_logps=rows(call.ref_logps),
+        sampler_logps=rows(call.sampler_logps),
+        groups=group_ids(call.groups, len(cu_seqlens) - 1, hidden),
+        entropy_threshold=scalar_tensor(call.entropy_threshold, hidden),
+        normalizer=scalar_tensor(call.normalizer, hidden),
     )
 
 
-def _scalar(x: float | Tensor | None, like: Tensor) -> Tensor | None:
-    return scalar(float(x), like) if isinstance(x, (int, float)) else x
-
-
-def _metrics(metrics: Tensor, config: LossConfig, batch: _Batch) -> dict[str, Tensor]:
-    computed = {
-        "kl": batch.ref_logps is not None,
-        "sampler_kl": batch.sampler_logps is not None,
-        "correction_mean": config.correction != "none",
-        "correction_clipped": config.correction != "none",
-        "rejected": config.rejection != "none",
-        "entropy": needs_entropy(config),
-    }
+def _named(metrics: Tensor, config: LossConfig, given: Given) -> dict[str, Tensor]:
+    """Return the metrics that this call has something to tell of, with their counts."""
+    reported = [metric.reported(config, given) for metric in METRICS.values()]
     named = {}
-    # Of a sparse backward there is something to tell only where it drew.
-    for name, (value, count) in zip(METRICS + sparse.METRICS, metrics, strict=False):
-        if computed.get(name, True):
+    # A sparse backward adds its own where it drew.
+    names = (*METRICS, *sparse.METRICS)[: len(metrics)]
+    wanted = reported + [True] * (len(names) - len(reported))
+    for name, tell, (value, count) in zip(names, wanted, metrics, strict=True):
+        if tell:
             named[name], named[f"{name}_count"] = value, count
     return named

@@ -24,10 +24,10 @@ def live_first(mask: Tensor, inert: Tensor | None) -> tuple[Index, int]:
         rows = unmasked(mask)
         return rows, len(mask) if isinstance(rows, slice) else len(rows)
     rank = torch.where(mask, inert.to(torch.uint8), 2)
-    live, rest = torch.stack([(rank == 0).sum(), (rank == 1).sum()]).tolist()
-    if live == len(mask):
-        return slice(None), live
-    return rank.argsort(stable=True)[: live + rest], live
+    num_live, rest = torch.stack([(rank == 0).sum(), (rank == 1).sum()]).tolist()
+    if num_live == len(mask):
+        return slice(None), num_live
+    return rank.argsort(stable=True)[: num_live + rest], num_live
 
 
 def spread(x: Tensor | None, rows: Index, n: int) -> Tensor | None:

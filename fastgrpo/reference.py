@@ -63,7 +63,7 @@ def policy_loss(
     anchor = old
     if config.anchor == "sampler" and known is not None:
         anchor = torch.where(known.isnan(), detached, known)
-    token_ratio = logps - anchor
+    token_ratio = torch.zeros_like(logps) if config.ratio_level == "none" else logps - anchor
     if config.log_ratio_clamp is not None:
         token_ratio = token_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
     if config.surrogate == "gmpo":

@@ -7,17 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import fastgrpo_kernels
 from fastgrpo import LossConfig, reference
 from fastgrpo.head import loops
-from fastgrpo.head.plan import Head, Needs, Plan, Rows, Upstream
+from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.testing import make_batch, relative_error, rms
+from fastgrpo_kernels import Head, Rows, TokenLoss, Tokens, Upstream
 from fastgrpo_kernels.surrogates import SURROGATES
 
 # ---- the loss of a token -----------------------------------------------------------------------
 
 LOW, HIGH = 0.2, 0.28
 N = 300  # two whole blocks of the interpreter's launch and a ragged one
+
+
+def loss_of(name, **options):
+    """The loss of a token with this surrogate."""
+    return TokenLoss(name, parameters(name), **options)
 
 
 def parameters(name):
@@ -28,8 +33,8 @@ def parameters(name):
     return LossConfig(surrogate=name, ratio_level=rule.ratio_levels[0], **given).parameters
 
 
-def loss_rows():
-    """Rows at, around and far from every clip edge, with both signs of advantage and 0."""
+def loss_tokens() -> Tokens:
+    """Tokens at, around and far from every clip edge, with both signs of advantage and 0."""
     g = torch.Generator().manual_seed(0)
     edges = torch.tensor([1 - LOW, 1 + HIGH, 1.1, 3.0, 1.0]).log()
     log_ratio = torch.cat([edges, edges + 1e-4, edges - 1e-4, edges + 0.1, edges - 0.1])
@@ -41,7 +46,7 @@ def loss_rows():
     multipliers[::7] = 0.0
     context = torch.rand(N, generator=g).round()
     ref_logps = logps + 0.5 * torch.randn(N, generator=g)
-    return logps, log_ratio, advantages, weights, multipliers, context, ref_logps
+    return Tokens(logps, log_ratio, advantages, weights, multipliers, context, ref_logps)
 
 
 # ---- kept entries ------------------------------------------------------------------------------
@@ -53,8 +58,9 @@ ENTRY_OPTIONS = {
 }
 
 
-def entry_operands(n=13, vocab=1100, slots=24, hidden_size=72, seed=0):
-    g = torch.Generator().manual_seed(seed)
+def entry_operands(name, dtype=torch.float32, n=13, vocab=1100, hidden_size=72):
+    """Rows, a head with these options, other raw logits (n, V), and random words."""
+    g = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=g)
@@ -62,17 +68,14 @@ def entry_operands(n=13, vocab=1100, slots=24, hidden_size=72, seed=0):
     z = 2 * normal(n, vocab)
     ids = torch.randint(vocab, (n,), generator=g)
     words = [torch.randint(2**23, (k,), generator=g, dtype=torch.int32) for k in (vocab, n)]
-    return z, ids, words, normal(n).abs() + 0.5, normal(vocab), normal(n, hidden_size)
-
-
-def options_of(name, inv_temperature, bias):
-    chosen = dict(ENTRY_OPTIONS[name])
-    return (
-        bias if chosen.get("bias") else None,
-        inv_temperature if chosen.get("inv_temperature") else None,
-        chosen.get("logit_scale", 1.0),
-        chosen.get("softcap", 0.0),
-    )
+    inv_temperature, bias = normal(n).abs() + 0.5, normal(vocab)
+    weight, chosen = normal(vocab, hidden_size), dict(ENTRY_OPTIONS[name])
+    rows = Rows(
+        normal(n, hidden_size).to(dtype), ids,
+        inv_temperature if chosen.pop("inv_temperature", False) else None,
+    )  # fmt: skip
+    bias = bias.to(dtype) if chosen.pop("bias", False) else None
+    return rows, Head(weight.to(dtype), bias, **chosen), z, words
 
 
 # ---- gradients from exponentials ---------------------------------------------------------------
@@ -117,13 +120,22 @@ def rows_with_upstream(logit_std, options, dead, device="cpu", **shape) -> Given
     )  # fmt: skip
 
 
+class Linear(NamedTuple):
+    """A loss with given gradients."""
+
+    dlogps: Tensor  # (n,)
+    entropy_gradient: bool = False
+    with_entropy: bool = True
+    may_drop_rows: bool = True
+
+    def upstream(self, chunk, scored):
+        return Upstream(self.dlogps[chunk])
+
+
 def check_gradients_from_exponentials(given: Given, plan: Plan, needs: Needs) -> None:
     """One pass, dL/dlogp given: every gradient is a GEMM of exponentials and a factor per row."""
-    scored, grads = loops.logps_and_grads(
-        fastgrpo_kernels, given.rows, given.head, plan, True,
-        lambda c, _: Upstream(given.upstream[c], None), needs,
-        entropy_gradient=False, may_drop_rows=True,
-    )  # fmt: skip
+    loss = Linear(given.upstream)
+    scored, grads = loops.logps_and_grads(given.rows, given.head, plan, needs, loss)
     for actual, exact_scores in zip(scored, (given.logps, given.lse), strict=False):
         assert rms(actual.cpu(), exact_scores) <= 1e-5
     assert scored.entropy.shape == given.logps.shape

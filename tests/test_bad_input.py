@@ -222,6 +222,16 @@ CONFIGS = {
     "top_entropy_quantile: expected a share": dict(top_entropy_quantile=0.0),
     "cov_low: expected less than cov_high=0.5": dict(surrogate="clip_cov", cov_high=0.5),
     "correction: expected one of": dict(correction="tis"),
+    "surrogate: expected one of .* got 'mine'; .* the module that calls register_surrogate": dict(
+        surrogate="mine"
+    ),
+    r"surrogate_parameters: expected nothing with surrogate='ppo_clip', whose .* fields "
+    r"\['epsilon_low', 'epsilon_high', 'delta'\] .* got \{'epsilon_low': 0.1\}": dict(
+        surrogate_parameters={"epsilon_low": 0.1}
+    ),
+    "surrogate_parameters: expected nothing with surrogate='reinforce'.* got None": dict(
+        surrogate="reinforce", ratio_level="none", surrogate_parameters=None
+    ),
     "rejection: expected one of": dict(rejection="seq_max_k1"),
     "max_completion_length: expected an int": dict(
         aggregation="fixed_length", max_completion_length=0

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgrpo.head import plan as tiles
-from fastgrpo.head.plan import Head, Needs, chunk_rows, chunks, padded
+from fastgrpo import torch_kernels
+from fastgrpo.head import plan as planning
+from fastgrpo.head.plan import Needs, Plan, chunk_rows, chunks, padded
+from fastgrpo_kernels import Head
 
 TRAINABLE, FROZEN = Needs(True, True, False), Needs(True, False, False)
 SMS = 132  # of an H100 or H200
@@ -48,14 +50,14 @@ def test_waves_are_filled_where_it_costs_little():
 
 def plan_on_a_gpu(monkeypatch, n, hidden_size, vocab):
     """The plan for bf16 operands of these shapes, none of which exists."""
-    monkeypatch.setattr(tiles, "multiprocessors", lambda device: SMS)
+    monkeypatch.setattr(planning, "multiprocessors", lambda device: SMS)
     hidden, weight = (
         SimpleNamespace(
             shape=shape, dtype=torch.bfloat16, is_cuda=True, device=torch.device("cuda")
         )
         for shape in ((n, hidden_size), (vocab, hidden_size))
     )
-    return tiles.plan(hidden, weight, None), Head(weight, None, 1.0, 0.0)
+    return Plan.of(hidden, weight, None, torch_kernels), Head(weight)
 
 
 @pytest.mark.parametrize("needs", [TRAINABLE, FROZEN], ids=["trainable", "frozen"])
@@ -65,11 +67,11 @@ def test_the_peak_of_a_large_head(monkeypatch, needs):
     plan, head = plan_on_a_gpu(monkeypatch, n, h, v)
     rows = plan.exps_chunk(n, head, needs)
     exps = 2 * rows * padded(v)
-    assert exps <= tiles.default_workspace_mb(v, "cuda") * tiles.MIB <= 2560 * tiles.MIB
+    assert exps <= planning.default_workspace_mb(v, "cuda") * planning.MIB <= 2560 * planning.MIB
     assert rows == n, "one chunk: dweight needs no sum in fp32"
     dhidden = 4 * n * h + 2 * n * h  # summed in fp32, returned in bf16
     per_chunk = rows * h * (2 + 2 + 4)  # scaled rows, the targets' rows of weight, both widths
-    partials = 64 * tiles.MIB
+    partials = 64 * planning.MIB
     sums = 0
     if needs.weight:
         sums = 2 * v * h + 4 * plan.chunk_width * h if rows >= n else 4 * v * h

@@ -16,9 +16,9 @@ import torch
 
 from fastgrpo import LossConfig, count_normalizer
 from fastgrpo.objective.aggregation import token_weights
-from fastgrpo.objective.policy import METRICS
+from fastgrpo.objective.fields import AGGREGATIONS, ANCHORS, CORRECTIONS, ENTROPY_MODES, REJECTIONS
+from fastgrpo.objective.metrics import METRICS
 from fastgrpo.objective.presets import PRESETS
-from fastgrpo.objective.rules import AGGREGATIONS, ANCHORS, CORRECTIONS, ENTROPY_MODES, REJECTIONS
 from fastgrpo.objective.segments import Sequences
 from fastgrpo.testing import make_batch
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
@@ -94,7 +94,7 @@ def test_surrogates_have_their_levels_and_fields():
     for name, (_, _, levels, fields, _) in rows.items():
         rule = SURROGATES[name]
         assert tuple(code(levels)) == rule.ratio_levels
-        assert set(code(fields)) == {*rule.parameters, *rule.options}
+        assert set(code(fields)) == set(rule.fields)
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -107,11 +107,10 @@ def test_formulas_of_surrogates(name):
     settings = {"epsilon_low": 0.01, "epsilon_high": 0.3, "delta": 2.5, "proximal_coef": 0.3}
     if name == "cispo_raw":
         settings["epsilon_high"] = 1.3
-    used = {*rule.parameters, *rule.options}
     config = LossConfig(
         surrogate=name,
         ratio_level=rule.ratio_levels[0],
-        **{key: x for key, x in settings.items() if key in used},
+        **{key: x for key, x in settings.items() if key in rule.fields},
     )
     fields = dataclasses.asdict(config) | {"delta": config.delta or math.inf}
     fn = torch_twin(rule.fn)

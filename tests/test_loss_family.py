@@ -15,8 +15,8 @@ import torch
 import fastgrpo
 import oracle
 from fastgrpo import LossConfig, reference
+from fastgrpo.objective.fields import AGGREGATIONS, CORRECTIONS, REJECTIONS
 from fastgrpo.objective.presets import PRESETS
-from fastgrpo.objective.rules import AGGREGATIONS, CORRECTIONS, REJECTIONS
 from fastgrpo.testing import relative_error
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import SURROGATES

@@ -10,8 +10,8 @@ import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, ops, reference
-from fastgrpo.head.plan import Logps
 from fastgrpo.testing import make_batch
+from fastgrpo_kernels import Logps
 from oracle import largest_inside
 
 ROWS, HIDDEN, VOCAB, WORKSPACE_MB = 512, 16, 4096, 0.25
@@ -67,7 +67,7 @@ def test_full_logits_would_be_caught(monkeypatch):
     """The same observer on the same op, with the loop replaced by the reference."""
     batch = make()
 
-    def full_logits(impl, rows, head, plan, with_entropy):
+    def full_logits(rows, head, plan, with_entropy):
         logps, _, lse = reference.token_logps(rows.hidden, head.weight, rows.ids)
         return Logps(logps, lse, None)
 

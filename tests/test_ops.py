@@ -28,8 +28,8 @@ def test_opcheck_linear_logps(entropy, jacobian):
     weight.requires_grad_(not jacobian)
     bias = torch.randn(len(weight), requires_grad=not jacobian)
     temperature = torch.rand(len(ids)) + 0.5
-    arguments = (hidden, weight, ids, mask, bias, temperature, 1.0, 0.0, entropy, jacobian, None)
-    torch.library.opcheck(ops.linear_logps, (*arguments, 0.0, None, None, "torch"))
+    operands = (hidden, weight, ids, mask, bias, temperature, 1.0, 0.0, None, "torch")
+    torch.library.opcheck(ops.linear_logps, (*operands, entropy, jacobian, 0.0, None, None))
 
 
 @pytest.mark.parametrize("drawn_in", ["forward", "backward"])
@@ -37,8 +37,9 @@ def test_opcheck_sparse_linear_logps(drawn_in):
     batch = make_batch()
     hidden, weight, (ids, mask), (_, _, old_logps, *_) = flat(batch)
     old_logps = old_logps if drawn_in == "forward" else None
-    arguments = (hidden, weight, ids, mask, None, None, 1.0, 0.0, True, False, None)
-    torch.library.opcheck(ops.linear_logps, (*arguments, 0.01, torch.tensor(3), old_logps, "torch"))
+    operands = (hidden, weight, ids, mask, None, None, 1.0, 0.0, None, "torch")
+    drawn = (0.01, torch.tensor(3), old_logps)
+    torch.library.opcheck(ops.linear_logps, (*operands, True, False, *drawn))
 
 
 OPTIONS = {
@@ -56,8 +57,9 @@ def test_opcheck_grpo_loss(preset, sparsity):
     groups, threshold, normalizer = torch.arange(4) % 2, torch.tensor(1.0), torch.tensor(3.0)
     torch.library.opcheck(
         ops.grpo_loss,
-        (hidden, weight, ids, mask, None, None, 1.0, 0.0, *policy, groups, threshold, normalizer)
-        + (None, config.key, True, True, False, None, False, sparsity, seed, "torch"),
+        (hidden, weight, ids, mask, None, None, 1.0, 0.0, None, "torch")
+        + (*policy, groups, threshold, normalizer, None, config.key)
+        + (True, True, False, False, sparsity, seed),
     )
 
 
@@ -67,7 +69,7 @@ def test_opcheck_policy_loss():
     entropy = torch.rand(len(ids), requires_grad=True)
     key = LossConfig.preset("gspo", beta=0.1, entropy_coef=0.1).key
     torch.library.opcheck(
-        ops.policy_loss_op,
+        ops.policy_loss,
         (logps, entropy, mask, *policy, None, None, None, None, key, "torch"),
     )
 

@@ -49,7 +49,9 @@ def described(name: str, value: Callable) -> list[str]:
         return signature(name, value)
     lines = [f"class {name}({value.__base__.__name__})", *fields(value)]
     made = [] if lines[1:] else ["__init__"]  # where the fields do not say it
-    for member, found in vars(value).items():
+    inherited = [base for base in value.__mro__ if base.__module__.startswith("fastgrpo")]
+    members = {name: x for base in reversed(inherited) for name, x in vars(base).items()}
+    for member, found in members.items():
         if member.startswith("_") and member not in made:
             continue
         if isinstance(found, property):

@@ -11,9 +11,10 @@ import fastgrpo
 from fastgrpo import LossConfig, ops, torch_kernels
 from fastgrpo.head import sparse
 from fastgrpo.head.loops import logps_bwd, logps_fwd
-from fastgrpo.head.plan import Head, Logps, Needs, Rows, Upstream, plan
+from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.testing import make_batch, relative_error
 from fastgrpo.torch_kernels import sparse_entries
+from fastgrpo_kernels import Head, Logps, Rows, Upstream
 from oracle import HEADS, SEEDS, SHAPE, assert_unbiased, gradients, largest_inside
 
 EVERYTHING = Needs(hidden=True, weight=True, bias=True)
@@ -57,19 +58,17 @@ def enumerated(
         torch.full((words,), target),
         torch.full((words,), 1 / temperature, dtype=torch.float64),
     )
-    budget = plan(rows.hidden, head.weight, 1.0)
-    scored = logps_fwd(torch_kernels, rows, head, budget, with_entropy=True)
+    plan = Plan.of(rows.hidden, head.weight, 1.0, torch_kernels)
+    scored = logps_fwd(rows, head, plan, with_entropy=True)
     ones = torch.ones(words, dtype=torch.float64)
     upstream = Upstream(ones, entropy * ones if entropy else None)
     columns = torch.randint(words, (vocab,), generator=torch.Generator().manual_seed(0))
-    draw = sparse.Draw(tau, columns.int(), torch.arange(words, dtype=torch.int32))
-    _, entries = sparse.logps_and_entries(
-        torch_kernels, rows, head, budget, True, draw, scored.logps + estimate
-    )
+    words = sparse.Words(tau, columns.int(), torch.arange(words, dtype=torch.int32))
+    _, entries = sparse.logps_and_entries(rows, head, plan, True, words, scored.logps + estimate)
     needs = Needs(hidden=True, weight=False, bias=False)
     assert overflows is None or (entries.overflow(scored) == overflows).all()
-    drawn = sparse.entries_bwd(torch_kernels, rows, head, budget, scored, upstream, entries, needs)
-    exact = logps_bwd(torch_kernels, rows, head, budget, scored, upstream, needs)
+    drawn = sparse.entries_bwd(rows, head, plan, scored, upstream, entries, needs)
+    exact = logps_bwd(rows, head, plan, scored, upstream, needs)
     return drawn.hidden, exact.hidden[0]
 
 
@@ -119,7 +118,7 @@ def test_words_are_uniform_and_pairwise_uncorrelated():
     seeds, rows, vocab = 400, 6, 8
     u = torch.stack([
         d.column_words ^ d.row_words[:, None]
-        for d in (sparse.Draw.of(0.1, torch.tensor(s), rows, vocab) for s in range(seeds))
+        for d in (sparse.Words.of(0.1, torch.tensor(s), rows, vocab) for s in range(seeds))
     ]).double() / 2**sparse.WORD_BITS  # fmt: skip
     u = u.flatten(1)  # (seeds, rows * vocab)
     n = u.numel()
@@ -387,13 +386,11 @@ def test_scores_stand_alone():
     batch = make_batch(**SHAPE)
     rows = Rows(batch.hidden.flatten(0, 1), batch.completion_ids.flatten(), None)
     head = Head(batch.weight, None, 1.0, 0.0)
-    budget = plan(rows.hidden, head.weight, None)
-    draw = sparse.Draw.of(0.1, torch.tensor(0), len(rows.ids), 301)
+    plan = Plan.of(rows.hidden, head.weight, None, torch_kernels)
+    words = sparse.Words.of(0.1, torch.tensor(0), len(rows.ids), 301)
     for with_entropy in (True, False):
-        dense = logps_fwd(torch_kernels, rows, head, budget, with_entropy)
-        scored, _ = sparse.logps_and_entries(
-            torch_kernels, rows, head, budget, with_entropy, draw, dense.logps
-        )
+        dense = logps_fwd(rows, head, plan, with_entropy)
+        scored, _ = sparse.logps_and_entries(rows, head, plan, with_entropy, words, dense.logps)
         assert isinstance(scored, Logps)
         for a, b in zip(scored, dense, strict=True):
             assert a is b is None or torch.equal(a, b)

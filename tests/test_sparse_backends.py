@@ -9,8 +9,9 @@ from fastgrpo import LossConfig
 from fastgrpo.backend import resolve
 from fastgrpo.head import sparse
 from fastgrpo.head.loops import logps_fwd
-from fastgrpo.head.plan import Head, Rows, plan
+from fastgrpo.head.plan import Plan
 from fastgrpo.testing import make_batch, relative_error
+from fastgrpo_kernels import Head, Rows
 from fastgrpo_kernels.runtime import INTERPRETED
 from oracle import HEADS, SHAPE, gradients
 
@@ -26,17 +27,17 @@ def test_a_seed_decides_every_bit(backend):
 
 def test_entries_of_rows_are_what_the_words_say(backend):
     """The kept set itself, on the backend of this process, against the definition."""
-    impl = resolve(torch.device("cpu"), backend)
+    kernels = resolve(torch.device("cpu"), backend)
     batch = make_batch(**SHAPE)
     rows = Rows(batch.hidden.flatten(0, 1), batch.completion_ids.flatten(), None)
     head = Head(batch.weight, None, 1.0, 0.0)
-    budget = plan(rows.hidden, head.weight, 0.05)
-    scored = logps_fwd(impl, rows, head, budget, False)
-    draw = sparse.Draw.of(0.03, torch.tensor(7), len(rows.ids), 301)
-    entries = sparse.entries_of(impl, rows, head, budget, draw, scored)
+    plan = Plan.of(rows.hidden, head.weight, 0.05, kernels)
+    scored = logps_fwd(rows, head, plan, False)
+    words = sparse.Words.of(0.03, torch.tensor(7), len(rows.ids), 301)
+    entries = sparse.entries_of(rows, head, plan, words, scored)
     z = rows.hidden.double() @ head.weight.double().t()
     e = (z.log_softmax(-1).exp() / 0.03).scatter_(1, rows.ids[:, None], 0.0)
-    u = (draw.column_words ^ draw.row_words[:, None]) / 2.0**23
+    u = (words.column_words ^ words.row_words[:, None]) / 2.0**23
     for i in range(len(rows.ids)):
         count = entries.kept.count[i]
         assert entries.kept.ids[i, 0] == rows.ids[i]

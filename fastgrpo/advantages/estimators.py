@@ -13,7 +13,7 @@ from fastgrpo.advantages.groups import Groups
 from fastgrpo_kernels import GroupStats
 
 
-class Batch:
+class RewardBatch:
     """What a formula sees: sorted rewards, the options, and statistics when it asks for them."""
 
     def __init__(self, rewards: Tensor, groups: Groups, options: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Batch:
 class Estimator(NamedTuple):
     """How rewards become advantages."""
 
-    formula: Callable[[Batch], Tensor]
+    formula: Callable[[RewardBatch], Tensor]
     """The advantages, (B,) fp32; anything where a completion is not scored."""
     uses: tuple[str, ...] = ()
     """The options it reads; any other one set by the user is an error."""
@@ -50,46 +50,46 @@ class Estimator(NamedTuple):
     """Those of them that have no default."""
 
 
-def _grpo(batch: Batch) -> Tensor:
+def _grpo(batch: RewardBatch) -> Tensor:
     return _over(batch.group.gap, batch.group.std(batch.ddof) + batch.eps)
 
 
-def _grpo_batch(batch: Batch) -> Tensor:
+def _grpo_batch(batch: RewardBatch) -> Tensor:
     return _over(batch.group.gap, batch.std(batch.rewards) + batch.eps)
 
 
-def _grpo_loo(batch: Batch) -> Tensor:
+def _grpo_loo(batch: RewardBatch) -> Tensor:
     gap, std = batch.others.gap, batch.others.std(batch.ddof)
     return torch.where(std > 0, gap / (std + batch.eps), gap)
 
 
-def _grpo_passk(batch: Batch) -> Tensor:
+def _grpo_passk(batch: RewardBatch) -> Tensor:
     lead = (batch.rewards - batch.others.high).clamp(min=0)
     return _over(lead, batch.group.std(batch.ddof) + batch.eps)
 
 
-def _gpg(batch: Batch) -> Tensor:
+def _gpg(batch: RewardBatch) -> Tensor:
     rewarded = (batch.scored & (batch.rewards != 0)).sum().clamp(min=1)
     return batch.group.gap * (batch.scored.sum() / rewarded / batch.options["f_norm"])
 
 
-def _opo(batch: Batch) -> Tensor:
+def _opo(batch: RewardBatch) -> Tensor:
     return batch.groups.stats(batch.rewards, batch.lengths).gap
 
 
-def _max_rl(batch: Batch) -> Tensor:
+def _max_rl(batch: RewardBatch) -> Tensor:
     return torch.where(batch.group.mean > 0, batch.group.gap / batch.group.mean, 0.0)
 
 
-def _remax(batch: Batch) -> Tensor:
+def _remax(batch: RewardBatch) -> Tensor:
     return (batch.rewards - batch.options["greedy_rewards"]).nan_to_num(nan=0.0)
 
 
-def _gdpo(batch: Batch) -> Tensor:
+def _gdpo(batch: RewardBatch) -> Tensor:
     rewards = batch.rewards.unbind(1)
     weights = batch.options["reward_weights"] or (1.0,) * len(rewards)
     combined = sum(
-        weight * _grpo(Batch(reward, batch.groups, batch.options))
+        weight * _grpo(RewardBatch(reward, batch.groups, batch.options))
         for weight, reward in zip(weights, rewards, strict=True)
     )
     if batch.lengths is not None:
@@ -98,7 +98,7 @@ def _gdpo(batch: Batch) -> Tensor:
     return _over(combined, batch.std(combined) + batch.eps)
 
 
-def _reinforce_plus_plus_baseline(batch: Batch) -> Tensor:
+def _reinforce_plus_plus_baseline(batch: RewardBatch) -> Tensor:
     return batch.whiten(batch.group.gap)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastgrpo import checks
-from fastgrpo.advantages.estimators import ESTIMATORS, Batch
+from fastgrpo.advantages.estimators import ESTIMATORS, RewardBatch
 from fastgrpo.advantages.groups import Groups, check_ddof, check_lengths, check_rewards
+from fastgrpo.backend import resolve
 from fastgrpo.checks import finite, one_of
 
 
@@ -27,8 +28,8 @@ def group_advantages(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return each completion's advantage over the other completions of its prompt, (B,) fp32.
 
-    r is a completion's reward, n, mean and std are those of its group, and a prime means "of the
-    others in the group":
+    r is a completion's reward; n, mean and std are those of its group. A prime means "of the others
+    in the group":
 
         grpo           (r - mean) / (std + eps)                          arXiv 2402.03300
         dr_grpo        r - mean                                          arXiv 2503.20783
@@ -45,8 +46,9 @@ def group_advantages(
         reinforce_plus_plus_baseline
                        r - mean, whitened over tokens                    arXiv 2501.03262
 
-    Whitening over tokens: (a - m) / sqrt(v + 1e-8), m and v weighing each completion by its length.
-    REINFORCE++ itself has one advantage per token: `reinforce_plus_plus`.
+    Whitening over tokens is (a - m) / sqrt(v + 1e-8). m and v are the mean and the variance of a,
+    each completion weighed by its length. REINFORCE++ itself has one advantage per token:
+    `reinforce_plus_plus`.
 
     An unscored completion (NaN) always has advantage 0 and is in no mean, std, count or maximum.
     A constant group, and a group with one scored member, have exactly 0, except under
@@ -55,12 +57,13 @@ def group_advantages(
         whitening over tokens           -m / sqrt(v + 1e-8), the same for all such groups
 
     Args:
-        rewards: (B,) fp32, finite or NaN; (B, K) for "gdpo", where a completion is unscored if all
-            its K rewards are NaN, and a single NaN leaves it out of that reward's groups.
-        group_ids_or_size: the group size G, the completions of a prompt being adjacent; or (B,)
+        rewards: (B,) fp32, finite or NaN; (B, K) for "gdpo". There a completion is unscored if all
+            its K rewards are NaN. One NaN leaves it out of the groups of that reward alone.
+        group_ids_or_size: the group size G, where the completions of a prompt are adjacent; or (B,)
             int64 ids, in any order, for groups of any size.
         estimator: a name of the table.
-        ddof: a variance divides by (number - ddof), over completions or, whitening, over tokens.
+        ddof: a variance divides by (number - ddof). The number is that of completions, or of tokens
+            where these are whitened.
         eps: added to a std.
         lengths: (B,) int or fp32, tokens of each completion. Needed by "opo" and
             "reinforce_plus_plus_baseline"; chooses whitening over tokens for "gdpo".
@@ -95,11 +98,11 @@ def group_advantages(
         f_norm=f_norm,
     )
     _check_options(estimator, options, rewards)
-    groups = Groups(group_ids_or_size, rewards)
+    groups = Groups(group_ids_or_size, rewards, resolve(rewards.device, "auto"))
     for name in ("lengths", "greedy_rewards"):
         if options[name] is not None:
             options[name] = groups.sort(options[name].detach().float())
-    batch = Batch(groups.sort(rewards.detach()), groups, options)
+    batch = RewardBatch(groups.sort(rewards.detach()), groups, options)
     advantages = ESTIMATORS[estimator].formula(batch).where(batch.scored, 0.0)
     result = groups.restore(advantages)
     return (result, groups.live(advantages)) if return_live_groups else result

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import checks
-from fastgrpo.backend import resolve
+from fastgrpo.backend import Kernels
 from fastgrpo_kernels import GroupStats
 
 
@@ -36,9 +36,9 @@ class Groups:
     bounds: Tensor
     """(P + 1,) int64: where each group begins, and the end of the last."""
 
-    def __init__(self, group_ids_or_size: int | Tensor, rewards: Tensor) -> None:
+    def __init__(self, group_ids_or_size: int | Tensor, rewards: Tensor, kernels: Kernels) -> None:
         rows = len(rewards)
-        self._order = None
+        self._kernels, self._order = kernels, None
         if isinstance(group_ids_or_size, Tensor):
             ids = group_ids_or_size
             checks.tensor("group_ids_or_size", ids, (rows,), rewards, (torch.int64,))
@@ -66,8 +66,8 @@ class Groups:
         self, rewards: Tensor, weights: Tensor | None = None, leave_one_out: bool = False
     ) -> GroupStats:
         """Return the statistics of sorted rewards (B,), weighed by sorted weights (B,)."""
-        impl = resolve(rewards.device, "auto")
-        return impl.group_stats(rewards.contiguous(), self.bounds, weights, leave_one_out)
+        rewards = rewards.contiguous()
+        return self._kernels.group_stats(rewards, self.bounds, weights, leave_one_out)
 
     def live(self, x: Tensor) -> Tensor:
         """Return the number of groups in which sorted x (B,) is not all 0, () int64."""

@@ -20,16 +20,17 @@ def reinforce_plus_plus(
 ) -> Tensor:
     """Return the whitened returns of each token, (B, T) fp32 (REINFORCE++, arXiv 2501.03262).
 
-    A token's return is the sum of the rewards from it on, each discounted by gamma for every
-    unmasked token in between. Returns are whitened over all unmasked tokens of the batch:
-    (return - mean) / sqrt(variance + 1e-8). There are no groups.
+    A token's return is the sum of its reward and of the later ones. A later reward is discounted by
+    gamma once for every unmasked token from this one to the one before it. Returns are whitened
+    over all unmasked tokens of the batch: (return - mean) / sqrt(variance + 1e-8). There are no
+    groups.
 
     Args:
         token_rewards: (B, T) fp32, such as `token_rewards` of `fastgrpo` minus a KL
-            penalty. Anything at masked tokens. A completion with NaN at an unmasked token counts as
-            unscored: it is left out, and its advantages are 0.
-        completion_mask: (B, T) bool; a masked token, such as a tool's, is skipped over: rewards
-            behind it reach the tokens before it undiscounted. Advantages are 0 there.
+            penalty. Masked tokens may hold anything. A completion with NaN at an unmasked token
+            counts as unscored: it is left out, and its advantages are 0.
+        completion_mask: (B, T) bool. A masked token, such as a tool's, is skipped over: it
+            discounts nothing. Its advantage is 0.
         gamma: the discount, in [0, 1].
         ddof: the variance divides by (tokens - ddof).
 

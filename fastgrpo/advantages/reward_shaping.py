@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.advantages.groups import Groups, check_lengths, check_rewards
+from fastgrpo.backend import resolve
 from fastgrpo.checks import finite, one_of
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
 from fastgrpo_kernels.twins import torch_twin
@@ -72,9 +73,9 @@ def length_penalty(
 ) -> Tensor:
     """Return rewards - weight * mean * length / longest, (B,) fp32.
 
-    mean and longest are those of the scored completions of the group: the more often a prompt is
-    solved, the more brevity counts. Meant for rewards >= 0. This is the part of prime-rl's penalty
-    that completions alone decide (its `num_output_tokens_weight`, 0.25).
+    mean and longest are those of the scored completions of the group. The more often a prompt is
+    solved, the more brevity counts. It is meant for rewards >= 0. This is the part of prime-rl's
+    penalty that completions alone decide (its `num_output_tokens_weight`, 0.25).
 
     Args:
         rewards: (B,) fp32; NaN, not scored, stays NaN.
@@ -90,7 +91,7 @@ def length_penalty(
     check_lengths(lengths, tuple(rewards.shape), rewards)
     if finite("weight", weight) < 0:
         raise ValueError(f"weight: expected a number >= 0, got {weight}")
-    groups = Groups(group_ids_or_size, rewards)
+    groups = Groups(group_ids_or_size, rewards, resolve(rewards.device, "auto"))
     r, length = groups.sort(rewards.detach()), groups.sort(lengths.detach().float())
     longest = groups.stats(length.where(~r.isnan(), torch.nan)).high
     penalty = weight * groups.stats(r).mean * (length / longest.clamp(min=1))
@@ -137,9 +138,10 @@ def mask_truncated_completions(
 ) -> Tensor:
     """Return completion_mask without the completions that ran out of tokens, (B, T) bool.
 
-    One is whole if its last unmasked token ends a sequence (TRL's `mask_truncated_completions`).
-    Its reward still counts in its group: set it to NaN to leave it out of that as well. Where
-    tool results can come last, pass the mask that includes them, and `&` the result with the other.
+    A completion is whole if its last unmasked token ends a sequence (TRL's
+    `mask_truncated_completions`). The reward of one that is not still counts in its group: set
+    it to NaN to leave it out there as well. Where tool results can come last, pass the mask that
+    includes them, and combine the result by `&` with the mask that does not.
 
     Args:
         completion_mask: (B, T) bool.

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgrpo.head.plan import Grads, Head, Logps, Needs, Plan, Rows, Upstream
+from fastgrpo.head.plan import Needs, Plan, VocabSlice
+from fastgrpo_kernels import Head, Logps, Rows, Upstream
+
+
+class Grads(NamedTuple):
+    """What is asked for of the gradients."""
+
+    hidden: Tensor | None  # (n, H) accumulation dtype
+    weight: Tensor | None  # (V, H) weight's dtype; fp32 for fp16
+    bias: Tensor | None  # (V,) accumulation dtype
 
 
 class Targets(NamedTuple):
@@ -23,6 +32,7 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows, plan: Plan) -> Targets:
+        """Return the target entries that `tile_grad` is to write."""
         if not plan.mixed:
             return cls()
         coef = torch.zeros_like(rows.ids, dtype=plan.accumulator)
@@ -39,25 +49,29 @@ class Targets(NamedTuple):
         return cls(coef, *rows.ids.sort(stable=True))
 
     def add_to(self, dhidden: Tensor | None, rows: Rows, head: Head) -> None:
+        """Add what the target entries give to dhidden (n, H)."""
         if self.coef is not None and dhidden is not None:
             dhidden.addcmul_(self.coef[:, None], head.weight[rows.ids].to(dhidden.dtype))
 
 
-class GradSums(NamedTuple):
+@dataclass(frozen=True)
+class GradSums:
     """The gradients while they grow.
 
     dweight is summed in the accumulation dtype: in place where that is its dtype or where chunks of
     rows are the outer loop, otherwise in a scratch of one slice, which is then written once.
     """
 
-    dhidden: Tensor | None
-    dweight: Tensor | None
-    dbias: Tensor | None
-    scratch: Tensor | None
+    plan: Plan
+    dhidden: Tensor | None  # (n, H)
+    dweight: Tensor | None  # (V, H)
+    dbias: Tensor | None  # (V,)
+    scratch: Tensor | None  # (slice_width, H)
     dtype: torch.dtype  # of the dweight that is asked for
 
     @classmethod
     def of(cls, rows: Rows, head: Head, plan: Plan, needs: Needs, whole: bool) -> GradSums:
+        """Return empty sums; `whole` where dweight is summed over several chunks of rows."""
         weight, dtype = head.weight, plan.accumulator
         # A loss scaler's upstream gradient must reach fp16 gradients before they are rounded.
         final = dtype if weight.dtype == torch.float16 else weight.dtype
@@ -65,6 +79,7 @@ class GradSums(NamedTuple):
         new_weight = torch.empty_like if len(rows.ids) else torch.zeros_like
         scratch_shape = (plan.slice_width, weight.shape[1])
         return cls(
+            plan,
             rows.hidden.new_zeros(rows.hidden.shape, dtype=dtype) if needs.hidden else None,
             new_weight(weight, dtype=dtype if in_place else final) if needs.weight else None,
             weight.new_zeros(len(weight), dtype=dtype) if needs.bias else None,
@@ -72,22 +87,62 @@ class GradSums(NamedTuple):
             final,
         )
 
-    def rows(self, c: slice, live: Tensor | None = None) -> Tensor | None:
-        if self.dhidden is None or live is None:
+    def rows(self, c: slice, kept: Tensor | None = None) -> Tensor | None:
+        """Return where dhidden of a chunk, or of the rows kept of it, is to be summed."""
+        if self.dhidden is None or kept is None:
             return None if self.dhidden is None else self.dhidden[c]
-        return self.dhidden.new_empty((len(live), self.dhidden.shape[1]))
+        return self.dhidden.new_empty((len(kept), self.dhidden.shape[1]))
 
-    def store_rows(self, c: slice, live: Tensor | None, dhidden: Tensor | None) -> None:
-        if self.dhidden is not None and live is not None:
-            self.dhidden[c].index_copy_(0, live, dhidden)
+    def store_rows(self, c: slice, kept: Tensor | None, dhidden: Tensor | None) -> None:
+        """Put dhidden of the rows kept of a chunk in its place."""
+        if self.dhidden is not None and kept is not None:
+            self.dhidden[c].index_copy_(0, kept, dhidden)
 
-    def slice(self, v: slice) -> tuple[Tensor | None, Tensor | None]:
-        dweight = self.dweight[v] if self.dweight is not None else None
-        if self.scratch is not None:
-            dweight = self.scratch[: v.stop - v.start]
-        return dweight, None if self.dbias is None else self.dbias[v]
+    def add_tile(
+        self,
+        dz: Tensor,  # (n, Vs) gradient with respect to the raw logits
+        part: VocabSlice,
+        hidden: Tensor,  # (n, H)
+        dhidden: Tensor | None,  # (n, H)
+        targets: Targets,
+        accumulate: bool,
+    ) -> None:
+        """Add what a tile gives. `accumulate` False overwrites the slice of dweight instead."""
+        matmul, v = self.plan.kernels.matmul, part.columns
+        if dhidden is not None:
+            matmul(dhidden, dz, part.weight, accumulate=v.start > 0)
+        if self.dweight is not None:
+            matmul(self._dweight(v), dz.t(), hidden, accumulate)
+        if self.dbias is not None:
+            self.dbias[v].add_(dz.sum(0, dtype=self.dbias.dtype))
+        if targets.coef is not None:
+            self._add_targets(v, hidden, targets)
+
+    def add_exps(
+        self,
+        exps: Tensor,  # (n, Vs) bf16: 0 at the targets
+        v: slice,
+        hidden: Tensor,  # (n, H)
+        scale: Tensor,  # (n,) fp32: times it, an entry is a gradient of the raw logits
+        scaled_hidden: Tensor | None,  # (n, H) bf16: scale * hidden
+        targets: Targets,
+        accumulate: bool,
+    ) -> None:
+        """Add what a slice of exponentials gives to weight and bias, like `add_tile`."""
+        matmul = self.plan.kernels.matmul
+        if self.dweight is not None:
+            matmul(self._dweight(v), exps.t(), scaled_hidden, accumulate)
+        if self.dbias is not None:
+            # In two 16-bit parts: there is no product with `hidden` to average their rounding.
+            high = scale.to(exps.dtype)
+            parts = torch.stack([high, (scale - high).to(exps.dtype)], 1)
+            sums = scale.new_empty((exps.shape[1], 2))
+            matmul(sums, exps.t(), parts)
+            self.dbias[v].add_(sums.sum(1))
+        self._add_targets(v, hidden, targets)
 
     def store(self, v: slice) -> None:
+        """Write a slice of dweight that is complete, where it was summed in the scratch."""
         if self.scratch is not None:
             self.dweight[v] = self.scratch[: v.stop - v.start]
 
@@ -95,69 +150,16 @@ class GradSums(NamedTuple):
         dweight = None if self.dweight is None else self.dweight.to(self.dtype)
         return Grads(self.dhidden, dweight, self.dbias)
 
+    def _dweight(self, v: slice) -> Tensor:
+        """Return where a slice of dweight is to be summed."""
+        return self.dweight[v] if self.scratch is None else self.scratch[: v.stop - v.start]
 
-def add_tile(
-    impl: ModuleType,
-    grads: Grads,
-    dz: Tensor,  # (n, Vs) gradient of the raw logits
-    v: slice,
-    weight: Tensor,  # (Vs, H)
-    hidden: Tensor,  # (n, H)
-    targets: Targets,
-    accumulate: bool,
-) -> None:
-    """Add what a tile gives to hidden, weight and bias.
-
-    `accumulate` False overwrites the slice of dweight instead of adding to it.
-    """
-    if grads.hidden is not None:
-        matmul(grads.hidden, dz, weight, accumulate=v.start > 0)
-    if grads.weight is not None:
-        matmul(grads.weight, dz.t(), hidden, accumulate)
-    if grads.bias is not None:
-        grads.bias.add_(dz.sum(0, dtype=grads.bias.dtype))
-    if targets.coef is not None:
-        add_targets(impl, grads, v, hidden, targets)
-
-
-def add_exps(
-    impl: ModuleType,
-    grads: Grads,
-    exps: Tensor,  # (n, Vs) bf16: 0 at the targets
-    scale: Tensor,  # (n,) fp32: times it, an entry is a gradient of the raw logits
-    v: slice,
-    hidden: Tensor,  # (n, H)
-    scaled_hidden: Tensor,  # (n, H) bf16: scale * hidden
-    targets: Targets,
-    accumulate: bool,
-) -> None:
-    """Add what a slice of exponentials gives to weight and bias, like `add_tile`."""
-    if grads.weight is not None:
-        matmul(grads.weight, exps.t(), scaled_hidden, accumulate)
-    if grads.bias is not None:
-        # In two 16-bit parts: there is no product with `hidden` to average their rounding.
-        high = scale.to(exps.dtype)
-        parts = torch.stack([high, (scale - high).to(exps.dtype)], 1)
-        sums = scale.new_empty((exps.shape[1], 2))
-        matmul(sums, exps.t(), parts)
-        grads.bias.add_(sums.sum(1))
-    add_targets(impl, grads, v, hidden, targets)
-
-
-def add_targets(impl: ModuleType, grads: Grads, v: slice, hidden: Tensor, targets: Targets) -> None:
-    """Add the target entries that lie in a slice of the vocabulary to weight and bias."""
-    where = (targets.sorted_ids, targets.order, targets.coef)
-    if grads.weight is not None:
-        impl.scatter_rows(grads.weight, *where, hidden, v.start)
-    if grads.bias is not None:
-        ones = torch.ones_like(targets.coef)[:, None]
-        impl.scatter_rows(grads.bias[:, None], *where, ones, v.start)
-
-
-def matmul(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b, in out's dtype also where the operands have 16 bits."""
-    mixed = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(out, a, b, out=out, **mixed)
-    else:
-        torch.mm(a, b, out=out, **mixed)
+    def _add_targets(self, v: slice, hidden: Tensor, targets: Targets) -> None:
+        """Add the target entries that lie in a slice of the vocabulary to weight and bias."""
+        scatter_rows = self.plan.kernels.scatter_rows
+        where = (targets.sorted_ids, targets.order, targets.coef)
+        if self.dweight is not None:
+            scatter_rows(self._dweight(v), *where, hidden, v.start)
+        if self.dbias is not None:
+            ones = torch.ones_like(targets.coef)[:, None]
+            scatter_rows(self.dbias[v][:, None], *where, ones, v.start)

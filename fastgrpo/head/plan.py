@@ -1,15 +1,15 @@
-"""The vocabulary of the loops: what a row is, what the head does, how a budget becomes tiles."""
+"""How a budget of memory becomes tiles, and which kernels work on them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import RowState
+from fastgrpo.backend import Kernels
+from fastgrpo_kernels import Head, Rows
 from fastgrpo_kernels.runtime import multiprocessors
 
 MIB = 2**20
@@ -25,35 +25,6 @@ GEMM_ROWS, GEMM_COLUMNS = 128, 256  # of the tile in which a Hopper GEMM makes i
 ACCUMULATION_ROWS = 735
 
 
-class Head(NamedTuple):
-    """The lm_head: z = softcap(logit_scale * (h @ weight.T + bias)) / temperature."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float  # 0 = off
-
-
-class Rows(NamedTuple):
-    """The positions to score."""
-
-    hidden: Tensor  # (n, H)
-    ids: Tensor  # (n,) int64
-    inv_temperature: Tensor | None  # (n,), None = 1
-
-    def __getitem__(self, index: slice | Tensor) -> Rows:  # type: ignore[override]
-        temperature = self.inv_temperature
-        return Rows(
-            self.hidden[index], self.ids[index], None if temperature is None else temperature[index]
-        )
-
-    def slope(self, head: Head) -> float | Tensor:
-        """Return the derivative of a logit by its raw value, but for the softcap's part of it."""
-        if self.inv_temperature is None:
-            return head.logit_scale
-        return self.inv_temperature * head.logit_scale
-
-
 class Needs(NamedTuple):
     """Which gradients are wanted."""
 
@@ -62,37 +33,18 @@ class Needs(NamedTuple):
     bias: bool
 
 
-class Grads(NamedTuple):
-    hidden: Tensor | None  # (n, H) accumulation dtype
-    weight: Tensor | None  # (V, H) weight's dtype; fp32 for fp16
-    bias: Tensor | None  # (V,) accumulation dtype
+class VocabSlice(NamedTuple):
+    """A slice of the vocabulary, in the dtypes that GEMMs take."""
 
-
-class Logps(NamedTuple):
-    logps: Tensor  # (n,)
-    lse: Tensor  # (n,)
-    entropy: Tensor | None  # (n,)
-
-
-class Upstream(NamedTuple):
-    """Gradients of the loss with respect to what a row gives."""
-
-    dlogps: Tensor  # (n,)
-    dentropy: Tensor | None  # (n,)
-
-    def alive(self) -> Tensor:
-        """Return which rows (n,) bool have a gradient."""
-        alive = self.dlogps != 0
-        return alive if self.dentropy is None else alive | (self.dentropy != 0)
-
-    def live(self) -> Tensor:
-        """Return the indices of the rows with a gradient: the others cost nothing."""
-        return self.alive().nonzero()[:, 0]
+    columns: slice
+    weight: Tensor  # (Vs, H) in the operands' dtype
+    bias: Tensor | None  # (Vs,) in the results' dtype
 
 
 class Plan(NamedTuple):
-    """How a workspace budget is spent."""
+    """How a workspace budget is spent, and on whose kernels."""
 
+    kernels: Kernels
     operand: torch.dtype  # of the GEMMs' inputs
     accumulator: torch.dtype  # of their results
     chunk: int  # rows of a tile that holds all logits of its rows
@@ -101,6 +53,51 @@ class Plan(NamedTuple):
     slice_rows: int  # and its rows
     exps_rows: int  # rows of a 16-bit tile that holds the exponentials of all their logits
     multiprocessors: int  # of the device
+    fp32_dweight: bool  # whether a 16-bit dweight may be summed in fp32, in its whole size
+    sync_stalls: bool  # whether the host waits for the device when it looks at a value
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, weight: Tensor, workspace_mb: float | None, kernels: Kernels
+    ) -> Plan:
+        """Divide the budget into tiles. Raises ValueError if it holds not even a row of logits."""
+        vocab, hidden_size = weight.shape
+        accumulator = torch.promote_types(hidden.dtype, torch.float32)
+        # cuBLAS multiplies 16-bit operands into fp32 results. CPUs cannot, and without AMX their
+        # bf16 GEMMs are slower by orders of magnitude: they get fp32 operands, converted slice by
+        # slice.
+        native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == weight.dtype
+        operand = hidden.dtype if native else accumulator
+        per_logit = accumulator.itemsize + (operand.itemsize if operand != accumulator else 0)
+        default = default_workspace_mb(vocab, hidden.device.type) * accumulator.itemsize / 4
+        budget = int((default if workspace_mb is None else workspace_mb) * MIB)
+        if budget < vocab * per_logit:
+            need = vocab * per_logit / MIB
+            raise ValueError(
+                f"workspace_mb: expected at least {need:.3g} MiB, one row of {vocab} logits; "
+                f"got {workspace_mb}"
+            )
+        width = min(vocab, SLICE)
+        copied = weight.dtype != accumulator
+        if copied:
+            # A slice of the weight and one of its gradient, both in fp32, may take half of the
+            # budget.
+            width = max(1, min(width, budget // (4 * accumulator.itemsize * hidden_size)))
+        # The other half: a tile, and its exponentials.
+        tile = budget // 4 if hidden.is_cuda else min(budget // 4, CPU_SLICE_BYTES)
+        return cls(
+            kernels=kernels,
+            operand=operand,
+            accumulator=accumulator,
+            chunk=budget // (vocab * per_logit),
+            chunk_width=width if hidden.is_cuda or copied else CPU_CHUNK_SLICE,
+            slice_width=width,
+            slice_rows=max(1, tile // (width * per_logit)),
+            exps_rows=max(1, budget // (padded(vocab) * hidden.dtype.itemsize)),
+            multiprocessors=multiprocessors(hidden.device),
+            fp32_dweight=hidden.is_cuda,
+            sync_stalls=hidden.is_cuda,
+        )
 
     @property
     def mixed(self) -> bool:
@@ -114,26 +111,28 @@ class Plan(NamedTuple):
         spend for 6NVH instead of 8NVH, and CPUs, where fp32 operands are copies as well, do not.
         """
         by_slice = needs.weight and head.weight.dtype != self.accumulator
-        return n <= self.chunk or not by_slice or head.weight.is_cuda
+        return n <= self.chunk or not by_slice or self.fp32_dweight
 
     def exps_chunk(self, n: int, head: Head, needs: Needs) -> int:
         """Return the rows of an n-row pass that share a tile of exponentials."""
         hidden_size = head.weight.shape[1]
         return chunk_rows(n, self.exps_rows, hidden_size, self.multiprocessors, needs.weight)
 
-    def new_tile(self, impl: ModuleType, rows: Rows, width: int) -> Tensor:
-        """Return an uninitialised tile of logits (len(rows), width)."""
-        n = len(rows.ids)
-        if impl.ROW_MAJOR_TILES:
-            return rows.hidden.new_empty((n, width), dtype=self.accumulator)
-        return rows.hidden.new_empty((width, n), dtype=self.accumulator).t()
+    def new_tile(self, n: int, width: int, device: torch.device) -> Tensor:
+        """Return an uninitialised tile of logits (n, width)."""
+        shape = (n, width) if self.kernels.ROW_MAJOR_TILES else (width, n)
+        tile = torch.empty(shape, dtype=self.accumulator, device=device)
+        return tile if self.kernels.ROW_MAJOR_TILES else tile.t()
 
-    def slices(self, head: Head, width: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Yield the vocabulary in slices: weight in the operands' dtype, bias in the results'."""
-        weight, bias = head.weight, head.bias
-        for v in chunks(len(weight), width):
-            b = None if bias is None else bias[v].to(self.accumulator)
-            yield v, weight[v].to(self.operand), b
+    def slices(self, head: Head, width: int) -> Iterator[VocabSlice]:
+        """Yield the vocabulary slice by slice."""
+        for columns in chunks(len(head.weight), width):
+            bias = None if head.bias is None else head.bias[columns].to(self.accumulator)
+            yield VocabSlice(columns, head.weight[columns].to(self.operand), bias)
+
+    def uses_anchored(self, rows: Rows, head: Head) -> bool:
+        """Whether a kernel scores these rows anchored at their own logit."""
+        return self.kernels.anchored_logps_fwd is not None and self.kernels.has_anchored(rows, head)
 
 
 def chunk_rows(n: int, most: int, hidden_size: int, multiprocessors: int, accumulate: bool) -> int:
@@ -164,58 +163,14 @@ def padded(vocab: int) -> int:
 def default_workspace_mb(vocab: int, device_type: str) -> float:
     """Return the default budget in MiB for the logits tiles.
 
-    A CPU gets 256 rows of fp32 logits, a GPU 8192 rows of an fp32 and a 16-bit tile, at most 2.5
-    GiB: of the 16-bit tile alone, where it is enough, 8192 rows of 151,936 logits or more.
+    A CPU gets 256 rows of fp32 logits. A GPU gets 8192 rows of an fp32 and a 16-bit tile, and at
+    most 2.5 GiB: 8192 rows of the 16-bit tile alone, for a vocabulary of 151,936 or more.
     """
     if device_type == "cpu":
         return CPU_CHUNK_ROWS * vocab * 4 / MIB
     return min(GPU_WORKSPACE_MB, GPU_CHUNK_ROWS * vocab * 6 / MIB)
 
 
-def plan(hidden: Tensor, weight: Tensor, workspace_mb: float | None) -> Plan:
-    """Divide the budget into tiles. Raises ValueError if it holds not even one row of logits."""
-    vocab, hidden_size = weight.shape
-    accumulator = torch.promote_types(hidden.dtype, torch.float32)
-    # cuBLAS multiplies 16-bit operands into fp32 results. CPUs cannot, and without AMX their bf16
-    # GEMMs are slower by orders of magnitude: they get fp32 operands, converted slice by slice.
-    native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == weight.dtype
-    operand = hidden.dtype if native else accumulator
-    per_logit = accumulator.itemsize + (operand.itemsize if operand != accumulator else 0)
-    default = default_workspace_mb(vocab, hidden.device.type) * accumulator.itemsize / 4
-    budget = int((default if workspace_mb is None else workspace_mb) * MIB)
-    if budget < vocab * per_logit:
-        need = vocab * per_logit / MIB
-        raise ValueError(
-            f"workspace_mb: expected at least {need:.3g} MiB, one row of {vocab} logits; "
-            f"got {workspace_mb}"
-        )
-    width = min(vocab, SLICE)
-    copied = weight.dtype != accumulator
-    if copied:
-        # A slice of the weight and one of its gradient, both in fp32, may take half of the budget.
-        width = max(1, min(width, budget // (4 * accumulator.itemsize * hidden_size)))
-    # The other half: a tile, and its exponentials.
-    tile = budget // 4 if hidden.is_cuda else min(budget // 4, CPU_SLICE_BYTES)
-    return Plan(
-        operand=operand,
-        accumulator=accumulator,
-        chunk=budget // (vocab * per_logit),
-        chunk_width=width if hidden.is_cuda or copied else CPU_CHUNK_SLICE,
-        slice_width=width,
-        slice_rows=max(1, tile // (width * per_logit)),
-        exps_rows=max(1, budget // (padded(vocab) * hidden.dtype.itemsize)),
-        multiprocessors=multiprocessors(hidden.device),
-    )
-
-
 def chunks(n: int, size: int) -> Iterator[slice]:
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
-
-
-T = TypeVar("T", Logps, Upstream, RowState)
-
-
-def take(rows: T, index: slice | Tensor) -> T:
-    """Return some rows of a tuple of per-row tensors."""
-    return type(rows)(*(None if x is None else x[index] for x in rows))

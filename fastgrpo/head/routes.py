@@ -9,141 +9,141 @@ sparse       2NVH: log-probs and a few entries of each row, then the loss, then 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastgrpo.head import sparse
-from fastgrpo.head.loops import logps_and_grads, logps_bwd, logps_fwd
-from fastgrpo.head.plan import Grads, Head, Logps, Needs, Plan, Rows, Upstream, take
-from fastgrpo.objective.config import LossConfig, needs_entropy
-from fastgrpo.objective.policy import PolicyLoss, PolicyRows, nearest, policy_loss, policy_terms
-from fastgrpo.objective.segments import Segments
+from fastgrpo.head.gradients import Grads
+from fastgrpo.head.loops import SeparableLoss, logps_and_grads, logps_bwd, logps_fwd
+from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.packing import spread
+from fastgrpo_kernels import Head, Logps, Rows, Upstream
 
 HIDDEN_ONLY = Needs(hidden=True, weight=False, bias=False)
 
 
+class Evaluated(Protocol):
+    """A loss whose value and gradients are known."""
+
+    @property
+    def upstream(self) -> Upstream: ...
+
+
+Result = TypeVar("Result", bound=Evaluated, covariant=True)
+
+
+class Loss(SeparableLoss, Protocol[Result]):
+    """What a route asks of the loss: a function from log-probs to their gradient."""
+
+    separable: bool
+    """Whether `upstream` can be had chunk by chunk."""
+    estimate: Tensor | None
+    """(n,) log-probs of about the same policy, nats, for a draw in the forward."""
+
+    def evaluate(self, scored: Logps) -> Result:
+        """Return the loss of all rows with its gradients."""
+        ...
+
+
 def loss_and_grads(
-    impl: ModuleType,
-    config: LossConfig,
+    loss: Loss[Result],
     rows: Rows,
-    policy_rows: PolicyRows,
-    segments: Segments,  # of these rows, where the loss needs them
-    entropy_threshold: Tensor | None,  # ()
-    seed: int | None,
-    draw: sparse.Draw | None,  # None: exact
-    live: int,  # rows after the first `live` are known to have no gradient
     head: Head,
     plan: Plan,
     needs: Needs,
-) -> tuple[Logps, PolicyLoss, Grads]:
-    """Return the scores of the rows, their loss and the gradients that are needed."""
-    with_entropy = needs_entropy(config)
-    separable = config.separable and (policy_rows.sampler or not config.corrects_sequences)
+    words: sparse.Words | None,  # None: exact
+    num_live: int,  # rows after the first `num_live` are known to have no gradient
+) -> tuple[Logps, Result, Grads, Tensor | None]:
+    """Return the scores of the rows, their loss, the gradients, and the metrics of a draw."""
+    if any(needs) and words is not None:
+        return _sparse(loss, rows, head, plan, needs, words, num_live)
 
-    def loss_of(scored: Logps) -> PolicyLoss:
-        return policy_loss(impl, config, scored, policy_rows, segments, entropy_threshold, seed)
+    if any(needs) and loss.separable and plan.one_pass(num_live, head, needs):
+        scored, grads = logps_and_grads(rows[:num_live], head, plan, needs, loss)
+        scored = _and_rest(scored, rows[num_live:], head, plan, loss.with_entropy)
+        return scored, loss.evaluate(scored), _before_rest(grads, num_live, len(rows.ids)), None
 
-    def policy(chunk: slice, scored: Logps) -> Upstream:
-        return policy_terms(impl, config, scored, policy_rows[chunk]).upstream
-
-    if any(needs) and draw is not None:
-        known = (policy_rows.old_logps, policy_rows.sampler_logps, policy_rows.ref_logps)
-        return _sparse_loss_and_grads(impl, rows, nearest(*known), draw, live, head, plan,
-                                      with_entropy, loss_of, needs)  # fmt: skip
-
-    if any(needs) and separable and plan.one_pass(live, head, needs):
-        # A clipped token has no gradient; a KL term or an entropy bonus would give it one.
-        clips = policy_rows.old_logps is not None and not (config.beta or config.entropy_coef)
-        scored, grads = logps_and_grads(
-            impl, rows[:live], head, plan, with_entropy, policy, needs,
-            entropy_gradient=config.entropy_coef != 0, may_drop_rows=clips,
-        )  # fmt: skip
-        scored = _and_rest(impl, scored, rows[live:], head, plan, with_entropy)
-        return scored, loss_of(scored), _before_rest(grads, live, len(rows.ids))
-
-    if needs == HIDDEN_ONLY and not config.entropy_coef:
-        scored, jacobian = logps_and_jacobian(impl, rows, head, plan, with_entropy)
-        result = loss_of(scored)
+    if needs == HIDDEN_ONLY and not loss.entropy_gradient:
+        scored, jacobian = logps_and_jacobian(rows, head, plan, loss.with_entropy)
+        result = loss.evaluate(scored)
         dhidden = jacobian.mul_(result.upstream.dlogps[:, None])
-        return scored, result, Grads(dhidden, None, None)
+        return scored, result, Grads(dhidden, None, None), None
 
-    scored = logps_fwd(impl, rows, head, plan, with_entropy)
-    result = loss_of(scored)
+    scored = logps_fwd(rows, head, plan, loss.with_entropy)
+    result = loss.evaluate(scored)
     if not any(needs):
-        return scored, result, Grads(None, None, None)
-    alive = result.upstream.live()
-    grads = logps_bwd(impl, rows[alive], head, plan, take(scored, alive),
-                      take(result.upstream, alive), needs)  # fmt: skip
-    return scored, result, grads._replace(hidden=spread(grads.hidden, alive, len(rows.ids)))
+        return scored, result, Grads(None, None, None), None
+    live = result.upstream.live()
+    grads = logps_bwd(rows[live], head, plan, scored[live], result.upstream[live], needs)
+    dhidden = spread(grads.hidden, live, len(rows.ids))
+    return scored, result, grads._replace(hidden=dhidden), None
+
+
+class _SumOfLogps(NamedTuple):
+    """The loss whose gradient with respect to every log-prob is 1."""
+
+    with_entropy: bool
+    entropy_gradient: bool = False
+    may_drop_rows: bool = False
+
+    def upstream(self, chunk: slice, scored: Logps) -> Upstream:
+        return Upstream(torch.ones_like(scored.logps))
 
 
 def logps_and_jacobian(
-    impl: ModuleType, rows: Rows, head: Head, plan: Plan, with_entropy: bool
+    rows: Rows, head: Head, plan: Plan, with_entropy: bool
 ) -> tuple[Logps, Tensor]:
     """Return the scores and dlogp/dhidden (n, H): with it a backward is elementwise."""
-    ones = torch.ones_like(rows.ids, dtype=plan.accumulator)
-    scored, grads = logps_and_grads(
-        impl, rows, head, plan, with_entropy, lambda c, _: Upstream(ones[c], None), HIDDEN_ONLY,
-        entropy_gradient=False,
-    )  # fmt: skip
+    scored, grads = logps_and_grads(rows, head, plan, HIDDEN_ONLY, _SumOfLogps(with_entropy))
     return scored, grads.hidden
 
 
-def _sparse_loss_and_grads(
-    impl: ModuleType,
+def _sparse(
+    loss: Loss[Result],
     rows: Rows,
-    estimate: Tensor | None,  # (n,) log-probs of about the same policy
-    draw: sparse.Draw,
-    live: int,
     head: Head,
     plan: Plan,
-    with_entropy: bool,
-    loss_of: Callable[[Logps], PolicyLoss],
     needs: Needs,
-) -> tuple[Logps, PolicyLoss, Grads]:
-    if estimate is None:
-        scored = logps_fwd(impl, rows, head, plan, with_entropy)
-        result = loss_of(scored)
+    words: sparse.Words,
+    num_live: int,
+) -> tuple[Logps, Result, Grads, Tensor]:
+    n = len(rows.ids)
+    if loss.estimate is None:
+        scored = logps_fwd(rows, head, plan, loss.with_entropy)
+        result = loss.evaluate(scored)
         chosen = result.upstream.live()
-        rows, drawn = rows[chosen], take(scored, chosen)
-        entries = sparse.entries_of(impl, rows, head, plan, draw[chosen], drawn)
+        rows, drawn = rows[chosen], scored[chosen]
+        entries = sparse.entries_of(rows, head, plan, words[chosen], drawn)
     else:
-        chosen = slice(0, live)
+        chosen = slice(0, num_live)
         drawn, entries = sparse.logps_and_entries(
-            impl, rows[chosen], head, plan, with_entropy, draw[chosen], estimate[chosen]
+            rows[chosen], head, plan, loss.with_entropy, words[chosen], loss.estimate[chosen]
         )
-        scored = _and_rest(impl, drawn, rows[live:], head, plan, with_entropy)
-        result = loss_of(scored)
+        scored = _and_rest(drawn, rows[num_live:], head, plan, loss.with_entropy)
+        result = loss.evaluate(scored)
         rows = rows[chosen]
-    upstream = take(result.upstream, chosen)
-    grads = sparse.entries_bwd(impl, rows, head, plan, drawn, upstream, entries, needs)
-    metrics = torch.cat([result.metrics, sparse.metrics(entries, drawn)])
-    n = len(scored.logps)
-    if estimate is None:
+    upstream = result.upstream[chosen]
+    grads = sparse.entries_bwd(rows, head, plan, drawn, upstream, entries, needs)
+    metrics = sparse.metrics(entries, drawn)
+    if loss.estimate is None:
         grads = grads._replace(hidden=spread(grads.hidden, chosen, n))
     else:
-        grads = _before_rest(grads, live, n)
-    return scored, result._replace(metrics=metrics), grads
+        grads = _before_rest(grads, num_live, n)
+    return scored, result, grads, metrics
 
 
-def _and_rest(
-    impl: ModuleType, scored: Logps, rest: Rows, head: Head, plan: Plan, with_entropy: bool
-) -> Logps:
+def _and_rest(scored: Logps, rest: Rows, head: Head, plan: Plan, with_entropy: bool) -> Logps:
     """Return the scores of rows with a gradient, and of the rest, which have none, behind them."""
     if not len(rest.ids):
         return scored
-    more = logps_fwd(impl, rest, head, plan, with_entropy)
-    return Logps(*(None if a is None else torch.cat([a, b])
-                   for a, b in zip(scored, more, strict=True)))  # fmt: skip
+    return Logps.cat([scored, logps_fwd(rest, head, plan, with_entropy)])
 
 
-def _before_rest(grads: Grads, live: int, n: int) -> Grads:
+def _before_rest(grads: Grads, num_live: int, n: int) -> Grads:
     """Fill the gradient of hidden up with the rows that have none."""
-    if live == n:
+    if num_live == n or grads.hidden is None:
         return grads
-    first = torch.arange(live, device=grads.hidden.device) if grads.hidden is not None else None
+    first = torch.arange(num_live, device=grads.hidden.device)
     return grads._replace(hidden=spread(grads.hidden, first, n))

@@ -1,58 +1,62 @@
 """The unbiased sparse backward: 2NVH for scores and gradients, whatever the loss.
 
-A row's gradient by its logits is g ([v = y] - p_v) (1/T, softcap and an entropy term aside). Its
-second half is estimated: an entry v is kept with probability pi_v, near min(1, p_v / tau), and
-counts p_v / pi_v, so that the mean over seeds is the exact gradient. The target is always kept, and
-exact. Gradients of hidden and weight are then sums over a few rows of the other. The variance that
-this adds is at most tau / (1 - tau) of that which sampling the token has: docs/sparse-backward.md.
+A row's gradient with respect to its logits is g ([v = y] - p_v), leaving out 1/T, the softcap and
+an entropy term. Its second half is estimated. An entry v is kept with probability pi_v, near
+min(1, p_v / tau), and counts p_v / pi_v: the mean over seeds is the exact gradient. The target is
+always kept, and exact. Gradients of hidden and weight are then sums over a few rows of the other.
+They add at most tau / (1 - tau) of the variance that sampling the token has. Proofs:
+docs/sparse-backward.md, where tau is what `sparsity` is called here.
 
-The entries are drawn while the logits are at hand, which needs an estimate of each row's lse before
-the pass; it decides how many are kept, never what the mean is. Without an estimate a second pass
-over the rows that have a gradient draws them: 4NVH.
+The entries are drawn while the logits are at hand. That needs an estimate of each row's lse before
+the pass: it decides how many entries are kept, never what the mean is. Without an estimate a second
+pass over the rows that have a gradient draws them: 4NVH.
 """
 
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgrpo.head.loops import finish, fold, logits_tiles, logps_bwd, new_state
-from fastgrpo.head.plan import Grads, Head, Logps, Needs, Plan, Rows, Upstream, take
-from fastgrpo.torch_kernels.logit_math import scaled_logits
-from fastgrpo_kernels import WORD_BITS, Kept
+from fastgrpo.head.gradients import Grads
+from fastgrpo.head.loops import logits_tiles, logps_bwd
+from fastgrpo.head.plan import Needs, Plan
+from fastgrpo.torch_kernels.logit_math import tile_logits
+from fastgrpo_kernels import WORD_BITS, Draw, Head, Kept, Logps, Rows, RowState, Upstream
 
 MOST_SLOTS = 2048
 SIGMAS = 8  # beyond which no count is found from its expectation: 1e-13
 METRICS = ("kept_entries", "kept_entries_max", "overflow_rows", "variance_bound_max")
 
 
-class Draw(NamedTuple):
-    """What decides which entries are kept, besides their probabilities."""
+class Words(NamedTuple):
+    """What a seed gives: with a row's anchor, the words decide which entries it keeps."""
 
-    tau: float
+    sparsity: float
     column_words: Tensor  # (V,) int32
     row_words: Tensor  # (n,) int32
 
     @classmethod
-    def of(cls, sparsity: float, seed: Tensor, rows: int, vocab: int) -> Draw:
+    def of(cls, sparsity: float, seed: Tensor, rows: int, vocab: int) -> Words:
         return cls(sparsity, random_words(2 * seed, vocab), random_words(2 * seed + 1, rows))
 
-    def __getitem__(self, index: Tensor | slice) -> Draw:  # type: ignore[override]
+    def __getitem__(self, index: Tensor | slice) -> Words:  # type: ignore[override]
         return self._replace(row_words=self.row_words[index])
+
+    def draw(self, anchor: Tensor) -> Draw:
+        return Draw(anchor, self.column_words, self.row_words)
 
 
 class Entries(NamedTuple):
     """The kept entries of rows, and what they were drawn with."""
 
     kept: Kept
-    anchor: Tensor  # (n,) log(tau) above the estimate of lse
+    anchor: Tensor  # (n,) log(sparsity) above the estimate of lse
 
     def __getitem__(self, index: Tensor | slice) -> Entries:  # type: ignore[override]
-        return Entries(Kept(*(x[index] for x in self.kept)), self.anchor[index])
+        return Entries(self.kept[index], self.anchor[index])
 
     def overflow(self, scored: Logps) -> Tensor:
         """Return the rows (n,) bool whose entries do not all fit, or were not drawn for NaN."""
@@ -77,57 +81,55 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def slots(tau: float, vocab: int) -> int:
+def slots(sparsity: float, vocab: int) -> int:
     """Return how many entries a row may keep, its target among them.
 
-    With an estimate that is right a row keeps 1/tau on average at most, whatever its entropy.
+    With an estimate that is right a row keeps 1/sparsity on average at most, whatever its entropy.
     """
-    expected = 1.1 / tau
+    expected = 1.1 / sparsity
     return 1 + min(vocab, math.ceil(expected + SIGMAS * math.sqrt(expected)) + 64, MOST_SLOTS)
 
 
 def logps_and_entries(
-    impl: ModuleType,
     rows: Rows,
     head: Head,
     plan: Plan,
     with_entropy: bool,
-    draw: Draw,
+    words: Words,
     estimate: Tensor,  # (n,) log-probs of about the same policy, nats
 ) -> tuple[Logps, Entries]:
     """Score rows and keep entries in the same pass: 2NVH."""
-    kept = _target_only(impl, rows, head, plan, draw.tau)
-    anchor = kept.logits[:, 0] - estimate.nan_to_num(0.0) + math.log(draw.tau)
-    entries = Entries(kept, anchor)
-    if _draws_while_scoring(impl, rows, head):
-        scored = _scored_drawing(impl, rows, head, with_entropy, draw, entries)
+    kernels, kept = plan.kernels, _target_only(rows, head, plan, words.sparsity)
+    anchor = kept.logits[:, 0] - estimate.nan_to_num(0.0) + math.log(words.sparsity)
+    draw = words.draw(anchor)
+    if _draws_while_scoring(rows, head, plan):
+        scored = kernels.linear_draw_fwd(rows, head, with_entropy, draw, kept)
     else:
-        state = new_state(rows, plan)
-        for tile, v, bias, c in logits_tiles(impl, rows, head, plan):
-            fold(impl, tile, v, bias, rows[c], head, take(state, c), with_entropy)
-            _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
-        scored = finish(state, with_entropy)
-    _settle_overflow(impl, rows, head, plan, draw.tau, scored, entries)
+        state = RowState.start(rows, plan.accumulator)
+        for tile, c in logits_tiles(rows, head, plan):
+            kernels.tile_stats(tile, state[c], with_entropy)
+            kernels.tile_draw(tile, draw[c], kept[c])
+        scored = state.finish(with_entropy)
+    entries = Entries(kept, anchor)
+    _settle_overflow(rows, head, plan, words.sparsity, scored, entries)
     return scored, entries
 
 
-def entries_of(
-    impl: ModuleType, rows: Rows, head: Head, plan: Plan, draw: Draw, scored: Logps
-) -> Entries:
+def entries_of(rows: Rows, head: Head, plan: Plan, words: Words, scored: Logps) -> Entries:
     """Keep entries of rows whose lse is known: 2NVH more."""
-    kept = _target_only(impl, rows, head, plan, draw.tau)
-    entries = Entries(kept, scored.lse + math.log(draw.tau))
-    if _draws_while_scoring(impl, rows, head):
-        _scored_drawing(impl, rows, head, False, draw, entries)
+    kernels, kept = plan.kernels, _target_only(rows, head, plan, words.sparsity)
+    entries = Entries(kept, scored.lse + math.log(words.sparsity))
+    draw = words.draw(entries.anchor)
+    if _draws_while_scoring(rows, head, plan):
+        kernels.linear_draw_fwd(rows, head, False, draw, kept)
     else:
-        for tile, v, bias, c in logits_tiles(impl, rows, head, plan):
-            _draw(impl, tile, v, bias, rows[c], head, draw[c], entries[c])
-    _settle_overflow(impl, rows, head, plan, draw.tau, scored, entries)
+        for tile, c in logits_tiles(rows, head, plan):
+            kernels.tile_draw(tile, draw[c], kept[c])
+    _settle_overflow(rows, head, plan, words.sparsity, scored, entries)
     return entries
 
 
 def entries_bwd(
-    impl: ModuleType,
     rows: Rows,
     head: Head,
     plan: Plan,
@@ -140,27 +142,26 @@ def entries_bwd(
     alive = upstream.alive()
     overflow = alive & entries.overflow(scored)
     dense = overflow.nonzero()[:, 0]
-    grads = logps_bwd(impl, rows[dense], head, plan, take(scored, dense), take(upstream, dense),
-                      needs)  # fmt: skip
-    kept = entries.kept
+    grads = logps_bwd(rows[dense], head, plan, scored[dense], upstream[dense], needs)
+    kernels, kept = plan.kernels, entries.kept
     used = torch.arange(kept.ids.shape[1], device=kept.ids.device) < kept.count[:, None]
     row, slot = (used & (alive & ~overflow)[:, None]).nonzero().unbind(1)
     ids = kept.ids[row, slot].long()
     inverse = None if rows.inv_temperature is None else rows.inv_temperature[row]
     coef = _entry_gradients(
         kept.logits[row, slot], slot == 0, inverse, head,
-        take(scored, row), take(upstream, row), entries.anchor[row],
+        scored[row], upstream[row], entries.anchor[row],
     )  # fmt: skip
     dhidden = None
     if needs.hidden:
         dhidden = coef.new_zeros(rows.hidden.shape)
         bounds = _bounds(row, len(rows.ids))
-        impl.bag_sum(dhidden, head.weight, ids, coef, bounds)
+        kernels.bag_sum(dhidden, head.weight, ids, coef, bounds)
         if not head.softcap:
-            # A row's gradient by its logits sums to 0: what the estimate's misses it by would act
-            # on what all rows of the weight have in common.
+            # An exact gradient with respect to a row's logits sums to 0. What the estimate's sum is
+            # instead would act on what all rows of the weight have in common.
             excess = coef.new_zeros(len(rows.ids), 1)
-            impl.bag_sum(
+            kernels.bag_sum(
                 excess, torch.ones_like(coef)[:1, None], torch.zeros_like(ids), coef, bounds
             )
             dhidden.addcmul_(excess, _mean_row(head, plan), value=-1)
@@ -169,10 +170,10 @@ def entries_bwd(
         order = ids.argsort(stable=True)
         row, coef, bounds = row[order], coef[order], _bounds(ids[order], len(head.weight))
         if needs.weight:
-            impl.bag_sum(grads.weight, rows.hidden.to(plan.operand), row, coef, bounds)
+            kernels.bag_sum(grads.weight, rows.hidden.to(plan.operand), row, coef, bounds)
         if needs.bias:
             ones = coef.new_ones(len(rows.ids), 1)
-            impl.bag_sum(grads.bias[:, None], ones, row, coef, bounds)
+            kernels.bag_sum(grads.bias[:, None], ones, row, coef, bounds)
     return grads._replace(hidden=dhidden)
 
 
@@ -221,9 +222,9 @@ def _entry_gradients(
     return gradient * (slope if inv_temperature is None else slope * inv_temperature)
 
 
-def _target_only(impl: ModuleType, rows: Rows, head: Head, plan: Plan, tau: float) -> Kept:
+def _target_only(rows: Rows, head: Head, plan: Plan, sparsity: float) -> Kept:
     """Return empty slots with the target in the first one."""
-    n, width = len(rows.ids), slots(tau, len(head.weight))
+    n, width = len(rows.ids), slots(sparsity, len(head.weight))
     kept = Kept(
         rows.ids.new_zeros((n, width), dtype=torch.int32),
         rows.ids.new_zeros((n, width), dtype=plan.accumulator),
@@ -231,33 +232,25 @@ def _target_only(impl: ModuleType, rows: Rows, head: Head, plan: Plan, tau: floa
     )
     target = rows.ids[:, None].clamp(0, len(head.weight) - 1).to(torch.int32)
     z = target.new_empty(target.shape, dtype=plan.accumulator)
-    impl.entry_logits(
-        rows.hidden, head.weight, head.bias, rows.inv_temperature, head.logit_scale, head.softcap,
-        target, None, z,
-    )  # fmt: skip
+    plan.kernels.entry_logits(rows, head, target, None, z)
     kept.ids[:, :1], kept.logits[:, :1] = target, z
     return kept
 
 
 def _settle_overflow(
-    impl: ModuleType,
-    rows: Rows,
-    head: Head,
-    plan: Plan,
-    tau: float,
-    scored: Logps,
-    entries: Entries,
+    rows: Rows, head: Head, plan: Plan, sparsity: float, scored: Logps, entries: Entries
 ) -> None:
-    """Let the estimate, and the number of entries that a row was to keep, decide what overflows.
+    """Decide which rows overflow by the number of entries that they were to keep on average.
 
-    If the number that it did keep decided, rows near the limit would count when their draw was
-    small and not when it was large: a bias. Most rows are far from it, which either their
+    If the number that a row did keep decided, rows near the limit would count when their draw was
+    small and not when it was large: a bias. Most rows are far from the limit, which either their
     probabilities or the number kept tell; for the others the expectation is computed.
     """
     (_, logits, count), anchor = entries
     most = logits.shape[1]
-    # An estimate that makes tau' = exp(anchor - lse) much more than tau would be paid in variance.
-    count.masked_fill_(anchor - scored.lse > 0.5 * math.log(tau), most + 1)
+    # exp(anchor - lse) is the sparsity that the estimate made of the one asked for: where it is
+    # much more, it would be paid for in variance.
+    count.masked_fill_(anchor - scored.lse > 0.5 * math.log(sparsity), most + 1)
     if most > len(head.weight):  # no row has more entries
         return
     limit = most - SIGMAS * math.sqrt(most)
@@ -268,48 +261,21 @@ def _settle_overflow(
         return
     rows, anchor = rows[some], anchor[some]
     expected = 1 - (logits[some, 0] - anchor).exp().clamp_(max=1)  # the target is kept anyway
-    for tile, _, bias, c in logits_tiles(impl, rows, head, plan):
-        inverse = rows[c].inv_temperature
-        z = scaled_logits(tile, bias, inverse, head.logit_scale, head.softcap)
-        expected[c] += (z - anchor[c, None]).exp_().clamp_(max=1).sum(1)
+    for tile, c in logits_tiles(rows, head, plan):
+        expected[c] += (tile_logits(tile) - anchor[c, None]).exp_().clamp_(max=1).sum(1)
     count[some[expected > limit]] = most + 1
 
 
-def _draws_while_scoring(impl: ModuleType, rows: Rows, head: Head) -> bool:
-    """Whether a kernel of the backend draws in the epilogue of its product, without a tile."""
-    able = hasattr(impl, "linear_draw_fwd") and impl.has_anchored(rows.hidden, head.weight)
+def _draws_while_scoring(rows: Rows, head: Head, plan: Plan) -> bool:
+    """Whether a kernel draws in the epilogue of its product, without a tile."""
+    able = plan.kernels.linear_draw_fwd is not None and plan.uses_anchored(rows, head)
     return able and len(rows.ids) > 0
-
-
-def _scored_drawing(
-    impl: ModuleType, rows: Rows, head: Head, with_entropy: bool, draw: Draw, entries: Entries
-) -> Logps:
-    return Logps(*impl.linear_draw_fwd(
-        rows.hidden, head.weight, rows.ids, head.bias, rows.inv_temperature, head.logit_scale,
-        head.softcap, with_entropy, entries.anchor, draw.column_words, draw.row_words, entries.kept,
-    ))  # fmt: skip
-
-
-def _draw(
-    impl: ModuleType,
-    z: Tensor,
-    v: slice,
-    bias: Tensor | None,
-    rows: Rows,
-    head: Head,
-    draw: Draw,
-    entries: Entries,
-) -> None:
-    impl.tile_draw(
-        z, rows.ids, v.start, bias, rows.inv_temperature, head.logit_scale, head.softcap,
-        entries.anchor, draw.column_words[v], draw.row_words, entries.kept,
-    )  # fmt: skip
 
 
 def _mean_row(head: Head, plan: Plan) -> Tensor:
     """Return the mean of the weight's rows (1, H)."""
     slices = plan.slices(head, plan.slice_width)
-    total = sum(weight.sum(0, dtype=plan.accumulator) for _, weight, _ in slices)
+    total = sum(part.weight.sum(0, dtype=plan.accumulator) for part in slices)
     return total[None] / len(head.weight)
 
 

@@ -21,7 +21,7 @@ def token_weights(
     normalizer: Tensor | None,  # ()
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return each row's weight (n,): its share of the loss, over `normalizer` or a local count."""
+    """Return each row's weight (n,): its share, divided by `normalizer` or by a local count."""
     lengths, sequence = owner.lengths, owner.index[rows]
     share = torch.ones_like(sequence, dtype=dtype)
     local: int | Tensor = max(len(lengths), 1)

@@ -1,18 +1,12 @@
-"""What the loss is: a frozen `LossConfig` of independent rules, each checked against the others.
+"""What the loss is: a frozen `LossConfig` of independent choices, checked against each other.
 
-    surrogate      the policy loss of one token      `fastgrpo_kernels.surrogates`
-    ratio level    which log-ratio it sees           `RATIO_LEVELS`
-    correction     constants on the policy loss      `fastgrpo.objective.corrections`
-    kl, entropy    what is added to it               `fastgrpo_kernels.kl_estimators`
-    aggregation    how tokens are weighed            `fastgrpo.objective.rules.AGGREGATIONS`
-
-Names for combinations are in `fastgrpo.objective.presets`; docs/losses.md tabulates all of it.
+Its fields are in `fastgrpo.objective.fields`, the checks in `fastgrpo.objective.rules`, names for
+combinations in `fastgrpo.objective.presets`; docs/losses.md tabulates all of it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import ClassVar
@@ -20,112 +14,18 @@ from typing import ClassVar
 import torch
 
 from fastgrpo.checks import one_of
-from fastgrpo.objective import rules
+from fastgrpo.objective.fields import LossFields
 from fastgrpo.objective.presets import PRESETS
-from fastgrpo.objective.rules import CORRECTIONS
-from fastgrpo_kernels.surrogates import SURROGATES, Surrogate
+from fastgrpo.objective.rules import check_fields, own_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(LossFields):
     """A loss of the GRPO family: GRPO by default; `LossConfig.preset(name)` gives the others.
 
     Raises ValueError for an unknown field or value, and for a field without effect in the
     combination, naming both.
     """
-
-    surrogate: str = "ppo_clip"
-    """Loss of one token: a key of `fastgrpo_kernels.surrogates.SURROGATES`."""
-    ratio_level: str = "token"
-    """The log-ratio it sees: a "token"'s own; the mean over its "sequence"; that mean with the
-    token's gradient ("sequence_token"); the sum over the sequence ("sequence_sum"); or "none"."""
-    anchor: str = "old"
-    """What the ratio is to: "old" (old_logps), or "sampler" (sampler_logps; old_logps where none
-    are given)."""
-    aggregation: str = "sequence_mean"
-    """How tokens are weighed: one of `fastgrpo.objective.rules.AGGREGATIONS`."""
-    max_completion_length: int | None = None
-    """L_max of "fixed_length"; may be left out when the call gives `normalizer`."""
-
-    epsilon_low: float = 0.2
-    """Lower bound of the ratio at 1 - epsilon_low; "gmpo": of its logarithm at -epsilon_low; DPPO
-    and its kin: of the divergence."""
-    epsilon_high: float = 0.2
-    """Upper bound of the ratio at 1 + epsilon_high; "gmpo": of its logarithm; DPPO and its kin: of
-    the divergence; "cispo_raw": of the ratio itself."""
-    delta: float | None = None
-    """Second upper bound of the ratio: where A < 0 ("ppo_clip" and its kin), or of the weight
-    (DPPO). None = off."""
-    log_ratio_clamp: float | None = None
-    """Token log-ratios stay within +-this, without gradient outside (verl, OpenRLHF: 20)."""
-    proximal_coef: float = 0.0
-    """proximal_coef / 2 * log_ratio^2 is added ("prime_dppo", "ipo", "dro")."""
-    sapo_temperature_pos: float = 1.0
-    """Steepness of the gate where A > 0."""
-    sapo_temperature_neg: float = 1.05
-    """Steepness of the gate elsewhere."""
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    """Shape of the weight w^k exp(lambda (1 - w)), by the sign of A."""
-    cov_ratio: float = 2e-4
-    """Share of the call's tokens that "clip_cov" drops and "kl_cov" penalises; at least one."""
-    cov_low: float = 1.0
-    """"clip_cov" draws among tokens whose covariance of A and logp is above this, and"""
-    cov_high: float = 5.0
-    """below this."""
-    kl_cov_coef: float = 0.1
-    """Weight of |log_ratio| on the tokens that "kl_cov" chooses."""
-    fipo_half_life: float = 32.0
-    """Tokens after which the log-ratio of a later token counts half."""
-    fipo_low: float = 1.0
-    """Lower bound of the influence weight."""
-    fipo_high: float = 1.2
-    """Upper bound of the influence weight."""
-    fipo_safety_ratio: float | None = 4.0
-    """Where A < 0 and the ratio is above this the influence weight stays in [0.8, 1]."""
-
-    correction: str = "none"
-    """Weight w = exp(old_logps - sampler_logps) on the policy loss: "token_tis" clips w,
-    "sequence_tis" its product over the sequence; "icepop" and "sequence_mis" zero what is out of
-    bounds; "seq_mask_tis" zeroes sequences whose geometric mean is."""
-    correction_min: float | None = None
-    """Lower bound of that weight. None = the correction's own."""
-    correction_max: float | None = None
-    """Upper bound of that weight. None = the correction's own."""
-    rejection: str = "none"
-    """Tokens or sequences too far from the sampler get no policy loss: "token", "seq_sum",
-    "seq_mean" or "seq_max", then "_k1", "_k2" or "_k3", as in `fastgrpo.rejection_mask`."""
-    rejection_min: float | None = None
-    """Lower bound, for k1: of sampler / old probability. None = 1 / rejection_max."""
-    rejection_max: float | None = None
-    """Upper bound of the divergence; k1: of sampler / old probability."""
-    off_policy_mask_threshold: float | None = None
-    """Sequences with A < 0 whose mean of sampler_logps (or old_logps) - logps is above this get no
-    policy loss (DeepSeek-V3.2). None = off."""
-    top_entropy_quantile: float = 1.0
-    """The policy loss and the entropy bonus act on this share of tokens, those of highest entropy
-    (arXiv 2506.01939); the denominator and the KL stay."""
-
-    beta: float = 0.0
-    """Weight of the per-token KL to the reference policy, added before aggregation."""
-    kl: str = "k3"
-    """Its estimator: "k1", "k2", "k3" or "abs"."""
-    kl_gradient: str = "value"
-    """What is differentiated: the "value"; k2 under this value ("straight_through"); the ratio
-    times it ("importance"); or exp(logp - sg(logp)) times it ("score_function")."""
-    kl_input_clamp: float | None = None
-    """ref_logps - logps stay within +-this, without gradient outside but for "straight_through"
-    (verl, NeMo-RL: 20)."""
-    kl_output_clamp: float | None = None
-    """The estimate stays within +-this, without gradient outside but for "straight_through" (verl,
-    NeMo-RL: 10)."""
-
-    entropy: str = "none"
-    """What `GRPOLoss.entropy` holds: "none", "detached" or "differentiable" values."""
-    entropy_coef: float = 0.0
-    """Entropy bonus: the loss is lowered by this times the entropy, aggregated like the loss."""
 
     key: ClassVar[str]
     """The fields as JSON: how a config travels through `torch.library` ops."""
@@ -138,7 +38,8 @@ class LossConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        rules.check(self)
+        object.__setattr__(self, "surrogate_parameters", own_parameters(self))
+        check_fields(self)
         # Made here, as `torch.compile` cannot trace what would make it later.
         object.__setattr__(self, "key", json.dumps(asdict(self)))
 
@@ -147,62 +48,6 @@ class LossConfig:
         """Return the loss called `name` with fields replaced: `preset("dapo", beta=0.04)`."""
         one_of("config", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **overrides})
-
-    @property
-    def rule(self) -> Surrogate:
-        return SURROGATES[self.surrogate]
-
-    @property
-    def parameters(self) -> tuple[float, ...]:
-        """What the surrogate's function takes after its tensors; None is an infinite bound."""
-        values = (getattr(self, name) for name in self.rule.parameters)
-        return tuple(math.inf if value is None else float(value) for value in values)
-
-    @property
-    def correction_bounds(self) -> tuple[float, float]:
-        low, high = CORRECTIONS[self.correction][1]
-        low = low if self.correction_min is None else self.correction_min
-        return low, high if self.correction_max is None else self.correction_max
-
-    @property
-    def rejection_bounds(self) -> tuple[float, float]:
-        """Lower and upper bound: of the divergence, or of sampler / old probability for k1."""
-        if not self.rejection.endswith("k1"):
-            return 0.0, self.rejection_max
-        low = self.rejection_min
-        return 1.0 / self.rejection_max if low is None else low, self.rejection_max
-
-    @property
-    def folds_correction(self) -> bool:
-        """Whether the surrogate takes the correction into its own weight."""
-        return self.rule.context == "log_weight"
-
-    @property
-    def needs_sampler(self) -> bool:
-        return self.correction != "none" or self.rejection != "none"
-
-    @property
-    def separable(self) -> bool:
-        """Whether a token's gradient needs nothing of other tokens that depends on the policy.
-
-        Given old_logps: what compares them with sampler_logps is known beforehand.
-        """
-        return (
-            self.ratio_level in ("none", "token")
-            and self.rule.context is None
-            and self.off_policy_mask_threshold is None
-            and self.top_entropy_quantile == 1.0
-        )
-
-    @property
-    def corrects_sequences(self) -> bool:
-        """Whether a correction or rejection decides by sequence."""
-        return CORRECTIONS[self.correction][0] or self.rejection.startswith("seq")
-
-    @property
-    def zero_advantage_is_inert(self) -> bool:
-        """Whether a token with advantage 0 is known to have no gradient before it is scored."""
-        return self.separable and self.rule.inert and self.beta == 0 and self.entropy_coef == 0
 
 
 def needs_entropy(config: LossConfig) -> bool:

@@ -1,7 +1,8 @@
 """What some surrogates must know beyond their token: constants found over a sequence or the batch.
 
-Each rule gives a token one number, a constant of the gradient. The batch is what the call is given:
-statistics over ranks or micro-batches are the caller's.
+Each rule gives a token one number, which has no gradient. The batch is what one call is given: no
+rule looks at other ranks or micro-batches. `fastgrpo_kernels.surrogates.CONTEXT_FIELDS` lists the
+fields that each rule reads.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from fastgrpo import checks
 from fastgrpo.backend import resolve
 from fastgrpo.checks import one_of
 from fastgrpo.objective.config import LossConfig
-from fastgrpo.objective.rules import REJECTIONS
+from fastgrpo.objective.fields import REJECTIONS
 from fastgrpo.objective.segments import Segments, Sequences
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
 from fastgrpo_kernels.twins import torch_twin
@@ -93,8 +93,9 @@ def rejection_mask(
 ) -> Tensor:
     """Return completion_mask without the tokens or sequences too far from the sampler, (B, T) bool.
 
-    Passed as `completion_mask`, what is rejected leaves the denominator and the KL as well: verl's
-    rejection. `LossConfig.rejection` takes the policy loss alone. Several rules are several calls.
+    Pass the result as `completion_mask`: what is rejected then leaves the denominator and the KL as
+    well, as in verl. `LossConfig.rejection` drops the policy loss alone. For several rules, call
+    this several times.
 
     Args:
         old_logps, sampler_logps: nats; anything where masked; a NaN of the sampler counts as equal.

@@ -11,19 +11,18 @@ the masks that act on the policy loss alone. Rows are packed: masked ones are go
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgrpo.head.plan import Logps, Upstream
-from fastgrpo.objective.config import LossConfig
+from fastgrpo.backend import Kernels
+from fastgrpo.objective.config import LossConfig, needs_entropy
 from fastgrpo.objective.contexts import CONTEXTS, Population
 from fastgrpo.objective.corrections import SamplerWeights, sampler_gap, sampler_weights
+from fastgrpo.objective.metrics import Known, measure
 from fastgrpo.objective.segments import Segments
-from fastgrpo_kernels.kl_estimators import k3
-from fastgrpo_kernels.twins import torch_twin
+from fastgrpo_kernels import Logps, TokenLoss, Tokens, Upstream
 
 
 class PolicyRows(NamedTuple):
@@ -47,53 +46,83 @@ def nearest(
     return next((x for x in (old_logps, sampler_logps, ref_logps) if x is not None), None)
 
 
-class Terms(NamedTuple):
-    """The loss, row by row."""
-
-    loss: Tensor  # (n,)
-    upstream: Upstream
-    stats: Tensor  # (6,) the backend's `STATS`
-    log_ratio: Tensor  # (n,) at the ratio level
-    sampler: SamplerWeights | None
-
-
 class PolicyLoss(NamedTuple):
+    """The loss of all rows of a call."""
+
     loss: Tensor  # ()
     upstream: Upstream
     metrics: Tensor  # (len(METRICS), 2) value and the number of rows that it is a mean over
 
 
-METRICS = (
-    "ratio_mean", "ratio_min", "ratio_max", "clip_low", "clip_high", "clip_region", "approx_kl",
-    "kl", "sampler_kl", "importance_mean", "importance_square", "ess", "correction_mean",
-    "correction_clipped", "rejected", "live_rows", "entropy",
-)  # fmt: skip
+class Objective(NamedTuple):
+    """The loss of some rows as the routes see it: a function from log-probs to their gradient."""
+
+    config: LossConfig
+    kernels: Kernels
+    rows: PolicyRows
+    segments: Segments | None  # of the rows; None where the loss is separable over them
+    entropy_threshold: Tensor | None = None  # ()
+    seed: int | None = None
+
+    @property
+    def with_entropy(self) -> bool:
+        return needs_entropy(self.config)
+
+    @property
+    def entropy_gradient(self) -> bool:
+        return self.config.entropy_coef != 0
+
+    @property
+    def may_drop_rows(self) -> bool:
+        """A clipped token has no gradient; a KL term or an entropy bonus would give it one."""
+        config = self.config
+        return self.rows.old_logps is not None and not (config.beta or config.entropy_coef)
+
+    @property
+    def separable(self) -> bool:
+        known = self.rows.sampler is not None or not self.config.corrects_sequences
+        return self.config.separable and known
+
+    @property
+    def estimate(self) -> Tensor | None:
+        rows = self.rows
+        return nearest(rows.old_logps, rows.sampler_logps, rows.ref_logps)
+
+    def upstream(self, chunk: slice, scored: Logps) -> Upstream:
+        """Return the gradients of a chunk of the rows, where the loss is separable."""
+        part = self._replace(rows=self.rows[chunk], segments=None)
+        return policy_terms(part, scored).upstream
+
+    def evaluate(self, scored: Logps) -> PolicyLoss:
+        """Return the loss of all rows, its derivatives and its metrics."""
+        terms = policy_terms(self, scored)
+        rows = self.rows
+        known = Known(
+            scored,
+            rows.old_logps,
+            rows.ref_logps,
+            rows.sampler_logps,
+            terms.log_ratio,
+            terms.sampler,
+            terms.upstream,
+            terms.stats,
+        )
+        return PolicyLoss(terms.loss.sum(), terms.upstream, measure(known))
 
 
-def policy_loss(
-    impl: ModuleType,
-    config: LossConfig,
-    scored: Logps,
-    rows: PolicyRows,
-    segments: Segments,
-    entropy_threshold: Tensor | None = None,  # ()
-    seed: int | None = None,
-) -> PolicyLoss:
-    """Return the loss of all rows of a call, its derivatives and its metrics."""
-    terms = policy_terms(impl, config, scored, rows, segments, entropy_threshold, seed)
-    return PolicyLoss(terms.loss.sum(), terms.upstream, _metrics(terms, scored, rows))
+class Terms(NamedTuple):
+    """The loss, row by row."""
+
+    loss: Tensor  # (n,)
+    upstream: Upstream
+    stats: Tensor  # (6,) the kernels' `STATS`
+    log_ratio: Tensor  # (n,) at the ratio level
+    sampler: SamplerWeights | None
 
 
-def policy_terms(
-    impl: ModuleType,
-    config: LossConfig,
-    scored: Logps,
-    rows: PolicyRows,
-    segments: Segments | None = None,  # may be missing where the loss is separable over rows
-    entropy_threshold: Tensor | None = None,  # ()
-    seed: int | None = None,
-) -> Terms:
-    """Return the loss of rows and its derivatives by their log-probs and entropies."""
+def policy_terms(objective: Objective, scored: Logps) -> Terms:
+    """Return the loss of rows and its derivatives with respect to log-probs and entropies."""
+    config, rows, segments = objective.config, objective.rows, objective.segments
     logps, entropy = scored.logps, scored.entropy
     unbounded = _token_log_ratio(config, logps, rows)
     token_ratio = _bounded(config, unbounded, rows.advantages)
@@ -102,7 +131,7 @@ def policy_terms(
     if sampler is None and config.needs_sampler:
         old = logps if rows.old_logps is None else rows.old_logps
         sampler = sampler_weights(config, sampler_gap(old, rows.sampler_logps), segments)
-    selected = _high_entropy(config, entropy, entropy_threshold)
+    selected = _high_entropy(config, entropy, objective.entropy_threshold)
     multipliers = _product(
         sampler and (sampler.kept if config.folds_correction else sampler.multipliers()),
         _near_the_sampler(config, logps, rows, segments),
@@ -112,21 +141,25 @@ def policy_terms(
     context = None
     if config.rule.context is not None:
         correction = sampler.weights if sampler and config.correction != "none" else None
-        population = Population(logps, token_ratio, rows.advantages, correction, segments, seed)
+        population = Population(
+            logps, token_ratio, rows.advantages, correction, segments, objective.seed
+        )
         context = CONTEXTS[config.rule.context](config, population)
     plain = config.ratio_level in ("none", "token") and token_ratio is unbounded
-    loss, dlogps, dratio, stats = impl.token_loss(
-        logps, log_ratio, rows.advantages, rows.weights, multipliers, context, rows.ref_logps,
-        config.surrogate, config.parameters, config.kl, config.kl_gradient, config.beta,
-        config.kl_input_clamp or math.inf, config.kl_output_clamp or math.inf, not plain,
-    )  # fmt: skip
+    tokens = Tokens(
+        logps, log_ratio, rows.advantages, rows.weights, multipliers, context, rows.ref_logps
+    )
+    loss, dlogps, dratio, stats = objective.kernels.token_loss(
+        tokens, _token_loss(config), separate=not plain
+    )
     if dratio is not None:
         dratio = _from_level(config.ratio_level, dratio, segments)
         dlogps = dlogps + torch.where(token_ratio == unbounded, dratio, 0.0)
     if config.surrogate == "gmpo":
         kl, ratio, _, _, *extrema = stats
-        live = rows.advantages != 0
-        moved = (((unbounded < token_ratio) & live).sum(), ((unbounded > token_ratio) & live).sum())
+        alive = rows.advantages != 0
+        below, above = (unbounded < token_ratio) & alive, (unbounded > token_ratio) & alive
+        moved = (below.sum(), above.sum())
         stats = torch.stack([kl, ratio, *(x.to(stats.dtype) for x in moved), *extrema])
     dentropy = None
     if config.entropy_coef:
@@ -134,6 +167,19 @@ def policy_terms(
         dentropy = -bonus if selected is None else -bonus * selected
         loss = loss + dentropy * entropy
     return Terms(loss, Upstream(dlogps, dentropy), stats, log_ratio, sampler)
+
+
+def _token_loss(config: LossConfig) -> TokenLoss:
+    """Return the part of a config that the kernel of one token takes."""
+    return TokenLoss(
+        config.surrogate,
+        config.parameters,
+        config.kl,
+        config.kl_gradient,
+        config.beta,
+        config.kl_input_clamp or math.inf,
+        config.kl_output_clamp or math.inf,
+    )
 
 
 def _token_log_ratio(config: LossConfig, logps: Tensor, rows: PolicyRows) -> Tensor:
@@ -196,56 +242,3 @@ def _near_the_sampler(
 def _product(*factors: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     given = [x.to(dtype) for x in factors if x is not None]
     return math.prod(given[1:], start=given[0]) if given else None
-
-
-def _metrics(terms: Terms, scored: Logps, rows: PolicyRows) -> Tensor:
-    """Return `METRICS` (len, 2); the count is 0 for what is not known."""
-    logps, n = scored.logps, len(scored.logps)
-    kl, ratio, clip_low, clip_high, ratio_min, ratio_max = terms.stats
-    zero = logps.new_zeros(())
-
-    def mean(x: Tensor | None, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if x is None:
-            return zero, zero
-        count = logps.new_full((), n) if count is None else count.to(logps.dtype)
-        return x.sum(dtype=logps.dtype) / count.clamp(min=1), count
-
-    def value(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, logps.new_full((), n)
-
-    def divergence(x: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The k3 estimate, over the rows where x = logp - other_logp is a number."""
-        if x is None:
-            return zero, zero
-        known = ~x.isnan()
-        return mean(torch_twin(k3)(torch.where(known, x, 0.0))[0], known.sum())
-
-    importance = terms.log_ratio.clamp(max=80).exp()
-    if terms.sampler is not None:
-        importance = importance * terms.sampler.multipliers()
-    importance = importance.clamp(max=1e15)  # so that squares do not overflow
-    squares = n * importance.square().sum()
-    sampler = terms.sampler
-    old = logps if rows.old_logps is None else rows.old_logps
-    known = {
-        "ratio_mean": mean(ratio),
-        "ratio_min": value(ratio_min),
-        "ratio_max": value(ratio_max),
-        "clip_low": mean(clip_low),
-        "clip_high": mean(clip_high),
-        "clip_region": mean(clip_low + clip_high),
-        "approx_kl": divergence(logps - old),
-        "kl": mean(None if rows.ref_logps is None else kl),
-        "sampler_kl": divergence(
-            None if rows.sampler_logps is None else logps - rows.sampler_logps
-        ),
-        "importance_mean": mean(importance),
-        "importance_square": mean(importance.square()),
-        "ess": value(importance.sum().square() / squares.clamp(min=torch.finfo(logps.dtype).tiny)),
-        "correction_mean": mean(sampler and sampler.weights),
-        "correction_clipped": mean(sampler and sampler.truncated),
-        "rejected": mean(sampler and ~sampler.kept),
-        "live_rows": mean(terms.upstream.alive()),
-        "entropy": mean(scored.entropy),
-    }
-    return torch.stack([torch.stack(known[name]) for name in METRICS])

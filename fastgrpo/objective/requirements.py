@@ -6,34 +6,27 @@ import torch
 from torch import Tensor
 
 from fastgrpo import checks
+from fastgrpo.objective.call import LossCall
 from fastgrpo.objective.config import LossConfig
+from fastgrpo.objective.fields import surrogate_named
 
 
 def check_call(
-    config: object,
-    like: Tensor,
-    old_logps: object,
-    ref_logps: object,
-    sampler_logps: object,
-    groups: object,
-    entropy_threshold: object,
-    normalizer: object,
-    seed: object,
-    sparsity: float,
-    skip_zero_advantage: bool,
+    config: object, call: LossCall, like: Tensor, sparsity: float, skip_zero_advantage: bool
 ) -> None:
     """Check what the loss needs from the call, and that the call gives it nothing else."""
     if not isinstance(config, LossConfig):
         raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
-    if config.beta and ref_logps is None:
+    if config.beta and call.ref_logps is None:
         raise ValueError(f"ref_logps: expected log-probs as beta is {config.beta}, got None")
     for name, value in (("correction", config.correction), ("rejection", config.rejection)):
-        if value != "none" and sampler_logps is None:
+        if value != "none" and call.sampler_logps is None:
             raise ValueError(f"sampler_logps: expected log-probs as {name} is {value!r}, got None")
-    if config.off_policy_mask_threshold is not None and old_logps is sampler_logps is None:
+    behaviour_known = call.old_logps is not None or call.sampler_logps is not None
+    if config.off_policy_mask_threshold is not None and not behaviour_known:
         raise ValueError("off_policy_mask_threshold has no effect without old_logps, sampler_logps")
-    if (groups is None) == (config.aggregation == "prompt_mean"):
-        if groups is not None:
+    if (call.groups is None) == (config.aggregation == "prompt_mean"):
+        if call.groups is not None:
             raise ValueError(
                 f"group_ids_or_size has no effect with aggregation={config.aggregation!r}"
             )
@@ -43,27 +36,30 @@ def check_call(
     if skip_zero_advantage and not config.zero_advantage_is_inert:
         raise ValueError(
             "skip_zero_advantage: expected a loss that tokens with advantage 0 have no part in, "
-            "got one with statistics of sequences or of the batch, a KL term or an entropy bonus"
+            "got one with a gradient there, statistics of sequences or of the batch, a KL term or "
+            "an entropy bonus"
         )
     if skip_zero_advantage and (config.entropy == "differentiable"):
         raise ValueError("skip_zero_advantage has no effect with entropy='differentiable'")
-    if skip_zero_advantage and config.corrects_sequences and old_logps is None:
+    if skip_zero_advantage and config.corrects_sequences and call.old_logps is None:
         raise ValueError("skip_zero_advantage: expected old_logps beside a sequence's correction")
-    _check_scalar("entropy_threshold", entropy_threshold, like)
-    if entropy_threshold is not None and config.top_entropy_quantile == 1:
+    _check_scalar("entropy_threshold", call.entropy_threshold, like)
+    if call.entropy_threshold is not None and config.top_entropy_quantile == 1:
         raise ValueError("entropy_threshold has no effect with top_entropy_quantile=1")
-    _check_scalar("normalizer", normalizer, like)
-    if isinstance(normalizer, (int, float)) and normalizer <= 0:
-        raise ValueError(f"normalizer: expected a number > 0, got {normalizer}")
-    if normalizer is not None and config.aggregation == "token_sum":
+    _check_scalar("normalizer", call.normalizer, like)
+    if isinstance(call.normalizer, (int, float)) and call.normalizer <= 0:
+        raise ValueError(f"normalizer: expected a number > 0, got {call.normalizer}")
+    if call.normalizer is not None and config.aggregation == "token_sum":
         raise ValueError("normalizer has no effect with aggregation='token_sum'")
-    if config.aggregation == "fixed_length" and normalizer is None:
+    if config.aggregation == "fixed_length" and call.normalizer is None:
         if config.max_completion_length is None:
             raise ValueError(
                 "max_completion_length: expected a length in the LossConfig, or a normalizer, for "
                 "aggregation='fixed_length'; got neither"
             )
-    if seed is not None and config.surrogate != "clip_cov" and not sparsity:
+    # `torch.compile` reads fields of a config, but no property.
+    drawn = surrogate_named(config.surrogate).context == "drawn_covariance"
+    if call.seed is not None and not drawn and not sparsity:
         raise ValueError(
             f"seed has no effect with surrogate={config.surrogate!r} and sparsity=0: nothing is "
             "drawn"
@@ -83,11 +79,6 @@ def group_ids(given: object, sequences: int, like: Tensor) -> Tensor | None:
             f"ids; got {given!r}"
         )
     return torch.arange(sequences, device=like.device) // given
-
-
-def check_normalizer(value: Tensor) -> None:
-    if checks.looks_at_values(value) and not (value > 0 and value.isfinite()):
-        raise ValueError(f"normalizer: expected a number > 0, got {value.item()}")
 
 
 def _check_scalar(name: str, value: object, like: Tensor) -> None:

@@ -1,54 +1,50 @@
-"""What each field of `LossConfig` may be, and together with what."""
+"""Which values each field of a loss may have, and beside which others it has an effect."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from fastgrpo.checks import finite, one_of, positive, share
+from fastgrpo.objective.fields import (
+    AGGREGATIONS,
+    ANCHORS,
+    CORRECTIONS,
+    ENTROPY_MODES,
+    REJECTIONS,
+    LossFields,
+)
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import RATIO_LEVELS, SURROGATES
 
-if TYPE_CHECKING:
-    from fastgrpo.objective.config import LossConfig
 
-AGGREGATIONS = (
-    "token_mean",  # sum over tokens / number of tokens
-    "sequence_mean",  # mean over sequences of the mean over their tokens
-    "fixed_length",  # sum over tokens / (B * max_completion_length)
-    "token_sum",  # sum over tokens
-    "sequence_sum",  # mean over sequences of the sum over their tokens
-    "prompt_mean",  # mean over prompts of the mean over the tokens of all their completions
-)
-ENTROPY_MODES = ("none", "detached", "differentiable")
-ANCHORS = ("old", "sampler")
-
-# Correction -> (is its decision one per sequence, its default bounds).
-CORRECTIONS: dict[str, tuple[bool, tuple[float, float]]] = {
-    "none": (False, (0.0, math.inf)),
-    "token_tis": (False, (0.0, 2.0)),
-    "icepop": (False, (0.5, 5.0)),
-    "sequence_tis": (True, (0.0, 2.0)),
-    "sequence_mis": (True, (0.0, 3.0)),
-    "seq_mask_tis": (True, (0.999, 1.002)),
-}
-REJECTIONS = ("none",) + tuple(
-    f"{level}_{k}"
-    for level in ("token", "seq_sum", "seq_mean", "seq_max")
-    for k in ("k1", "k2", "k3")
-    if (level, k) != ("seq_max", "k1")
-)
-
-
-def check(config: LossConfig) -> None:
+def check_fields(config: LossFields) -> None:
     """Raise ValueError for a wrong value, and for one without effect beside the others."""
-    _names(config)
-    _numbers(config)
-    _combination(config)
+    _check_names(config)
+    _check_numbers(config)
+    _check_combination(config)
 
 
-def _names(config: LossConfig) -> None:
-    one_of("surrogate", config.surrogate, tuple(SURROGATES))
+def own_parameters(config: LossFields) -> tuple[tuple[str, float], ...]:
+    """Return `surrogate_parameters` as they are stored: all of them, in the function's order."""
+    rule, given = config.rule, config.surrogate_parameters
+    expected = f"a mapping of {list(rule.own)} to numbers with surrogate={config.surrogate!r}"
+    if not isinstance(rule.parameters, Mapping):
+        expected = (
+            f"nothing with surrogate={config.surrogate!r}, whose parameters are the fields "
+            f"{list(rule.fields)} of LossConfig"
+        )
+    try:
+        given = dict(given)
+    except (TypeError, ValueError):
+        raise ValueError(f"surrogate_parameters: expected {expected}, got {given!r}") from None
+    if not given.keys() <= rule.own.keys():
+        raise ValueError(f"surrogate_parameters: expected {expected}, got {given}")
+    values = {**rule.own, **given}
+    return tuple((n, finite(f"surrogate_parameters[{n!r}]", x)) for n, x in values.items())
+
+
+def _check_names(config: LossFields) -> None:
     one_of("ratio_level", config.ratio_level, RATIO_LEVELS)
     one_of("anchor", config.anchor, ANCHORS)
     one_of("aggregation", config.aggregation, AGGREGATIONS)
@@ -57,7 +53,7 @@ def _names(config: LossConfig) -> None:
     one_of("kl", config.kl, tuple(KL_ESTIMATORS))
     one_of("kl_gradient", config.kl_gradient, tuple(KL_GRADIENTS))
     one_of("entropy", config.entropy, ENTROPY_MODES)
-    levels = SURROGATES[config.surrogate].ratio_levels
+    levels = config.rule.ratio_levels
     if config.ratio_level not in levels:
         raise ValueError(
             f"ratio_level: expected one of {list(levels)} with surrogate={config.surrogate!r}, "
@@ -65,7 +61,7 @@ def _names(config: LossConfig) -> None:
         )
 
 
-def _numbers(config: LossConfig) -> None:
+def _check_numbers(config: LossFields) -> None:
     in_log_space = config.surrogate == "gmpo"
     finite("epsilon_low", config.epsilon_low, 0.0, math.inf if in_log_space else 1.0)
     if config.surrogate == "cispo_raw" and finite("epsilon_high", config.epsilon_high) <= 1.0:
@@ -120,11 +116,10 @@ def _numbers(config: LossConfig) -> None:
         raise ValueError(f"max_completion_length: expected an int >= 1, got {length!r}")
 
 
-def _combination(config: LossConfig) -> None:
+def _check_combination(config: LossFields) -> None:
     """Refuse a field that differs from its default and would be ignored."""
-    used = {*config.rule.parameters, *config.rule.options}
-    of_some_surrogate = {n for s in SURROGATES.values() for n in (*s.parameters, *s.options)}
-    for name in sorted(of_some_surrogate - used):
+    of_some_surrogate = {name for rule in SURROGATES.values() for name in rule.fields}
+    for name in sorted(of_some_surrogate - set(config.rule.fields)):
         _needs(config, name, False, f"surrogate={config.surrogate!r}")
     for name in ("anchor", "log_ratio_clamp"):
         _needs(config, name, config.ratio_level != "none", "ratio_level='none'")
@@ -173,17 +168,17 @@ def _combination(config: LossConfig) -> None:
         config,
         "correction",
         not (config.folds_correction and CORRECTIONS[config.correction][0]),
-        "one of ['none', 'token_tis', 'icepop'] with surrogate='vespo', which multiplies it "
-        "over the sequence",
+        f"one of ['none', 'token_tis', 'icepop'] with surrogate={config.surrogate!r}, which "
+        "multiplies it over the sequence",
     )
 
 
-def _expects(config: LossConfig, name: str, condition: bool, expected: str) -> None:
+def _expects(config: LossFields, name: str, condition: bool, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}; got {getattr(config, name)!r}")
 
 
-def _needs(config: LossConfig, name: str, condition: bool, otherwise: str) -> None:
+def _needs(config: LossFields, name: str, condition: bool, otherwise: str) -> None:
     default = type(config).__dataclass_fields__[name].default
     if not condition and getattr(config, name) != default:
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect with {otherwise}")

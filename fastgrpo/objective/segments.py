@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgrpo import checks
+from fastgrpo.backend import Kernels
 from fastgrpo.packing import Index
 
 
@@ -37,28 +37,28 @@ class Sequences(NamedTuple):
             checks.one_row_each(self.cu_seqlens)
         return x[self.index]
 
-    def segments(self, impl: ModuleType, rows: Index) -> Segments:
+    def segments(self, kernels: Kernels, rows: Index) -> Segments:
         """Return the sequences of the unmasked rows, in their order."""
         bounds = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
-        return Segments(impl, bounds, self.lengths[self.index[rows]])
+        return Segments(kernels, bounds, self.lengths[self.index[rows]])
 
-    def all_segments(self, impl: ModuleType) -> Segments:
+    def all_segments(self, kernels: Kernels) -> Segments:
         """Return the sequences of all rows: means are right where masked rows hold 0."""
-        return Segments(impl, self.cu_seqlens, self.lengths[self.index])
+        return Segments(kernels, self.cu_seqlens, self.lengths[self.index])
 
 
 class Segments(NamedTuple):
     """Consecutive rows (n,) that belong together, and reductions that every row gets to see."""
 
-    impl: ModuleType
+    kernels: Kernels
     cu_seqlens: Tensor  # (B + 1,)
     counts: Tensor  # (n,) int64 rows that the mean of a row's segment divides by
 
     def sum(self, x: Tensor) -> Tensor:
-        return self.impl.segment_reduce(x, self.cu_seqlens, "sum")
+        return self.kernels.segment_reduce(x, self.cu_seqlens, "sum")
 
     def max(self, x: Tensor) -> Tensor:
-        return self.impl.segment_reduce(x, self.cu_seqlens, "max")
+        return self.kernels.segment_reduce(x, self.cu_seqlens, "max")
 
     def mean(self, x: Tensor) -> Tensor:
         return self.sum(x) / self.counts.clamp(min=1)

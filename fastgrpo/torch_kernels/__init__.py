@@ -15,14 +15,28 @@ from fastgrpo.torch_kernels.logits_tile import (
 )
 from fastgrpo.torch_kernels.policy_loss import segment_reduce, token_loss
 from fastgrpo.torch_kernels.sparse_entries import bag_sum, entry_logits, tile_draw
+from fastgrpo_kernels import Head, Rows, matmul
 
 ROW_MAJOR_TILES = False  # CPU GEMMs write a tile faster column by column
+# What makes logits in registers has no twin: the loops score tiles that lie in cache.
+linear_logps_fwd = anchored_logps_fwd = linear_draw_fwd = None
+
+
+def has_anchored(rows: Rows, head: Head) -> bool:
+    """Return False: there is no anchored kernel here."""
+    return False
+
 
 __all__ = [
     "ROW_MAJOR_TILES",
+    "anchored_logps_fwd",
     "bag_sum",
     "entry_logits",
     "group_stats",
+    "has_anchored",
+    "linear_draw_fwd",
+    "linear_logps_fwd",
+    "matmul",
     "scatter_rows",
     "segment_reduce",
     "tile_draw",

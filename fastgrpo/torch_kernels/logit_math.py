@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from fastgrpo_kernels import Head, Tile
 
 
 def scaled_logits(
-    z: Tensor, bias: Tensor | None, inv_temperature: Tensor | None, scale: float, softcap: float
+    z: Tensor,  # (n, Vs)
+    bias: Tensor | None,  # (Vs,) or as z
+    inv_temperature: Tensor | None,  # (n,)
+    head: Head,
 ) -> Tensor:
     """Return softcap(scale * (z + bias)) * inv_temperature; z itself when all of them are off."""
     if bias is not None:
         z = z + bias
-    if scale != 1.0:
-        z = z * scale
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
+    if head.logit_scale != 1.0:
+        z = z * head.logit_scale
+    if head.softcap:
+        z = head.softcap * (z / head.softcap).tanh()
     return z if inv_temperature is None else z * inv_temperature[:, None]
 
 
-def logit_slope(inv_temperature: Tensor | None, logit_scale: float, like: Tensor) -> Tensor | None:
+def tile_logits(tile: Tile) -> Tensor:
+    """Return the logits z (n, Vs) of a tile, which stays as it is; its own z if nothing is on."""
+    return scaled_logits(tile.z, tile.bias, tile.rows.inv_temperature, tile.head)
+
+
+def logit_slope(tile: Tile, like: Tensor) -> Tensor | None:
     """Return dz/dz0 without a softcap, (n or 1, 1); None for 1."""
+    scale, inv_temperature = tile.head.logit_scale, tile.rows.inv_temperature
     if inv_temperature is None:
-        return None if logit_scale == 1.0 else like.new_full((1, 1), logit_scale)
-    return inv_temperature[:, None] * logit_scale
+        return None if scale == 1.0 else like.new_full((1, 1), scale)
+    return inv_temperature[:, None] * scale
 
 
 def targets(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -31,3 +41,8 @@ def targets(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
     columns = ids - vocab_start
     rows = ((columns >= 0) & (columns < width)).nonzero()[:, 0]
     return rows, columns[rows]
+
+
+def tile_targets(tile: Tile) -> tuple[Tensor, Tensor]:
+    """Return the rows whose id lies in the tile, and its column there."""
+    return targets(tile.rows.ids, tile.columns.start, tile.z.shape[1])

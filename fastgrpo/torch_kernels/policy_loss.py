@@ -2,62 +2,47 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from fastgrpo_kernels import TokenLoss, Tokens, TokenTerms
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS, k3
 from fastgrpo_kernels.policy_loss import token_terms
 from fastgrpo_kernels.surrogates import SURROGATES
 from fastgrpo_kernels.twins import bounded_exp, torch_twin
 
 
-def token_loss(
-    logps: Tensor,  # (n,)
-    log_ratio: Tensor,  # (n,)
-    advantages: Tensor,  # (n,)
-    weights: Tensor,  # (n,)
-    multipliers: Tensor | None,  # (n,)
-    context: Tensor | None,  # (n,)
-    ref_logps: Tensor | None,  # (n,)
-    surrogate: str,
-    parameters: tuple[float, ...],
-    kl: str,
-    kl_gradient: str,
-    beta: float,
-    kl_input_clamp: float = math.inf,
-    kl_output_clamp: float = math.inf,
-    separate: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return weighted losses (n,), their derivatives by logp and by log-ratio, and `STATS`."""
+def token_loss(tokens: Tokens, loss: TokenLoss, separate: bool = False) -> TokenTerms:
+    """Return the weighted loss of each token with its derivatives."""
+    logps, log_ratio, advantages, weights, multipliers, context, ref_logps = tokens
+    surrogate = SURROGATES[loss.surrogate]
     zero = torch.zeros_like(logps)
     x = zero if ref_logps is None else ref_logps - logps
-    loss, dlogps, dratio, clipped = torch_twin(token_terms)(
+    losses, dlogps, dratio, clipped = torch_twin(token_terms)(
         logps,
         log_ratio,
         advantages,
         zero if context is None else context,
-        parameters,
+        loss.parameters,
         1.0 if multipliers is None else multipliers,
         x,
-        beta,
-        kl_input_clamp,
-        kl_output_clamp,
-        torch_twin(SURROGATES[surrogate].fn),
-        torch_twin(KL_ESTIMATORS[kl].fn),
-        torch_twin(KL_GRADIENTS[kl_gradient].fn),
-        SURROGATES[surrogate].slope == "ratio",
-        beta != 0,
+        loss.beta,
+        loss.kl_input_clamp,
+        loss.kl_output_clamp,
+        torch_twin(surrogate.fn),
+        torch_twin(KL_ESTIMATORS[loss.kl].fn),
+        torch_twin(KL_GRADIENTS[loss.kl_gradient].fn),
+        surrogate.slope == "ratio",
+        loss.beta != 0,
     )
-    loss, dlogps, dratio = loss * weights, dlogps * weights, dratio * weights
+    losses, dlogps, dratio = losses * weights, dlogps * weights, dratio * weights
     if not separate:
         dlogps, dratio = dlogps + dratio, None
     ratio = torch_twin(bounded_exp)(log_ratio)
     sums = (torch_twin(k3)(x)[0], ratio, clipped < 0, clipped > 0)
     extrema = (ratio.amin(), ratio.amax()) if len(ratio) else (zero.sum(), zero.sum())
     stats = torch.stack([*(s.sum(dtype=logps.dtype) for s in sums), *extrema])
-    return loss, dlogps, dratio, stats
+    return TokenTerms(losses, dlogps, dratio, stats)
 
 
 def segment_reduce(x: Tensor, cu_seqlens: Tensor, op: str) -> Tensor:

@@ -8,65 +8,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrpo.torch_kernels.logit_math import scaled_logits, targets
-from fastgrpo_kernels import WORD_BITS, Kept
+from fastgrpo.torch_kernels.logit_math import scaled_logits, tile_logits, tile_targets
+from fastgrpo_kernels import WORD_BITS, Draw, Head, Kept, Rows, Tile
 
 BLOCK = 2**22  # numbers of a gathered or summed block
 
 
-def tile_draw(
-    z: Tensor,  # (n, Vs) fp32 | fp64 raw logits of the slice; left as they are
-    ids: Tensor,  # (n,) int64
-    vocab_start: int,
-    bias: Tensor | None,  # (Vs,)
-    inv_temperature: Tensor | None,  # (n,), None = 1
-    logit_scale: float,
-    softcap: float,
-    anchor: Tensor,  # (n,)
-    column_words: Tensor,  # (Vs,) int32
-    row_words: Tensor,  # (n,) int32
-    kept: Kept,
-) -> None:
-    """Add the entries that a slice of the vocabulary keeps to `kept`, by column."""
-    z = scaled_logits(z, bias, inv_temperature, logit_scale, softcap)
+def tile_draw(tile: Tile, draw: Draw, kept: Kept) -> None:
+    """Add the entries that a slice of the vocabulary keeps to `kept`, in place, by column."""
+    z, start = tile_logits(tile), tile.columns.start
     # Column by column, as the GEMM wrote the tile.
-    e = (z.t() - anchor).exp_().mul_(2**WORD_BITS)
-    keep = (e > column_words[:, None] ^ row_words).t().contiguous()
-    keep[targets(ids, vocab_start, z.shape[1])] = False
+    e = (z.t() - draw.anchor).exp_().mul_(2**WORD_BITS)
+    keep = (e > draw.column_words[tile.columns, None] ^ draw.row_words).t().contiguous()
+    keep[tile_targets(tile)] = False
     row, column = keep.nonzero().unbind(1)
-    taken = torch.bincount(row, minlength=len(ids))
+    taken = torch.bincount(row, minlength=len(z))
     rank = torch.arange(len(row), device=row.device) - (taken.cumsum(0) - taken)[row]
     slot = kept.count[row] + rank
     fits = slot < kept.ids.shape[1]
     row, column, slot = row[fits], column[fits], slot[fits]
-    kept.ids[row, slot] = (column + vocab_start).to(torch.int32)
+    kept.ids[row, slot] = (column + start).to(torch.int32)
     kept.logits[row, slot] = z[row, column]
     kept.count.add_(taken)
 
 
 def entry_logits(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    inv_temperature: Tensor | None,  # (n,), None = 1
-    logit_scale: float,
-    softcap: float,
-    entries: Tensor,  # (n, K) int32
-    count: Tensor | None,  # (n,) int32, None = all
+    rows: Rows,
+    head: Head,
+    entries: Tensor,  # (n, K) int32 columns
+    count: Tensor | None,  # (n,) int32: how many of a row's are meant; None: all
     out: Tensor,  # (n, K)
 ) -> None:
     """Write the logits of some entries of each row to `out`; beyond `count` anything may follow."""
     slots = max(entries.shape[1], 1)
-    step = max(1, BLOCK // (slots * hidden.shape[1]))
-    for start in range(0, len(hidden), step):
+    step = max(1, BLOCK // (slots * rows.hidden.shape[1]))
+    for start in range(0, len(rows.ids), step):
         c = slice(start, start + step)
         v = entries[c].long()
         if count is not None:
             v = torch.where(torch.arange(slots, device=v.device) < count[c, None], v, 0)
-        z = (hidden[c, None].to(out.dtype) * weight[v].to(out.dtype)).sum(-1)
-        b = None if bias is None else bias[v].to(out.dtype)
-        t = None if inv_temperature is None else inv_temperature[c]
-        out[c] = scaled_logits(z, b, t, logit_scale, softcap)
+        z = (rows.hidden[c, None].to(out.dtype) * head.weight[v].to(out.dtype)).sum(-1)
+        b = None if head.bias is None else head.bias[v].to(out.dtype)
+        out[c] = scaled_logits(z, b, rows[c].inv_temperature, head)
 
 
 def bag_sum(

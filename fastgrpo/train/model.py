@@ -18,8 +18,8 @@ from transformers import (
 import fastgrpo
 
 from .arithmetic import character_tokenizer, tiny_model
+from .completions import Rollout
 from .config import TrainConfig
-from .rollout import Rollout
 
 # Fields of model configs that act between the head and the softmax, with what they do to the
 # logits. logits_scaling divides in every family but hyperclovax.

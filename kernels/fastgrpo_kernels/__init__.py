@@ -1,34 +1,40 @@
 """Triton kernels of fastgrpo and their launchers. Imports torch and triton only.
 
 Callers pack: rows that a mask or an ignored id leaves out never reach a launcher. Mathematics,
-memory and tiling: kernels/README.md.
+memory and tiling: kernels/README.md. What a launcher takes: `operands`.
 """
 
 from .anchored_logps import Anchored, Marks, anchored_logps_fwd, has_anchored, mask_words
 from .group_advantages import GroupStats, group_stats
 from .linear_logps import linear_logps_fwd
-from .logits_tile import RowState, scatter_rows, tile_grad, tile_stats
-from .policy_loss import STATS, segment_reduce, token_loss
-from .sparse_entries import (
-    WORD_BITS,
-    Kept,
-    bag_sum,
-    entry_logits,
-    linear_draw_fwd,
-    tile_draw,
-)
+from .logits_tile import scatter_rows, tile_grad, tile_stats
+from .matmul import matmul
+from .operands import Draw, Head, Logps, Rows, RowState, Tile, Upstream
+from .policy_loss import STATS, TokenLoss, Tokens, TokenTerms, segment_reduce, token_loss
+from .sparse_entries import WORD_BITS, Kept, bag_sum, entry_logits, linear_draw_fwd, tile_draw
 
 ROW_MAJOR_TILES = True  # one program reads one row of a tile
+# A kernel reads a tile again for its gradient: exponentials kept in it would save nothing.
+tile_exp = tile_exp_grad = None
 
 __all__ = [
     "ROW_MAJOR_TILES",
     "STATS",
     "WORD_BITS",
     "Anchored",
-    "Marks",
+    "Draw",
     "GroupStats",
+    "Head",
     "Kept",
+    "Logps",
+    "Marks",
     "RowState",
+    "Rows",
+    "Tile",
+    "TokenLoss",
+    "TokenTerms",
+    "Tokens",
+    "Upstream",
     "anchored_logps_fwd",
     "bag_sum",
     "entry_logits",
@@ -37,9 +43,12 @@ __all__ = [
     "linear_draw_fwd",
     "linear_logps_fwd",
     "mask_words",
+    "matmul",
     "scatter_rows",
     "segment_reduce",
     "tile_draw",
+    "tile_exp",
+    "tile_exp_grad",
     "tile_grad",
     "tile_stats",
     "token_loss",

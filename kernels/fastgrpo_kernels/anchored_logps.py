@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .linear_logps import RowList, exps_of_rows, score_rows
 from .logit_math import log1p_exp, softcapped, transform_logits
+from .operands import Draw, Head, Logps, Rows, logit_arguments
 from .runtime import (
     ANCHORED_SMALL_H,
     HAS_TRITON,
@@ -44,28 +45,24 @@ WORD = 32  # entries of the vocabulary per word of a mask
 
 
 class Marks(NamedTuple):
-    """Which entries to mark: those whose e = exp(z - anchor) exceeds a uniform number.
+    """Where to mark the entries that a draw keeps."""
 
-    u = (column_words xor row_words) / 2^23. The target's entry is never marked.
-    """
-
-    anchor: Tensor  # (n,) fp32, nats: takes the place of the anchor at the target
-    column_words: Tensor  # (V,) int32, 23 random bits
-    row_words: Tensor  # (n,) int32, 23 random bits
+    draw: Draw  # its anchor, fp32, takes the place of the one at the target
     mask: Tensor  # (n, mask_words(V)) int32, written: `compact_mask` reads it
 
     def __getitem__(self, c: slice) -> Marks:  # type: ignore[override]
-        return Marks(self.anchor[c], self.column_words, self.row_words[c], self.mask[c])
+        return Marks(self.draw[c], self.mask[c])
 
 
 class Anchored(NamedTuple):
     """What a pass over the logits gives, fp32 (n,), in nats."""
 
-    logps: Tensor
-    lse: Tensor
-    entropy: Tensor | None
+    scored: Logps
     log_scale: Tensor  # anchor - lse: p_v = exp(z_v - anchor) exp(log_scale); 0 where redone
     redone: Tensor  # bool: scored by the portable kernel; of a Marks, the mask says nothing
+
+    def __getitem__(self, c: slice) -> Anchored:  # type: ignore[override]
+        return Anchored(self.scored[c], self.log_scale[c], self.redone[c])
 
 
 def mask_words(vocab_size: int) -> int:
@@ -73,12 +70,13 @@ def mask_words(vocab_size: int) -> int:
     return -(-vocab_size // 256) * 256 // WORD
 
 
-def has_anchored(hidden: Tensor, weight: Tensor) -> bool:
+def has_anchored(rows: Rows, head: Head) -> bool:
     """Whether `anchored_logps_fwd` takes these operands on this device.
 
     It needs 16-bit operands of one dtype, and a weight that TMA can address. Rows of `hidden` that
     it cannot are copied: whether a row goes this way must not depend on where it lies.
     """
+    hidden, weight = rows.hidden, head.weight
     return (
         (16, architecture(hidden.device)) in LAUNCHES["anchored_logps"]
         and hidden.dtype == weight.dtype
@@ -341,17 +339,12 @@ def _list_rows_kernel(
 
 
 def anchored_logps_fwd(
-    hidden: Tensor,  # (n, H) bf16 | fp16
-    weight: Tensor,  # (V, H) likewise
-    ids: Tensor,  # (n,) int64
-    bias: Tensor | None,  # (V,)
-    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
-    logit_scale: float,
-    softcap: float,  # 0.0: off
+    rows: Rows,  # hidden bf16 | fp16, inv_temperature fp32
+    head: Head,  # weight in hidden's dtype
     with_entropy: bool,
     *,
     exps: Tensor | None = None,  # (n, V) bf16, written: rows that begin at multiples of 16 bytes
-    draw: Marks | None = None,
+    marks: Marks | None = None,
 ) -> Anchored:
     """Return the scores of the rows as `linear_logps_fwd` does, where `has_anchored`.
 
@@ -361,33 +354,30 @@ def anchored_logps_fwd(
     """
     if exps is not None:
         assert exps.dtype == torch.bfloat16 and _addressable(exps), "exps: bf16, aligned rows"
-    if not _addressable(hidden):
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
-    n, vocab_size = len(ids), len(weight)
-    launch = _launch(hidden, weight, scores_only=exps is None and draw is None)
+    if not _addressable(rows.hidden):
+        rows = rows._replace(hidden=rows.hidden.clone(memory_format=torch.contiguous_format))
+    n, vocab_size = len(rows.ids), len(head.weight)
+    launch = _launch(rows.hidden, scores_only=exps is None and marks is None)
     tiles = -(-vocab_size // launch.blocks["BLOCK_V"])
-    rows = max(1, PARTIALS_BYTES // (4 * (1 + with_entropy) * tiles))
+    at_once = max(1, PARTIALS_BYTES // (4 * (1 + with_entropy) * tiles))
 
     def new(dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(n, dtype=dtype, device=hidden.device)
+        return torch.empty(n, dtype=dtype, device=rows.hidden.device)
 
-    if exps is not None and inv_temperature is None:
+    if exps is not None and rows.inv_temperature is None:
         # A factor per row: with one for all rows the compiler spills registers in some modes.
-        inv_temperature = torch.ones(n, dtype=torch.float32, device=hidden.device)
-    entropy = new() if with_entropy else None
-    result = Anchored(new(), new(), entropy, new(), new(torch.bool))
+        ones = torch.ones(n, dtype=torch.float32, device=rows.hidden.device)
+        rows = rows._replace(inv_temperature=ones)
+    scored = Logps(new(), new(), new() if with_entropy else None)
+    result = Anchored(scored, new(), new(torch.bool))
     store = exps
     if INTERPRETED and exps is not None:
         # It truncates where hardware rounds to nearest: PyTorch rounds for it.
         store = torch.empty_strided(exps.shape, exps.stride(), dtype=torch.float32)
-    for start in range(0, n, rows):
-        c = slice(start, start + rows)
-        temperatures, stored = (None if x is None else x[c] for x in (inv_temperature, store))
-        _score(
-            *(launch, hidden[c], weight, ids[c], bias, temperatures, logit_scale, softcap, stored),
-            None if draw is None else draw[c],
-            Anchored(*(None if x is None else x[c] for x in result)),
-        )
+    for start in range(0, n, at_once):
+        c = slice(start, start + at_once)
+        stored, marked = (None if x is None else x[c] for x in (store, marks))
+        _score(launch, rows[c], head, stored, marked, result[c])
     if store is not exps:
         exps.copy_(store)
     return result
@@ -395,87 +385,99 @@ def anchored_logps_fwd(
 
 def _score(
     launch: Launch,
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    inv_temperature: Tensor | None,
-    logit_scale: float,
-    softcap: float,
+    rows: Rows,
+    head: Head,
     exps: Tensor | None,
-    draw: Marks | None,
+    marks: Marks | None,
     result: Anchored,
 ) -> None:
     """Write the results of rows that share one buffer of partials."""
-    n, vocab_size = len(ids), len(weight)
-    arch = architecture(hidden.device)
-    inputs = (hidden, weight, ids, bias, inv_temperature, logit_scale, softcap)
-    target = torch.empty_like(result.lse)
-    anchor = torch.empty_like(target) if draw is None else draw.anchor
+    n, device = len(rows.ids), rows.hidden.device
+    target = torch.empty_like(result.log_scale)
+    anchor = torch.empty_like(target) if marks is None else marks.draw.anchor
     first, finish, listing = (
-        launch_for(name, 0, arch) for name in ("anchor_rows", "finish_anchored", "list_rows")
+        launch_for(name, 0, architecture(device))
+        for name in ("anchor_rows", "finish_anchored", "list_rows")
     )
-    with device_of(hidden):
+    with device_of(rows.hidden):
         _anchor_rows_kernel[(-(-n // first.blocks["BLOCK_N"]),)](
-            *(*inputs[:5], target, anchor if draw is None else None),
-            *(n, vocab_size, hidden.shape[1], hidden.stride(0), weight.stride(0)),
-            *(logit_scale, softcap, HEADROOM),
-            SOFTCAP=softcap != 0.0,
+            **logit_arguments(rows, head),
+            target_ptr=target,
+            anchor_ptr=anchor if marks is None else None,
+            headroom=HEADROOM,
             **first.kwargs(),
         )
-        partials, _ = _sum_tiles(launch, *inputs, anchor, result.entropy is not None, exps, draw)
+        with_entropy = result.scored.entropy is not None
+        partials, _ = _sum_tiles(launch, rows, head, anchor, with_entropy, exps, marks)
         _finish_anchored_kernel[(-(-n // finish.blocks["BLOCK_N"]),)](
-            *(partials, target, anchor, *result, n, partials.shape[1]), **finish.kwargs()
+            partials_ptr=partials,
+            target_ptr=target,
+            anchor_ptr=anchor,
+            logps_ptr=result.scored.logps,
+            lse_ptr=result.scored.lse,
+            entropy_ptr=result.scored.entropy,
+            log_scale_ptr=result.log_scale,
+            redone_ptr=result.redone,
+            N=n,
+            T=partials.shape[1],
+            **finish.kwargs(),
         )
-        some = RowList(*(torch.empty(k, dtype=torch.int32, device=ids.device) for k in (n, 1)))
+        some = RowList(*(torch.empty(k, dtype=torch.int32, device=device) for k in (n, 1)))
         _list_rows_kernel[(1,)](result.redone, *some, n, **listing.kwargs())
-        score_rows(*inputs, *result[:3], some)
+        score_rows(rows, head, result.scored, some)
         if exps is not None:
-            exps_of_rows(*inputs, result.lse, exps, some)
+            exps_of_rows(rows, head, result.scored.lse, exps, some)
 
 
 def _sum_tiles(
     launch: Launch,
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    inv_temperature: Tensor | None,
-    logit_scale: float,
-    softcap: float,
+    rows: Rows,
+    head: Head,
     anchor: Tensor,
     with_entropy: bool,
-    exps: Tensor | None,
-    draw: Marks | None,
+    exps: Tensor | None = None,
+    marks: Marks | None = None,
 ) -> tuple[Tensor, Any]:
     """Return the partial sums (1 or 2, tiles, n), and the kernel that made them."""
-    n, vocab_size = len(ids), len(weight)
+    hidden, device = rows.hidden, rows.hidden.device
+    n, vocab_size = len(rows.ids), len(head.weight)
     block_n, block_v, block_h = (launch.blocks[x] for x in ("BLOCK_N", "BLOCK_V", "BLOCK_H"))
     tiles = -(-vocab_size // block_v)
-    assert draw is None or draw.mask.shape[1] * WORD >= tiles * block_v, "mask: whole tiles"
-    partials = torch.empty((1 + with_entropy, tiles, n), dtype=torch.float32, device=ids.device)
+    draw, mask = (None, None) if marks is None else marks
+    assert mask is None or mask.shape[1] * WORD >= tiles * block_v, "mask: whole tiles"
+    partials = torch.empty((1 + with_entropy, tiles, n), dtype=torch.float32, device=device)
     specialised = launch.blocks["WARP_SPECIALIZE"]
-    programs = min(-(-n // block_n) * tiles, multiprocessors(ids.device))
+    programs = min(-(-n // block_n) * tiles, multiprocessors(device))
 
     def run() -> Any:
         if specialised:
             triton.set_allocator(
-                lambda size, *_: torch.empty(size, dtype=torch.int8, device=ids.device)
+                lambda size, *_: torch.empty(size, dtype=torch.int8, device=device)
             )
         return _anchored_logps_kernel[(programs,)](
-            hidden if specialised else TensorDescriptor.from_tensor(hidden, [block_n, block_h]),
-            TensorDescriptor.from_tensor(weight, [block_v, block_h]),
-            *(ids, bias, inv_temperature, anchor),
-            *((None, None) if draw is None else (draw.column_words, draw.row_words)),
-            partials,
-            None if exps is None else TensorDescriptor.from_tensor(exps, [block_n, block_v]),
-            None if draw is None else draw.mask,
-            *(n, vocab_size, hidden.stride(0), 0 if draw is None else draw.mask.stride(0)),
+            hidden=hidden
+            if specialised
+            else TensorDescriptor.from_tensor(hidden, [block_n, block_h]),
+            weight=TensorDescriptor.from_tensor(head.weight, [block_v, block_h]),
+            ids_ptr=rows.ids,
+            bias_ptr=head.bias,
+            inv_temperature_ptr=rows.inv_temperature,
+            anchor_ptr=anchor,
+            column_words_ptr=None if draw is None else draw.column_words,
+            row_words_ptr=None if draw is None else draw.row_words,
+            partials_ptr=partials,
+            exps=None if exps is None else TensorDescriptor.from_tensor(exps, [block_n, block_v]),
+            mask_ptr=mask,
+            N=n,
+            V=vocab_size,
+            stride_hidden=hidden.stride(0),
+            stride_mask=0 if mask is None else mask.stride(0),
             # Padding vanishes under a positive factor only: NaN sends every row to be redone.
-            *(logit_scale if logit_scale > 0 else float("nan"), softcap),
+            logit_scale=head.logit_scale if head.logit_scale > 0 else float("nan"),
+            softcap=head.softcap,
             H=hidden.shape[1],
             RAGGED_V=vocab_size % block_v != 0,
-            SOFTCAP=softcap != 0.0,
+            SOFTCAP=head.softcap != 0.0,
             WITH_ENTROPY=with_entropy,
             UPCAST=INTERPRETED,
             **launch.kwargs(),
@@ -490,7 +492,7 @@ def _sum_tiles(
 _REFUSED: dict[torch.device, str] = {}  # why a device does without warp specialisation, or ""
 
 
-def _launch(hidden: Tensor, weight: Tensor, scores_only: bool) -> Launch:
+def _launch(hidden: Tensor, scores_only: bool) -> Launch:
     """The launch entry for these operands and this mode."""
     arch = architecture(hidden.device)
     flattened = launch_for("anchored_logps", 16, arch)
@@ -542,7 +544,6 @@ def _trial(launch: Launch, device: torch.device) -> tuple[Tensor, str]:
     anchor = torch.full((n,), 60.0, device=device)
     with device_of(hidden):
         partials, kernel = _sum_tiles(
-            *(launch, hidden, weight, ids, None, None, hidden_size**-0.5, 0.0),
-            *(anchor, True, None, None),
+            launch, Rows(hidden, ids), Head(weight, None, hidden_size**-0.5), anchor, True
         )
     return partials.sum(1), kernel.asm["ttgir"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .logit_math import merge_stats, slice_index, softmax_stats, transform_logits
+from .operands import Head, Logps, Rows, adjacent_columns, logit_arguments
 from .runtime import (
     INTERPRETED,
     Launch,
@@ -289,96 +290,77 @@ def _gemm(hidden: Tensor, weight: Tensor, narrow: bool = False) -> tuple[Launch,
     return launch, {"RAGGED_H": ragged, "UPCAST": upcast, "PRECISION": dot_precision(bits)}
 
 
-def score_rows(
-    hidden: Tensor,  # (n, H) bf16 | fp16 | fp32, adjacent columns
-    weight: Tensor,  # (V, H) dtype of hidden, or fp32; adjacent columns
-    ids: Tensor,  # (n,) int64
-    bias: Tensor | None,  # (V,)
-    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
-    logit_scale: float,
-    softcap: float,  # 0.0: off
-    logps: Tensor,  # (n,) fp32, written
-    lse: Tensor,  # (n,) fp32, written
-    entropy: Tensor | None,  # (n,) fp32, written
-    some: RowList | None = None,
-) -> None:
-    """Write logps, lse and entropy of the listed rows, or of all."""
-    n, vocab_size = hidden.shape[0], weight.shape[0]
-    launch, operands = _gemm(hidden, weight)
-    merge = launch_for("merge_splits", 0, architecture(hidden.device))
+def score_rows(rows: Rows, head: Head, out: Logps, some: RowList | None = None) -> None:
+    """Write the scores of the listed rows, or of all, to `out`; operands have adjacent columns."""
+    n, vocab_size = len(rows.ids), len(head.weight)
+    launch, operands = _gemm(rows.hidden, head.weight)
+    merge = launch_for("merge_splits", 0, architecture(rows.hidden.device))
     blocks, split_size = -(-n // launch.blocks["BLOCK_N"]), launch.blocks["SPLIT_V"]
-    splits, with_entropy = -(-vocab_size // split_size), entropy is not None
-    index, count = some or (None, None)
+    splits, with_entropy = -(-vocab_size // split_size), out.entropy is not None
+    listed = _list_arguments(some)
     shape = (3 + with_entropy, splits, n)
-    partials = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-    with device_of(hidden):
+    partials = torch.empty(shape, dtype=torch.float32, device=rows.hidden.device)
+    with device_of(rows.hidden):
         if n:
             _linear_logps_kernel[(blocks * splits,)](
-                *(hidden, weight, ids, bias, inv_temperature, index, count, partials),
-                *(n, vocab_size, hidden.shape[1], hidden.stride(0), weight.stride(0)),
-                *(logit_scale, softcap),
-                SOFTCAP=softcap != 0.0,
+                **logit_arguments(rows, head),
+                **listed,
+                partials_ptr=partials,
                 WITH_ENTROPY=with_entropy,
                 **operands,
                 **launch.kwargs(),
             )
             _merge_splits_kernel[(-(-n // merge.blocks["BLOCK_N"]),)](
-                *(partials, ids, index, count, logps, lse, entropy, n, vocab_size),
+                partials_ptr=partials,
+                ids_ptr=rows.ids,
+                **listed,
+                logps_ptr=out.logps,
+                lse_ptr=out.lse,
+                entropy_ptr=out.entropy,
+                N=n,
+                V=vocab_size,
                 SPLIT_V=split_size,
                 **merge.kwargs(),
             )
 
 
-def exps_of_rows(
-    hidden: Tensor,  # (n, H) like every tensor up to softcap as in `score_rows`
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    inv_temperature: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    lse: Tensor,  # (n,) fp32
-    exps: Tensor,  # (n, V), adjacent columns; the listed rows are written
-    some: RowList,
-) -> None:
-    """Write exp(z - lse) times the softcap's slope to the listed rows, and 0 at their targets."""
+def exps_of_rows(rows: Rows, head: Head, lse: Tensor, exps: Tensor, some: RowList) -> None:
+    """Write exp(z - lse) of the listed rows to `exps` (n, V), times the softcap's derivative.
+
+    The target's entry is 0; operands have adjacent columns.
+    """
+    launch, operands = _gemm(rows.hidden, head.weight, narrow=True)
     n, vocab_size = exps.shape
-    launch, operands = _gemm(hidden, weight, narrow=True)
     blocks = -(-n // launch.blocks["BLOCK_N"]) * -(-vocab_size // launch.blocks["SPLIT_V"])
-    with device_of(hidden):
+    with device_of(rows.hidden):
         if n:
             _exps_kernel[(blocks,)](
-                *(hidden, weight, ids, bias, inv_temperature, lse, *some, exps),
-                *(n, vocab_size, hidden.shape[1], hidden.stride(0), weight.stride(0)),
-                *(exps.stride(0), logit_scale, softcap),
-                SOFTCAP=softcap != 0.0,
+                **logit_arguments(rows, head),
+                **_list_arguments(some),
+                lse_ptr=lse,
+                exps_ptr=exps,
+                stride_exps=exps.stride(0),
                 **operands,
                 **launch.kwargs(),
             )
 
 
+def _list_arguments(some: RowList | None) -> dict[str, Tensor | None]:
+    index, count = some or (None, None)
+    return {"index_ptr": index, "count_ptr": count}
+
+
 def linear_logps_fwd(
-    hidden: Tensor,  # (n, H) bf16 | fp16 | fp32
-    weight: Tensor,  # (V, H) dtype of hidden, or fp32
-    ids: Tensor,  # (n,) int64
-    bias: Tensor | None,  # (V,)
-    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
-    logit_scale: float,
-    softcap: float,  # 0.0: off
+    rows: Rows,  # hidden bf16 | fp16 | fp32, inv_temperature fp32
+    head: Head,  # weight in hidden's dtype, or fp32
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return logps (n,), lse (n,) and entropy (n,) or None, fp32, in nats.
+) -> Logps:
+    """Return the scores of the rows, fp32.
 
     Rows may be strided; columns that are not adjacent cost one copy. The logps of a row whose id is
     not in [0, V) is NaN. Scratch: 12 or 16 bytes per row and split of 4096 vocabulary entries.
     """
-    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
-    n = hidden.shape[0]
-    logps, lse, entropy = (
-        torch.empty(n, dtype=torch.float32, device=hidden.device) if wanted else None
-        for wanted in (True, True, with_entropy)
-    )
-    score_rows(
-        hidden, weight, ids, bias, inv_temperature, logit_scale, softcap, logps, lse, entropy
-    )
-    return logps, lse, entropy
+    rows, head = adjacent_columns(rows, head)
+    out = Logps.empty(rows, torch.float32, with_entropy)
+    score_rows(rows, head, out)
+    return out

@@ -1,31 +1,17 @@
 """Passes over one tile of logits that a GEMM has written: statistics, gradient, target rows.
 
-The tile holds z0 = h W^T for n rows and a slice of the vocabulary, fp32. Chaining tiles through a
-RowState gives the whole row's softmax; `tile_grad` then turns a tile into dz0, in place if asked.
+Chaining tiles through a RowState gives the whole row's softmax; `tile_grad` then turns a tile into
+dz0, in place if asked.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .logit_math import merge_stats, one_minus_exp, slice_index, softmax_stats, transform_logits
-from .runtime import INTERPRETED, architecture, device_of, jit, launch_for, tl
-
-
-class RowState(NamedTuple):
-    """Running softmax statistics of each row, fp32 (n,), over the slices seen so far.
-
-    Start with max -inf, sum 0, dot 0. Then lse = max + log(sum), logp = (target - max) - log(sum),
-    entropy = log(sum) - dot / sum.
-    """
-
-    max: Tensor  # of z
-    sum: Tensor  # of exp(z - max)
-    dot: Tensor  # of exp(z - max) * (z - max); only kept where entropy is asked for
-    target: Tensor  # z at the row's id; left alone until the slice with that id comes
+from .operands import Logps, RowState, Tile, Upstream
+from .runtime import INTERPRETED, Launch, architecture, device_of, jit, launch_for, tl
 
 
 @jit
@@ -90,30 +76,27 @@ def _tile_stats_kernel(
     tl.store(target_ptr + row, target, mask=index >= 0)
 
 
-def tile_stats(
-    z: Tensor,  # (n, Vs) fp32: h W[vocab_start : vocab_start + Vs]^T; not changed
-    ids: Tensor,  # (n,) int64
-    vocab_start: int,
-    bias_slice: Tensor | None,  # (Vs,)
-    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
-    logit_scale: float,
-    softcap: float,  # 0.0: off
-    state: RowState,
-    with_entropy: bool,
-) -> None:
-    """Update `state` in place with one slice of the vocabulary."""
-    n, size = z.shape
-    assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
-    launch = launch_for("tile_stats", 0, architecture(z.device))
-    with device_of(z):
-        if n:
-            _tile_stats_kernel[(n,)](
-                *(z, ids, bias_slice, inv_temperature, *state),
-                *(size, z.stride(0), vocab_start, logit_scale, softcap),
-                SOFTCAP=softcap != 0.0,
+def tile_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
+    """Update `state` in place with one slice of the vocabulary; the tile is not changed."""
+    launch = _launch("tile_stats", tile)
+    with device_of(tile.z):
+        if len(tile.z):
+            _tile_stats_kernel[(len(tile.z),)](
+                **tile.arguments(),
+                max_ptr=state.max,
+                sum_ptr=state.sum,
+                dot_ptr=state.dot,
+                target_ptr=state.target,
                 WITH_ENTROPY=with_entropy,
                 **launch.kwargs(),
             )
+
+
+def _launch(kernel: str, tile: Tile) -> Launch:
+    """The launch entry of a kernel that reads a tile of fp32 rows with adjacent columns."""
+    z = tile.z
+    assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
+    return launch_for(kernel, 0, architecture(z.device))
 
 
 @jit(do_not_specialize=["vocab_start"])
@@ -171,39 +154,34 @@ def _tile_grad_kernel(
 
 
 def tile_grad(
-    z: Tensor,  # (n, Vs) fp32: h W[vocab_start : vocab_start + Vs]^T
-    ids: Tensor,  # (n,) int64
-    vocab_start: int,
-    bias_slice: Tensor | None,  # (Vs,)
-    inv_temperature: Tensor | None,  # (n,) fp32 like every tensor of rows below; None: 1
-    logit_scale: float,
-    softcap: float,  # 0.0: off
-    lse: Tensor,
-    entropy: Tensor | None,  # needed with dentropy
-    dlogps: Tensor,
-    dentropy: Tensor | None,
-    out: Tensor,  # (n, Vs): z itself, or a buffer of any floating dtype
-    dtarget: Tensor | None,
+    tile: Tile,
+    scored: Logps,  # with entropy where `upstream` has dentropy
+    upstream: Upstream,
+    out: Tensor,  # (n, Vs): the tile's z itself, or a buffer of any floating dtype
+    dtarget: Tensor | None,  # (n,) fp32
 ) -> None:
-    """Write the gradient of the raw logits to `out`.
+    """Write the gradient with respect to the raw logits to `out`.
 
     With `dtarget` the target entry of `out` is 0 and its fp32 value goes to `dtarget`, for the rows
     whose id lies in this slice; the other rows of `dtarget` are left alone.
     """
-    n, size = z.shape
-    assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
+    z = tile.z
     assert out.shape == z.shape and out.stride(1) == 1, "out: shaped like z"
-    assert dentropy is None or entropy is not None, "dentropy needs entropy"
-    launch = launch_for("tile_grad", 0, architecture(z.device))
+    assert upstream.dentropy is None or scored.entropy is not None, "dentropy needs entropy"
+    launch = _launch("tile_grad", tile)
     # Triton's interpreter truncates where hardware rounds to nearest: PyTorch rounds for it.
     target = torch.empty_like(z) if INTERPRETED and out.dtype == torch.bfloat16 else out
     with device_of(z):
-        if n:
-            _tile_grad_kernel[(n,)](
-                *(z, ids, bias_slice, inv_temperature, lse, entropy, dlogps, dentropy),
-                *(target, dtarget),
-                *(size, z.stride(0), target.stride(0), vocab_start, logit_scale, softcap),
-                SOFTCAP=softcap != 0.0,
+        if len(z):
+            _tile_grad_kernel[(len(z),)](
+                **tile.arguments(),
+                lse_ptr=scored.lse,
+                entropy_ptr=scored.entropy,
+                dlogps_ptr=upstream.dlogps,
+                dentropy_ptr=upstream.dentropy,
+                out_ptr=target,
+                dtarget_ptr=dtarget,
+                stride_out=target.stride(0),
                 **launch.kwargs(),
             )
     if target is not out:
@@ -258,13 +236,13 @@ def _scatter_rows_kernel(
 
 def scatter_rows(
     acc: Tensor,  # (Vs, H) fp32
-    ids: Tensor,  # (n,) int64, ascending
+    sorted_ids: Tensor,  # (n,) int64, ascending
     order: Tensor,  # (n,) int64: the row of `coef` and `rows` that each id belongs to
     coef: Tensor,  # (n,) fp32
     rows: Tensor,  # (n, H)
     vocab_start: int,
 ) -> None:
-    """Add coef[order[i]] * rows[order[i]] to acc[ids[i] - vocab_start] for ids in the slice.
+    """Add coef[order[i]] * rows[order[i]] to acc[sorted_ids[i] - vocab_start], in the slice.
 
     Deterministic: one program per run of equal ids and block of columns, in the order given.
     """
@@ -276,7 +254,7 @@ def scatter_rows(
         if n:
             grid = (n, -(-hidden_size // launch.blocks["BLOCK_H"]))
             _scatter_rows_kernel[grid](
-                *(acc, ids, order, coef, rows),
+                *(acc, sorted_ids, order, coef, rows),
                 *(n, acc.shape[0], hidden_size, acc.stride(0), rows.stride(0), vocab_start),
                 **launch.kwargs(),
             )

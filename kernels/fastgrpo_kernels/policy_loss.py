@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,39 @@ from .twins import bounded_exp, clip
 
 STATS = ("kl", "ratio", "clip_low", "clip_high", "ratio_min", "ratio_max")
 SEGMENT_OPS = ("sum", "max")
+
+
+class TokenLoss(NamedTuple):
+    """Which loss of a token: multiplier * surrogate + beta * KL."""
+
+    surrogate: str  # a key of SURROGATES
+    parameters: tuple[float, ...]  # as Surrogate.parameters
+    kl: str = "k3"  # a key of KL_ESTIMATORS
+    kl_gradient: str = "value"  # a key of KL_GRADIENTS
+    beta: float = 0.0
+    kl_input_clamp: float = math.inf
+    kl_output_clamp: float = math.inf
+
+
+class Tokens(NamedTuple):
+    """What the loss of each token is made of, (n,) each; log-probs in nats."""
+
+    logps: Tensor
+    log_ratio: Tensor  # at the surrogate's ratio level
+    advantages: Tensor
+    weights: Tensor  # the token's factor in the aggregated loss
+    multipliers: Tensor | None = None  # constants on the policy loss alone, None = 1
+    context: Tensor | None = None  # what the surrogate's rule found, None = 0
+    ref_logps: Tensor | None = None  # None: no KL
+
+
+class TokenTerms(NamedTuple):
+    """The loss of each token, its derivatives, and the sums that metrics are made of."""
+
+    loss: Tensor  # (n,) weights * (multipliers * L + beta * kl)
+    dlogps: Tensor  # (n,) its derivative with respect to logp
+    dratio: Tensor | None  # (n,) and with respect to log_ratio; None: contained in dlogps
+    stats: Tensor  # (6,) STATS: sums over the tokens, the last two extrema
 
 
 @jit
@@ -140,55 +174,44 @@ def _token_loss_kernel(
     tl.store(stats_ptr + 5, tl.max(tl.where(inside, ratio, float("-inf"))))
 
 
-def token_loss(
-    logps: Tensor,  # (n,) fp32, nats, like every tensor below
-    log_ratio: Tensor,  # at the surrogate's ratio level
-    advantages: Tensor,
-    weights: Tensor,  # the row's factor in the aggregated loss
-    multipliers: Tensor | None,  # constants on the policy loss alone
-    context: Tensor | None,  # what the surrogate's rule found
-    ref_logps: Tensor | None,
-    surrogate: str,  # a key of SURROGATES
-    parameters: tuple[float, ...],  # as Surrogate.parameters
-    kl: str,  # a key of KL_ESTIMATORS
-    kl_gradient: str,  # a key of KL_GRADIENTS
-    beta: float,
-    kl_input_clamp: float = math.inf,
-    kl_output_clamp: float = math.inf,
-    separate: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return the loss of each row, its derivatives, and the sums that metrics are made of.
+def token_loss(tokens: Tokens, loss: TokenLoss, separate: bool = False) -> TokenTerms:
+    """Return the weighted loss of each token with its derivatives, all fp32. Deterministic.
 
-    loss (n,) = weights * (multipliers * L + beta * kl); dlogps (n,) and dratio (n,) are its
-    derivatives by logp and by log_ratio. Not `separate`: log_ratio moves with logp, dlogps is the
-    sum of both and dratio None. stats (6,), named by STATS, are sums over the rows but for the last
-    two, which are extrema ("kl" is the k3 estimate, 0 without ref_logps). Deterministic.
+    Not `separate`: log_ratio moves with logp, and dlogps is the sum of both derivatives. In stats
+    "kl" is the k3 estimate, 0 without ref_logps.
     """
-    assert beta == 0.0 or ref_logps is not None, "beta needs ref_logps"
-    n = logps.numel()
+    assert loss.beta == 0.0 or tokens.ref_logps is not None, "beta needs ref_logps"
+    logps, n = tokens.logps, tokens.logps.numel()
     launch = launch_for("token_loss", 0, architecture(logps.device))
     blocks = -(-n // launch.blocks["BLOCK_N"])
-    loss, dlogps = torch.empty_like(logps), torch.empty_like(logps)
+    losses, dlogps = torch.empty_like(logps), torch.empty_like(logps)
     dratio = torch.empty_like(logps) if separate else None
     stats = logps.new_empty(blocks, len(STATS))
     with device_of(logps):
         if n:
             _token_loss_kernel[(blocks,)](
-                *(logps, log_ratio, advantages, weights, multipliers, context, ref_logps),
-                *(loss, dlogps, dratio, stats),
-                *(n, parameters, beta, kl_input_clamp, kl_output_clamp),
-                SURROGATE=SURROGATES[surrogate].fn,
-                KL=KL_ESTIMATORS[kl].fn,
-                KL_GRADIENT=KL_GRADIENTS[kl_gradient].fn,
-                SLOPE_OF_RATIO=SURROGATES[surrogate].slope == "ratio",
-                PENALTY=beta != 0.0,
+                **{f"{name}_ptr": x for name, x in tokens._asdict().items()},
+                loss_ptr=losses,
+                dlogps_ptr=dlogps,
+                dratio_ptr=dratio,
+                stats_ptr=stats,
+                N=n,
+                parameters=loss.parameters,
+                beta=loss.beta,
+                kl_input_clamp=loss.kl_input_clamp,
+                kl_output_clamp=loss.kl_output_clamp,
+                SURROGATE=SURROGATES[loss.surrogate].fn,
+                KL=KL_ESTIMATORS[loss.kl].fn,
+                KL_GRADIENT=KL_GRADIENTS[loss.kl_gradient].fn,
+                SLOPE_OF_RATIO=SURROGATES[loss.surrogate].slope == "ratio",
+                PENALTY=loss.beta != 0.0,
                 **launch.kwargs(),
             )
-    return loss, dlogps, dratio, merge_stats(stats)
+    return TokenTerms(losses, dlogps, dratio, merge_blocks(stats))
 
 
-def merge_stats(stats: Tensor) -> Tensor:
-    """Merge the STATS of several blocks of rows (blocks, 6) into one (6,)."""
+def merge_blocks(stats: Tensor) -> Tensor:
+    """Merge the STATS of several blocks of tokens (blocks, 6) into one (6,)."""
     if not len(stats):
         return stats.new_zeros(len(STATS))
     low, high = stats[:, -2].amin(0, keepdim=True), stats[:, -1].amax(0, keepdim=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .anchored_logps import Marks, anchored_logps_fwd, mask_words
 from .logit_math import slice_index, transform_logits
 from .logits_tile import load_logits
+from .operands import Draw, Head, Logps, Rows, Tile, adjacent_columns, take
 from .runtime import INTERPRETED, architecture, device_of, jit, launch_for, tl
 
 WORD_BITS = 23  # as many as an fp32 mantissa tells apart
@@ -28,6 +29,8 @@ class Kept(NamedTuple):
     ids: Tensor  # (n, K) int32
     logits: Tensor  # (n, K) z at these entries
     count: Tensor  # (n,) int32 slots wanted: what goes beyond K is lost
+
+    __getitem__ = take  # type: ignore[assignment]
 
 
 @jit
@@ -89,32 +92,22 @@ def _tile_draw_kernel(
     tl.store(count_ptr + row, count)
 
 
-def tile_draw(
-    z: Tensor,  # (n, Vs) fp32 raw logits of the slice; not changed
-    ids: Tensor,  # (n,) int64
-    vocab_start: int,
-    bias_slice: Tensor | None,  # (Vs,)
-    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
-    logit_scale: float,
-    softcap: float,  # 0.0: off
-    anchor: Tensor,  # (n,) fp32
-    column_words: Tensor,  # (Vs,) int32
-    row_words: Tensor,  # (n,) int32
-    kept: Kept,
-) -> None:
-    """Add the entries that a slice of the vocabulary keeps to `kept`, in place, by column.
-
-    The target is never drawn, nor is anything of a row whose anchor is NaN.
-    """
-    n, size = z.shape
+def tile_draw(tile: Tile, draw: Draw, kept: Kept) -> None:
+    """Add the entries that a slice of the vocabulary keeps to `kept`, in place, by column."""
+    z = tile.z
     assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
     launch = launch_for("tile_draw", 0, architecture(z.device))
     with device_of(z):
-        if n:
-            _tile_draw_kernel[(n,)](
-                *(z, ids, bias_slice, inv_temperature, anchor, column_words, row_words, *kept),
-                *(size, kept.ids.shape[1], z.stride(0), vocab_start, logit_scale, softcap),
-                SOFTCAP=softcap != 0.0,
+        if len(z):
+            _tile_draw_kernel[(len(z),)](
+                **tile.arguments(),
+                anchor_ptr=draw.anchor,
+                column_words_ptr=draw.column_words[tile.columns],
+                row_words_ptr=draw.row_words,
+                kept_ids_ptr=kept.ids,
+                kept_logits_ptr=kept.logits,
+                count_ptr=kept.count,
+                K=kept.ids.shape[1],
                 **launch.kwargs(),
             )
 
@@ -230,70 +223,59 @@ def _entry_logits_kernel(
 
 
 def entry_logits(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
-    logit_scale: float,
-    softcap: float,  # 0.0: off
+    rows: Rows,
+    head: Head,
     entries: Tensor,  # (n, K) int32 columns
     count: Tensor | None,  # (n,) int32: how many of a row's are meant; None: all
     out: Tensor,  # (n, K) fp32
 ) -> None:
     """Write the logits z of some entries of each row to `out`, from fp32 dot products."""
-    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    rows, head = adjacent_columns(rows, head)
     n, slots = entries.shape
     kernel = "entry_logits" if slots > 1 else "target_logits"
-    launch = launch_for(kernel, 0, architecture(hidden.device))
-    with device_of(hidden):
+    launch = launch_for(kernel, 0, architecture(rows.hidden.device))
+    with device_of(rows.hidden):
         if n:
             _entry_logits_kernel[(n,)](
-                *(hidden, weight, bias, inv_temperature, entries, count, out),
-                *(slots, hidden.shape[1], hidden.stride(0), weight.stride(0)),
-                *(logit_scale, softcap),
-                SOFTCAP=softcap != 0.0,
+                hidden_ptr=rows.hidden,
+                weight_ptr=head.weight,
+                bias_ptr=head.bias,
+                inv_temperature_ptr=rows.inv_temperature,
+                entries_ptr=entries,
+                count_ptr=count,
+                out_ptr=out,
+                K=slots,
+                H=rows.hidden.shape[1],
+                stride_hidden=rows.hidden.stride(0),
+                stride_weight=head.weight.stride(0),
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                SOFTCAP=head.softcap != 0.0,
                 **launch.kwargs(),
             )
 
 
-def linear_draw_fwd(
-    hidden: Tensor,  # (n, H) bf16 | fp16
-    weight: Tensor,  # (V, H) likewise
-    ids: Tensor,  # (n,) int64
-    bias: Tensor | None,  # (V,)
-    inv_temperature: Tensor | None,  # (n,) fp32, None: 1
-    logit_scale: float,
-    softcap: float,  # 0.0: off
-    with_entropy: bool,
-    anchor: Tensor,  # (n,) fp32
-    column_words: Tensor,  # (V,) int32
-    row_words: Tensor,  # (n,) int32
-    kept: Kept,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_draw_fwd(rows: Rows, head: Head, with_entropy: bool, draw: Draw, kept: Kept) -> Logps:
     """Score rows as `linear_logps_fwd` does, and add the entries that they keep to `kept`.
 
     Where `has_anchored`: the entries are drawn in the epilogue of the product, into a mask of V / 8
     bytes per row, at most 128 MiB at once, and their logits are taken again from the operands. Rows
     that had to be scored a second time count more entries than there are slots.
     """
-    words, written = mask_words(len(weight)), 4 * -(-len(weight) // 128)
-    rows = max(1, MASK_BYTES // (4 * words))
-    mask = torch.empty((min(rows, len(ids)), words), dtype=torch.int32, device=ids.device)
+    n, vocab_size = len(rows.ids), len(head.weight)
+    words, written = mask_words(vocab_size), 4 * -(-vocab_size // 128)
+    at_once = max(1, MASK_BYTES // (4 * words))
+    mask = torch.empty((min(at_once, n), words), dtype=torch.int32, device=rows.ids.device)
     scored = []
-    for start in range(0, len(ids), rows):
-        c = slice(start, min(start + rows, len(ids)))
-        temperature = None if inv_temperature is None else inv_temperature[c]
-        some, marks = Kept(*(x[c] for x in kept)), mask[: c.stop - c.start]
-        inputs = (bias, temperature, logit_scale, softcap)
-        result = anchored_logps_fwd(
-            hidden[c], weight, ids[c], *inputs, with_entropy,
-            draw=Marks(anchor[c], column_words, row_words[c], marks),
-        )  # fmt: skip
-        compact_mask(marks[:, :written], some)
-        entry_logits(hidden[c], weight, *inputs, some.ids, some.count, some.logits)
+    for start in range(0, n, at_once):
+        c = slice(start, min(start + at_once, n))
+        some, marks = kept[c], Marks(draw[c], mask[: c.stop - c.start])
+        result = anchored_logps_fwd(rows[c], head, with_entropy, marks=marks)
+        compact_mask(marks.mask[:, :written], some)
+        entry_logits(rows[c], head, some.ids, some.count, some.logits)
         some.count.masked_fill_(result.redone, some.ids.shape[1] + 1)
-        scored.append(result[:3])
-    return tuple(None if x[0] is None else torch.cat(x) for x in zip(*scored, strict=True))
+        scored.append(result.scored)
+    return Logps.cat(scored)
 
 
 @jit(do_not_specialize=["B"])

@@ -10,7 +10,7 @@ hand-written derivative.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -31,14 +31,26 @@ class Surrogate(NamedTuple):
 
     fn: Callable
     formula: Callable[..., Tensor]
-    parameters: tuple[str, ...]  # the fields of `LossConfig` that fn takes, in its order
+    # What fn takes after its tensors, in its order: fields of `LossConfig`, or, for a loss from
+    # outside the package, names of its own with their defaults.
+    parameters: tuple[str, ...] | Mapping[str, float]
     ratio_levels: tuple[str, ...] = ("token", "sequence", "sequence_sum")
     slope: str = "ratio"  # or "logp"
-    context: str | None = (
-        None  # a rule of `fastgrpo.objective.contexts` that gives each token a constant
-    )
-    options: tuple[str, ...] = ()  # the fields that the rule, or the log-ratio's bounds, read
+    context: str | None = None  # a key of CONTEXT_FIELDS: the rule that gives each token a constant
+    options: tuple[str, ...] = ()  # the fields that bound the log-ratio before fn sees it
     inert: bool = True  # whether advantage 0 means no gradient
+
+    @property
+    def own(self) -> Mapping[str, float]:
+        """The parameters that are no fields of `LossConfig`, with their defaults."""
+        return self.parameters if isinstance(self.parameters, Mapping) else {}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of `LossConfig` that the loss reads."""
+        read = (name for name in self.parameters if name not in self.own)
+        by_context = CONTEXT_FIELDS[self.context] if self.context else ()
+        return (*read, *self.options, *by_context)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -327,12 +339,19 @@ def kl_cov_formula(logp, log_ratio, advantage, context, kl_cov_coef) -> Tensor:
 
 
 BOUNDS = ("epsilon_low", "epsilon_high", "delta")
-COVARIANCE = ("cov_ratio", "cov_low", "cov_high")
-FUTURE = ("fipo_half_life", "fipo_low", "fipo_high", "fipo_safety_ratio")
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 TRUST_REGION = ("epsilon_low", "epsilon_high", "proximal_coef")
 RATIO_LEVELS = ("none", "token", "sequence", "sequence_token", "sequence_sum")
 WITH_GRADIENT = RATIO_LEVELS[1:]
+SLOPES = ("ratio", "logp")
+
+# Rule of `fastgrpo.objective.contexts` -> the fields of `LossConfig` that it reads.
+CONTEXT_FIELDS: dict[str, tuple[str, ...]] = {
+    "drawn_covariance": ("epsilon_low", "epsilon_high", "cov_ratio", "cov_low", "cov_high"),
+    "top_covariance": ("cov_ratio",),
+    "future_ratio": ("delta", "fipo_half_life", "fipo_low", "fipo_high", "fipo_safety_ratio"),
+    "log_weight": (),
+}
 
 SURROGATES: dict[str, Surrogate] = {
     "reinforce": Surrogate(reinforce, reinforce_formula, (), ("none",), "logp"),
@@ -363,24 +382,11 @@ SURROGATES: dict[str, Surrogate] = {
     "dro": Surrogate(dro, dro_formula, ("proximal_coef",), ("token",), "logp", inert=False),
     "topr": Surrogate(topr, topr_formula, (), slope="logp"),
     "clip_cov": Surrogate(
-        clip_cov,
-        clip_cov_formula,
-        BOUNDS,
-        ("token",),
-        context="drawn_covariance",
-        options=COVARIANCE,
+        clip_cov, clip_cov_formula, BOUNDS, ("token",), context="drawn_covariance"
     ),
     "kl_cov": Surrogate(
-        kl_cov,
-        kl_cov_formula,
-        ("kl_cov_coef",),
-        ("token",),
-        context="top_covariance",
-        options=COVARIANCE[:1],
-        inert=False,
+        kl_cov, kl_cov_formula, ("kl_cov_coef",), ("token",), context="top_covariance", inert=False
     ),
     # `ppo_clip` times the influence of a token on what follows it.
-    "fipo": Surrogate(
-        clip_cov, clip_cov_formula, BOUNDS, ("token",), context="future_ratio", options=FUTURE
-    ),
+    "fipo": Surrogate(clip_cov, clip_cov_formula, BOUNDS, ("token",), context="future_ratio"),
 }

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import fastgrpo
+import fastgrpo_kernels
 import row_oracle
 import score_oracle
 from fastgrpo import LossConfig, torch_kernels
 from fastgrpo.advantages.estimators import ESTIMATORS
-from fastgrpo.head import plan as tiles
+from fastgrpo.head.plan import Plan
 from fastgrpo.objective.presets import PRESETS
-from fastgrpo.testing import Batch, make_batch, relative_error, rms
+from fastgrpo.testing import make_batch, relative_error, rms
 from fastgrpo_kernels import anchored_logps, anchored_logps_fwd, segment_reduce, token_loss
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.runtime import LAUNCHES, architecture
@@ -38,8 +39,14 @@ SHAPES = {
 }
 
 
-def on_device(batch: Batch) -> Batch:
-    return Batch(*(x.to(DEVICE) for x in batch))
+def moved(x, device=DEVICE):
+    """A tensor, or a tuple of anything, on a device."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    if not isinstance(x, tuple):
+        return x
+    parts = [moved(part, device) for part in x]
+    return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -71,7 +78,7 @@ def test_losses(preset, dtype, frozen, workspace_mb):
     batch = make_batch(**SHAPES["ragged"], dtype=dtype)
     config = config_of(preset, beta=0.1, entropy_coef=0.0 if frozen else 0.1)
     loss, dhidden, dweight = exact(batch, config)
-    out, *grads = fused(on_device(batch), config, frozen=frozen, workspace_mb=workspace_mb)
+    out, *grads = fused(moved(batch), config, frozen=frozen, workspace_mb=workspace_mb)
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     for actual, wanted in zip(grads, (dhidden, dweight), strict=True):
         assert actual is None or relative_error(actual.cpu(), wanted) <= GRADIENT_BARS[dtype]
@@ -84,7 +91,7 @@ def test_every_preset(name):
     drawn = {"cov_ratio": 1.0} if name == "clip_cov" else {}
     config = LossConfig.preset(name, beta=0.1, **length, **drawn)
     loss, dhidden, dweight = exact(batch, config)
-    b = on_device(batch)
+    b = moved(batch)
     hidden, weight = b.hidden.requires_grad_(), b.weight.requires_grad_()
     out = fastgrpo.grpo_loss(
         hidden, weight, *b[2:5], old_logps=b.old_logps, ref_logps=b.ref_logps,
@@ -99,13 +106,12 @@ def test_every_preset(name):
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_surrogate_is_its_twin(name, separate):
-    rows = row_oracle.loss_rows()
+    tokens = row_oracle.loss_tokens()
     for kl in KL_ESTIMATORS:
         for gradient in KL_GRADIENTS:
-            options = (name, row_oracle.parameters(name), kl, gradient, 0.07)
-            wanted = torch_kernels.token_loss(*rows, *options, separate=separate)
-            moved = (x.to(DEVICE) for x in rows)
-            for x, y in zip(token_loss(*moved, *options, separate=separate), wanted, strict=True):
+            loss = row_oracle.loss_of(name, kl=kl, kl_gradient=gradient, beta=0.07)
+            wanted = torch_kernels.token_loss(tokens, loss, separate)
+            for x, y in zip(token_loss(moved(tokens), loss, separate), wanted, strict=True):
                 if y is not None:
                     torch.testing.assert_close(x.cpu(), y, rtol=1e-5, atol=1e-5)
 
@@ -132,7 +138,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype):
 
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])
 def test_runs_repeat_bit_for_bit(preset):
-    batch = on_device(make_batch(**SHAPES["aligned"], dtype=torch.bfloat16))
+    batch = moved(make_batch(**SHAPES["aligned"], dtype=torch.bfloat16))
     first = fused(batch, LossConfig.preset(preset, beta=0.1))
     for _ in range(4):
         again = fused(batch, LossConfig.preset(preset, beta=0.1))
@@ -149,10 +155,9 @@ def test_advantages(estimator):
     lengths = torch.arange(64) % 9 + 1 if ESTIMATORS[estimator].needs else None
     for groups in (8, torch.arange(64) % 7):
         arguments = (rewards, groups, lengths)
-        moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
         actual, wanted = (
             fastgrpo.group_advantages(r, g, lengths=n, estimator=estimator)
-            for r, g, n in (moved, arguments)
+            for r, g, n in (moved(arguments), arguments)
         )
         assert torch.allclose(actual.cpu(), wanted, atol=1e-5)
 
@@ -171,7 +176,7 @@ def test_more_logits_than_an_int32_counts():
 
 
 def test_a_loss_waits_for_the_host_twice_at_most():
-    batch = on_device(make_batch(**SHAPES["aligned"], dtype=torch.bfloat16))
+    batch = moved(make_batch(**SHAPES["aligned"], dtype=torch.bfloat16))
     hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
 
     def run():
@@ -200,61 +205,55 @@ def hopper():
     return LAUNCHES["anchored_logps"][key], LAUNCHES["anchored_logps_small_h"].get(key)
 
 
-def moved(values):
-    return tuple(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in values)
-
-
 @pytest.mark.parametrize("hidden_size", [72, 1024, 2048], ids="H {}".format)
 @pytest.mark.parametrize("transform", score_oracle.TRANSFORMS.values(), ids=score_oracle.TRANSFORMS)
 @pytest.mark.parametrize("dtype", score_oracle.DTYPES, ids=str)
 def test_anchored_log_probs(hopper, dtype, transform, hidden_size):
     """H 72 and 1024 take the warp-specialised variant where there is one."""
-    n, vocab = 300, 50_021
-    operands = score_oracle.problem(n, vocab, hidden_size, dtype)
-    options = transform(vocab, n, dtype)
-    wanted = score_oracle.oracle(*operands, *options)
-    result = anchored_logps_fwd(*moved(operands), *moved(options), True)
+    operands = transform(*score_oracle.problem(300, 50_021, hidden_size, dtype))
+    result = anchored_logps_fwd(*moved(operands), True)
     assert not result.redone.any()
-    score_oracle.assert_accurate([x.cpu() for x in result[:3]], wanted)
+    score_oracle.assert_accurate(moved(result.scored, "cpu"), score_oracle.oracle(*operands))
 
 
 @pytest.mark.parametrize("transform", score_oracle.TRANSFORMS.values(), ids=score_oracle.TRANSFORMS)
 def test_anchored_exponentials_and_marks(hopper, transform):
     n, vocab, tau = 300, 5003, 1e-2
-    operands = score_oracle.problem(n, vocab, 200, torch.bfloat16)
-    options = transform(vocab, n, torch.bfloat16)
+    operands = transform(*score_oracle.problem(n, vocab, 200, torch.bfloat16))
     exps = torch.empty((n, 5008), dtype=torch.bfloat16, device=DEVICE)[:, :vocab]
-    result = anchored_logps_fwd(*moved(operands), *moved(options), True, exps=exps)
-    on_cpu = anchored_logps.Anchored(*(x.cpu() for x in result))
-    score_oracle.assert_exps(exps.cpu(), on_cpu, *operands, options)
+    result = anchored_logps_fwd(*moved(operands), True, exps=exps)
+    score_oracle.assert_exps(exps.cpu(), moved(result, "cpu"), *operands)
 
-    lse = score_oracle.oracle(*operands, *options)[1]
-    draw = score_oracle.draw_of(n, vocab, (lse + torch.tensor(tau).log()).float())
-    on_gpu = anchored_logps.Marks(*moved(draw))
-    anchored_logps_fwd(*moved(operands), *moved(options), False, draw=on_gpu)
-    score_oracle.assert_marks(draw._replace(mask=on_gpu.mask.cpu()), *operands, options)
+    lse = score_oracle.oracle(*operands)[1]
+    marks = score_oracle.marks_of(n, vocab, (lse + torch.tensor(tau).log()).float())
+    on_gpu = moved(marks)
+    anchored_logps_fwd(*moved(operands), False, marks=on_gpu)
+    score_oracle.assert_marks(moved(on_gpu, "cpu"), *operands)
 
 
 def test_anchored_rows_beyond_the_safe_range(hopper):
     gaps = [20.0, 8.0, 60.0, 0.0, -40.0, -100.0, -120.0, -200.0, -1000.0] * 40
     operands = score_oracle.confident(gaps)
     exps = torch.empty((len(gaps), 608), dtype=torch.bfloat16, device=DEVICE)[:, :601]
-    result = anchored_logps_fwd(*moved(operands), *score_oracle.PLAIN, True, exps=exps)
-    result = anchored_logps.Anchored(*(x.cpu() for x in result))
+    result = moved(anchored_logps_fwd(*moved(operands), True, exps=exps), "cpu")
     assert result.redone.tolist() == [gap < -109 for gap in gaps]
-    score_oracle.assert_accurate(result[:3], score_oracle.oracle(*operands), atol=6e-5, rms=3e-5)
-    score_oracle.assert_exps(exps.cpu(), result, *operands, score_oracle.PLAIN)
+    exact_scores = score_oracle.oracle(*operands)
+    score_oracle.assert_accurate(result.scored, exact_scores, atol=6e-5, rms=3e-5)
+    score_oracle.assert_exps(exps.cpu(), result, *operands)
 
 
 def test_anchored_rows_have_the_same_bits_in_any_batch(hopper):
     for hidden_size in (1024, 2048):
-        hidden, weight, ids = moved(score_oracle.problem(1000, 5003, hidden_size, torch.bfloat16))
-        hidden[::50] *= 8  # some of them are done again
-        whole = anchored_logps_fwd(hidden, weight, ids, *score_oracle.PLAIN, True)
+        rows, head = moved(score_oracle.problem(1000, 5003, hidden_size, torch.bfloat16))
+        rows.hidden[::50] *= 8  # some of them are done again
+        whole = anchored_logps_fwd(rows, head, True)
         for some in (torch.arange(7), torch.randperm(1000)[:300]):
             some = some.to(DEVICE)
-            alone = anchored_logps_fwd(hidden[some], weight, ids[some], *score_oracle.PLAIN, True)
-            assert all(torch.equal(a, w[some]) for a, w in zip(alone, whole, strict=True))
+            alone, wanted = anchored_logps_fwd(rows[some], head, True), whole[some]
+            for a, w in zip(alone.scored, wanted.scored, strict=True):
+                assert torch.equal(a, w)
+            assert torch.equal(alone.log_scale, wanted.log_scale)
+            assert torch.equal(alone.redone, wanted.redone)
 
 
 @pytest.mark.parametrize("hidden_size", [64, 512, 1024, 1536])
@@ -263,12 +262,11 @@ def test_specialised_warps_give_the_same_sums(hopper, hidden_size):
     flattened, specialised = hopper
     if specialised is None:
         pytest.skip("one variant only")
-    hidden, weight, ids = moved(score_oracle.problem(1000, 50_021, hidden_size, torch.bfloat16))
+    operands = moved(score_oracle.problem(1000, 50_021, hidden_size, torch.bfloat16))
     anchor = torch.full((1000,), 40.0, device=DEVICE)
 
     def sums(launch):
-        arguments = (launch, hidden, weight, ids, *score_oracle.PLAIN, anchor, True, None, None)
-        partials, kernel = anchored_logps._sum_tiles(*arguments)
+        partials, kernel = anchored_logps._sum_tiles(launch, *operands, anchor, True)
         return partials, "ttg.warp_specialize" in kernel.asm["ttgir"]
 
     expected, engaged = sums(flattened)
@@ -282,7 +280,7 @@ def test_specialised_warps_give_the_same_sums(hopper, hidden_size):
 def test_specialised_warps_pass_their_trial(hopper):
     if hopper[1] is None:
         pytest.skip("one variant only")
-    assert anchored_logps._launch(*2 * [torch.empty(8, 1024, device=DEVICE)], True) is hopper[1]
+    assert anchored_logps._launch(torch.empty(8, 1024, device=DEVICE), True) is hopper[1]
 
 
 @pytest.mark.parametrize(
@@ -293,15 +291,16 @@ def test_specialised_warps_pass_their_trial(hopper):
 @pytest.mark.parametrize("logit_std", [1.0, 6.0], ids=["flat", "peaked"])
 def test_gradients_from_exponentials(hopper, logit_std, needs, options, rows_at_once, dead):
     given = row_oracle.rows_with_upstream(logit_std, options, dead, DEVICE, **SHAPES["ragged"])
-    plan = tiles.plan(given.rows.hidden, given.head.weight, None)._replace(exps_rows=rows_at_once)
+    plan = Plan.of(given.rows.hidden, given.head.weight, None, fastgrpo_kernels)
+    plan = plan._replace(exps_rows=rows_at_once)
     row_oracle.check_gradients_from_exponentials(given, plan, needs)
 
 
 def test_anchored_log_probs_never_wait_for_the_host(hopper):
     operands = moved(score_oracle.problem(300, 5003, 1024, torch.bfloat16))
-    anchored_logps_fwd(*operands, *score_oracle.PLAIN, True)  # compiles, and tries its variants
+    anchored_logps_fwd(*operands, True)  # compiles, and tries its variants
     torch.cuda.set_sync_debug_mode("error")
     try:
-        anchored_logps_fwd(*operands, *score_oracle.PLAIN, True)
+        anchored_logps_fwd(*operands, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -9,10 +9,11 @@ import fastgrpo_kernels as kernels
 from fastgrpo import torch_kernels
 from fastgrpo.head import sparse
 from fastgrpo.head.loops import logps_fwd
-from fastgrpo.head.plan import Head, Rows, plan
+from fastgrpo.head.plan import Plan
 from fastgrpo.testing import Batch, make_batch, relative_error
+from fastgrpo_kernels import Head, Rows
 from oracle import SEEDS, assert_unbiased, gradients
-from row_oracle import ENTRY_OPTIONS, entry_operands, options_of
+from row_oracle import ENTRY_OPTIONS, entry_operands
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -30,18 +31,18 @@ def test_kept_entries(known, dtype):
     """Set, logits and count of every row, on whichever route the device takes."""
     batch = on_device(make_batch(**SHAPE), dtype)
     found = []
-    for device, impl in ((DEVICE, kernels), ("cpu", torch_kernels)):
+    for device, backend in ((DEVICE, kernels), ("cpu", torch_kernels)):
         hidden, ids = batch.hidden.flatten(0, 1).to(device), batch.completion_ids.flatten()
         rows = Rows(hidden, ids.to(device), None)
         head = Head(batch.weight.to(device), None, 1.0, 0.0)
-        budget = plan(rows.hidden, head.weight, None)
-        draw = sparse.Draw.of(0.01, torch.tensor(7, device=device), len(ids), SHAPE["vocab"])
+        plan = Plan.of(rows.hidden, head.weight, None, backend)
+        words = sparse.Words.of(0.01, torch.tensor(7, device=device), len(ids), SHAPE["vocab"])
         if known:
             old = batch.old_logps.flatten().to(device)
-            _, entries = sparse.logps_and_entries(impl, rows, head, budget, True, draw, old)
+            _, entries = sparse.logps_and_entries(rows, head, plan, True, words, old)
         else:
-            scored = logps_fwd(impl, rows, head, budget, False)
-            entries = sparse.entries_of(impl, rows, head, budget, draw, scored)
+            scored = logps_fwd(rows, head, plan, False)
+            entries = sparse.entries_of(rows, head, plan, words, scored)
         found.append(sparse.Entries(type(entries.kept)(*(x.cpu() for x in entries.kept)),
                                     entries.anchor.cpu()))  # fmt: skip
     torch.testing.assert_close(found[0].anchor, found[1].anchor, rtol=1e-5, atol=1e-5)
@@ -83,15 +84,16 @@ def test_a_seed_decides_every_bit_and_overflow_is_exact():
 
 @pytest.mark.parametrize("name", ENTRY_OPTIONS)
 def test_dot_products_and_bags(name):
-    _, _, _, inverse, bias, hidden = entry_operands()
-    weight = torch.randn(1100, hidden.shape[1])
-    bias, inverse, scale, softcap = options_of(name, inverse, bias)
-    entries = torch.randint(1100, (len(hidden), 11), dtype=torch.int32)
-    wanted = torch.zeros(len(hidden), 11)
-    torch_kernels.entry_logits(hidden, weight, bias, inverse, scale, softcap, entries, None, wanted)
-    moved = (None if x is None else x.to(DEVICE) for x in (hidden, weight, bias, inverse))
+    rows, head, *_ = entry_operands(name)
+    entries = torch.randint(1100, (len(rows.ids), 11), dtype=torch.int32)
+    wanted = torch.zeros(len(rows.ids), 11)
+    torch_kernels.entry_logits(rows, head, entries, None, wanted)
     found = torch.zeros_like(wanted, device=DEVICE)
-    kernels.entry_logits(*moved, scale, softcap, entries.to(DEVICE), None, found)
+    on_gpu = [
+        type(operand)(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in operand))
+        for operand in (rows, head)
+    ]
+    kernels.entry_logits(*on_gpu, entries.to(DEVICE), None, found)
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-4)
     lengths = torch.arange(23) % 9 * (torch.arange(23) % 3)
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))

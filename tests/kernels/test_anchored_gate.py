@@ -64,7 +64,7 @@ def hopper(monkeypatch):
 
 def chosen(hidden_size, scores_only=True):
     hidden = torch.empty(4, hidden_size, dtype=torch.bfloat16)
-    return anchored_logps._launch(hidden, hidden, scores_only)
+    return anchored_logps._launch(hidden, scores_only)
 
 
 def test_the_table_says_where(hopper):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 
+from fastgrpo.objective.derivative_check import check_derivative
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import SURROGATES
 from fastgrpo_kernels.twins import torch_twin
@@ -67,6 +69,37 @@ def test_surrogate_is_its_formula_and_derivative(name, delta, advantage):
     # Far above 1 autograd's 1 - sigmoid of SAPO's gate has no digit left to compare with.
     exact = RATIOS <= 10 if name == "sapo" else RATIOS > 0
     torch.testing.assert_close(slope[exact], (by_logp + by_ratio)[exact], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_what_registration_checks_holds_for_the_losses_of_the_package(name):
+    """Their kinks and constants are no false alarms."""
+    own = {key: PARAMETERS[key] for key in SURROGATES[name].parameters}
+    entry = SURROGATES[name]._replace(parameters=own, options=())
+    if name != "dro":
+        return check_derivative(entry)
+    # Part of its gradient passes through the ratio and part of it does not: `rules` refuses the
+    # clamp that would have to tell them apart, which no rule does for a loss from outside.
+    with pytest.raises(ValueError, match="formula: expected all of its gradient with respect to"):
+        check_derivative(entry)
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_registration_finds_a_wrong_slope(name):
+    """One that is off by one part in 1e5."""
+    entry = SURROGATES[name]
+    own = {key: PARAMETERS[key] for key in entry.parameters}
+    twin = torch_twin(entry.fn)
+
+    def wrong(*arguments):
+        loss, slope, clipped = twin(*arguments)
+        return loss, slope * (1 + 1e-5), clipped
+
+    with (
+        mock.patch("fastgrpo.objective.derivative_check.torch_twin", lambda fn: wrong),
+        pytest.raises(ValueError, match="expected the slope dL/d|formula: expected all of"),
+    ):
+        check_derivative(entry._replace(parameters=own))
 
 
 @pytest.mark.parametrize("advantage, edge", [(1.0, 1 + HIGH), (-1.0, 1 - LOW)])

@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgrpo_kernels import RowState, scatter_rows, tile_grad, tile_stats
+from fastgrpo_kernels import (
+    Head,
+    Logps,
+    Rows,
+    RowState,
+    Tile,
+    Upstream,
+    scatter_rows,
+    tile_grad,
+    tile_stats,
+)
 
 N, VOCAB = 7, 1201  # three blocks of the interpreter's launch, the last one ragged
 SLICES = {"one": [(0, VOCAB)], "three": [(0, 500), (500, 501), (501, VOCAB)]}
-UPSTREAM = torch.linspace(-1, 2.2, N), torch.linspace(1.1, -2, N)  # dlogps, dentropy: both signs
+UPSTREAM = Upstream(torch.linspace(-1, 2.2, N), torch.linspace(1.1, -2, N))  # both signs
 TRANSFORMS = {
     "plain": {},
     "all": {"bias": True, "inv_temperature": True, "logit_scale": 0.5, "softcap": 20.0},
@@ -40,24 +50,20 @@ def entropy_of(logps):
     return -torch.where(logps == -torch.inf, 0.0, logps.exp() * logps).sum(1)
 
 
-def chain(z0, ids, bias, inv_temperature, logit_scale, softcap, slices, with_entropy=True):
-    """RowState after all slices; every slice is a strided view of z0."""
-    state = RowState(*(torch.full((len(ids),), v) for v in (-torch.inf, 0.0, 0.0, torch.nan)))
+def tile_of(z0, ids, bias, inv_temperature, logit_scale, softcap, start=0, end=VOCAB):
+    """A slice of z0 as a strided view of it."""
+    v = slice(start, end)
+    rows = Rows(torch.empty(len(ids), 0), ids, inv_temperature)
+    head = Head(torch.empty(0), bias, logit_scale, softcap)
+    return Tile(z0[:, v], v, None if bias is None else bias[v], rows, head)
+
+
+def chain(*problem, slices, with_entropy=True):
+    """RowState after all slices."""
+    state = RowState.start(tile_of(*problem).rows, torch.float32)
     for start, end in slices:
-        b = None if bias is None else bias[start:end]
-        options = (b, inv_temperature, logit_scale, softcap)
-        tile_stats(z0[:, start:end], ids, start, *options, state, with_entropy)
+        tile_stats(tile_of(*problem, start, end), state, with_entropy)
     return state
-
-
-def scores(state):
-    """logps, lse and entropy of a finished state."""
-    log_sum = state.sum.log()
-    return (
-        (state.target - state.max) - log_sum,
-        state.max + log_sum,
-        log_sum - state.dot / state.sum,
-    )
 
 
 def assert_accurate(actual, expected, *, atol=2e-5, rms=1e-5):
@@ -78,14 +84,14 @@ def test_tile_stats(options, slices):
         transform(z0, *rest).logsumexp(1),
         entropy_of(logps),
     )
-    assert_accurate(scores(chain(z0, ids, *rest, slices)), expected)
+    assert_accurate(chain(z0, ids, *rest, slices=slices).finish(True), expected)
     assert torch.equal(z0, before)
 
 
 def test_chained_tiles_equal_one_tile():
     """The order of the merges is all that differs: rounding, and the same maximum and target."""
     z0, ids, *rest = problem(**TRANSFORMS["all"])
-    one, three = (chain(z0, ids, *rest, slices) for slices in SLICES.values())
+    one, three = (chain(z0, ids, *rest, slices=slices) for slices in SLICES.values())
     assert torch.equal(one.max, three.max) and torch.equal(one.target, three.target)
     torch.testing.assert_close(one.sum, three.sum, rtol=1e-6, atol=0)
     torch.testing.assert_close(one.dot, three.dot, rtol=1e-5, atol=1e-6)
@@ -93,8 +99,8 @@ def test_chained_tiles_equal_one_tile():
 
 def test_tile_stats_without_entropy_leaves_dot_alone():
     z0, ids, *rest = problem()
-    with_entropy = chain(z0, ids, *rest, SLICES["three"])
-    without = chain(z0, ids, *rest, SLICES["three"], with_entropy=False)
+    with_entropy = chain(z0, ids, *rest, slices=SLICES["three"])
+    without = chain(z0, ids, *rest, slices=SLICES["three"], with_entropy=False)
     assert torch.equal(with_entropy.sum, without.sum) and (without.dot == 0).all()
 
 
@@ -113,17 +119,17 @@ def test_tile_stats_minus_infinity_extremes_and_foreign_ids():
         z0.double().logsumexp(1),
         entropy_of(logps),
     )
-    actual = scores(chain(z0, ids, *rest, SLICES["three"]))
+    actual = chain(z0, ids, *rest, slices=SLICES["three"]).finish(True)
     for rows, bars in (([0, 1], {}), ([2, 3], {"atol": 2e-3, "rms": 2e-3})):
         assert_accurate([a[rows] for a in actual], [e[rows] for e in expected], **bars)
     assert all(a[4].isnan() for a in actual)
-    assert actual[0][5:].isnan().all()
-    for a, e in zip(actual[1:], expected[1:], strict=True):
+    assert actual.logps[5:].isnan().all()
+    for a, e in zip((actual.lse, actual.entropy), expected[1:], strict=True):
         assert (a[5:].double() - e[5:]).abs().max() <= 2e-5
 
 
 def gradient(z0, ids, bias, inv_temperature, logit_scale, softcap, dlogps, dentropy):
-    """fp64 autograd of sum(dlogps * logps + dentropy * entropy) by the raw logits."""
+    """fp64 autograd of sum(dlogps * logps + dentropy * entropy), to the raw logits."""
     z0 = z0.double().requires_grad_()
     logps = transform(z0, bias, inv_temperature, logit_scale, softcap).log_softmax(1)
     total = (dlogps.double() * logps.gather(1, ids[:, None])[:, 0]).sum()
@@ -133,19 +139,13 @@ def gradient(z0, ids, bias, inv_temperature, logit_scale, softcap, dlogps, dentr
     return torch.autograd.grad(total, z0)[0]
 
 
-def tiled_gradient(z0, ids, bias, inv_temperature, logit_scale, softcap, *upstream, slices, out):
+def tiled_gradient(z0, *problem, upstream, slices, out=None):
     """`tile_grad` over slices into `out` (None: in place, of a copy)."""
-    options = (inv_temperature, logit_scale, softcap)
-    state = chain(z0, ids, bias, *options, slices)
-    _, lse, entropy = scores(state)
+    scored = chain(z0, *problem, slices=slices).finish(True)
     z0 = z0.clone()
     out = z0 if out is None else out
     for start, end in slices:
-        b = None if bias is None else bias[start:end]
-        tile = slice(start, end)
-        tile_grad(
-            *(z0[:, tile], ids, start, b, *options, lse, entropy, *upstream, out[:, tile], None)
-        )
+        tile_grad(tile_of(z0, *problem, start, end), scored, upstream, out[:, start:end], None)
     return out
 
 
@@ -158,9 +158,9 @@ def relative_error(actual, expected):
 @pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_tile_grad_in_place(options, slices, with_entropy):
     z0, ids, *rest = problem(**options)
-    dlogps, dentropy = UPSTREAM[0], UPSTREAM[1] if with_entropy else None
-    expected = gradient(z0, ids, *rest, dlogps, dentropy)
-    actual = tiled_gradient(z0, ids, *rest, dlogps, dentropy, slices=slices, out=None)
+    upstream = UPSTREAM if with_entropy else Upstream(UPSTREAM.dlogps)
+    expected = gradient(z0, ids, *rest, *upstream)
+    actual = tiled_gradient(z0, ids, *rest, upstream=upstream, slices=slices)
     # Rows 5 and 6 are certain: their own gradient is of the size of the rounding of lse.
     for rows in (slice(None), 0, 1, 2, 3, 4):
         assert relative_error(actual[rows], expected[rows]) < 1e-5, rows
@@ -169,27 +169,21 @@ def test_tile_grad_in_place(options, slices, with_entropy):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tile_grad_into_16_bits_rounds_to_nearest(dtype):
     z0, ids, *rest = problem(**TRANSFORMS["all"])
-    upstream = UPSTREAM
-    exact = tiled_gradient(z0, ids, *rest, *upstream, slices=SLICES["three"], out=None)
+    exact = tiled_gradient(z0, ids, *rest, upstream=UPSTREAM, slices=SLICES["three"])
     out = torch.full_like(z0, torch.nan, dtype=dtype)
-    actual = tiled_gradient(z0, ids, *rest, *upstream, slices=SLICES["three"], out=out)
+    actual = tiled_gradient(z0, ids, *rest, upstream=UPSTREAM, slices=SLICES["three"], out=out)
     assert torch.equal(actual, exact.to(dtype))
 
 
 def test_tile_grad_with_a_separate_target():
     """The target's entry leaves the tile in fp32; the rows of other slices are left alone."""
     z0, ids, *rest = problem(**TRANSFORMS["all"])
-    bias, *options = rest
-    upstream = UPSTREAM
-    whole = tiled_gradient(z0, ids, *rest, *upstream, slices=SLICES["one"], out=None)
-    _, lse, entropy = scores(chain(z0, ids, *rest, SLICES["one"]))
+    whole = tiled_gradient(z0, ids, *rest, upstream=UPSTREAM, slices=SLICES["one"])
+    scored = chain(z0, ids, *rest, slices=SLICES["one"]).finish(True)
     start, end = 500, VOCAB
     out = torch.full((N, end - start), torch.nan, dtype=torch.bfloat16)
     dtarget = torch.full((N,), -77.0)
-    tile_grad(
-        *(z0[:, start:end], ids, start, bias[start:end], *options),
-        *(lse, entropy, *upstream, out, dtarget),
-    )
+    tile_grad(tile_of(z0, ids, *rest, start, end), scored, UPSTREAM, out, dtarget)
     inside = ids >= start
     assert (dtarget[~inside] == -77.0).all()
     assert torch.equal(dtarget[inside], whole.gather(1, ids[:, None])[inside, 0])
@@ -207,7 +201,8 @@ def test_tile_grad_of_a_nearly_certain_token_keeps_its_digits():
     # lse from fp64: rounding it to fp32 is the caller's, and costs 1e-6 of its own.
     lse = z0.double().logsumexp(1)
     shifted = (z0.double() - lse[:, None]).float()  # logits whose lse is 0: exact in fp32
-    tile_grad(shifted, ids, 0, *rest, torch.zeros(1), None, one, None, shifted, None)
+    scored = Logps(shifted[:, 3], torch.zeros(1))
+    tile_grad(tile_of(shifted, ids, *rest), scored, Upstream(one), shifted, None)
     assert 1e-7 < expected[0, 3] < 1e-6
     torch.testing.assert_close(shifted[0, 3].double(), expected[0, 3], rtol=1e-5, atol=0)
 
@@ -216,18 +211,17 @@ def test_tile_grad_minus_infinity_logits_are_zero():
     z0, ids, *rest = problem()
     z0[:, 7::3] = -torch.inf
     ids[:] = torch.tensor([0, 1, 2, 3, 4, 5, 6])
-    upstream = UPSTREAM
-    actual = tiled_gradient(z0, ids, *rest, *upstream, slices=SLICES["three"], out=None)
+    actual = tiled_gradient(z0, ids, *rest, upstream=UPSTREAM, slices=SLICES["three"])
     assert (actual[:, 7::3] == 0).all()
     live = z0[0] > -torch.inf
-    expected = gradient(z0[:, live], live.cumsum(0)[ids] - 1, *rest, *upstream)
+    expected = gradient(z0[:, live], live.cumsum(0)[ids] - 1, *rest, *UPSTREAM)
     assert relative_error(actual[:, live], expected) < 1e-5
 
 
 def test_tile_grad_sums_to_zero_over_the_vocabulary():
     z0, ids, *rest = problem()
-    upstream = torch.ones(N), torch.ones(N)
-    actual = tiled_gradient(z0, ids, *rest, *upstream, slices=SLICES["three"], out=None)
+    upstream = Upstream(torch.ones(N), torch.ones(N))
+    actual = tiled_gradient(z0, ids, *rest, upstream=upstream, slices=SLICES["three"])
     assert actual.double().sum(1).abs().max() < 5e-6
 
 

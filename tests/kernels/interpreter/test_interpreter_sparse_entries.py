@@ -7,8 +7,9 @@ import torch
 
 import fastgrpo_kernels as kernels
 from fastgrpo import torch_kernels
-from fastgrpo_kernels.sparse_entries import Kept, compact_mask
-from row_oracle import ENTRY_OPTIONS, entry_operands, options_of
+from fastgrpo_kernels import Draw, Kept, Tile
+from fastgrpo_kernels.sparse_entries import compact_mask
+from row_oracle import ENTRY_OPTIONS, entry_operands
 
 
 def empty_kept(n, slots, first=1):
@@ -22,8 +23,7 @@ def empty_kept(n, slots, first=1):
 @pytest.mark.parametrize("slots", [24, 400], ids=["some overflow", "all fit"])
 @pytest.mark.parametrize("name", ENTRY_OPTIONS)
 def test_tile_draw(name, slots):
-    z, ids, (columns, rows), inverse, bias, _ = entry_operands()
-    bias, inverse, scale, softcap = options_of(name, inverse, bias)
+    rows, head, z, words = entry_operands(name)
     anchor = z.logsumexp(1) - 4.0 + torch.arange(len(z)) / 4  # from a few entries to hundreds
     anchor[3] = torch.nan
     found = []
@@ -31,10 +31,9 @@ def test_tile_draw(name, slots):
         kept = empty_kept(len(z), slots)
         for start, stop in ((0, 600), (600, 1100)):  # slices of the vocabulary, one after another
             v = slice(start, stop)
-            impl.tile_draw(
-                z[:, v].contiguous(), ids, start, None if bias is None else bias[v], inverse,
-                scale, softcap, anchor, columns[v], rows, kept,
-            )  # fmt: skip
+            bias = None if head.bias is None else head.bias[v]
+            tile = Tile(z[:, v].contiguous(), v, bias, rows, head)
+            impl.tile_draw(tile, Draw(anchor, *words), kept)
         found.append(kept)
     kernel, twin = found
     assert torch.equal(kernel.count, twin.count)
@@ -42,7 +41,7 @@ def test_tile_draw(name, slots):
     assert (kernel.count.max() > slots) == (slots == 24)
     assert torch.equal(kernel.ids, twin.ids)
     torch.testing.assert_close(kernel.logits, twin.logits)
-    assert not (kernel.ids == ids[:, None]).any(), "the target has its own slot"
+    assert not (kernel.ids == rows.ids[:, None]).any(), "the target has its own slot"
 
 
 def test_compact_mask():
@@ -70,25 +69,18 @@ def test_compact_mask():
 def test_drawn_in_the_epilogue(name, slots, monkeypatch):
     """The same entries as from tiles of logits, with the same logits; rows that fail overflow."""
     monkeypatch.setattr("fastgrpo_kernels.sparse_entries.MASK_BYTES", 2000)  # several blocks
-    _, ids, (columns, rows), inverse, bias, hidden = entry_operands()
-    hidden = hidden.bfloat16()
-    weight = (torch.randn(1100, hidden.shape[1]) / 4).bfloat16()
-    bias, inverse, scale, softcap = options_of(name, inverse, bias.bfloat16())
-    z0 = hidden.float() @ weight.float().t()
-    options = (bias, inverse, scale, softcap)
-    _, lse, _ = kernels.linear_logps_fwd(hidden, weight, ids, *options, False)
-    anchor = lse - 4.0
+    rows, head, _, words = entry_operands(name, torch.bfloat16)
+    head, ids = head._replace(weight=(head.weight.float() / 4).bfloat16()), rows.ids
+    z0 = rows.hidden.float() @ head.weight.float().t()
+    anchor = kernels.linear_logps_fwd(rows, head, False).lse - 4.0
     anchor[3], anchor[5] = torch.nan, 1e4
     tiled, drawn = empty_kept(len(ids), slots), empty_kept(len(ids), slots)
     for kept in (tiled, drawn):
         kept.ids[:, 0] = ids
-    kernels.tile_draw(z0, ids, 0, *options, anchor, columns, rows, tiled)
-    scores = kernels.linear_draw_fwd(
-        hidden, weight, ids, *options, True, anchor, columns, rows, drawn
-    )
-    for actual, wanted in zip(
-        scores, kernels.linear_logps_fwd(hidden, weight, ids, *options, True), strict=True
-    ):
+    draw = Draw(anchor, *words)
+    kernels.tile_draw(Tile(z0, slice(0, 1100), head.bias, rows, head), draw, tiled)
+    scores = kernels.linear_draw_fwd(rows, head, True, draw, drawn)
+    for actual, wanted in zip(scores, kernels.linear_logps_fwd(rows, head, True), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
     assert (drawn.count[[3, 5]] == slots + 1).all()
     for i in set(range(len(ids))) - {3, 5}:
@@ -108,25 +100,22 @@ def test_drawn_in_the_epilogue(name, slots, monkeypatch):
 @pytest.mark.parametrize("slots", [1, 11])
 @pytest.mark.parametrize("name", ENTRY_OPTIONS)
 def test_entry_logits(name, slots, dtype):
-    _, _, _, inverse, bias, hidden = entry_operands()
-    weight = torch.randn(1100, hidden.shape[1]).to(dtype)
-    hidden = hidden.to(dtype)
-    bias, inverse, scale, softcap = options_of(name, inverse, bias.to(dtype))
-    entries = torch.randint(1100, (len(hidden), slots), dtype=torch.int32)
-    count = None if slots == 1 else torch.arange(len(hidden), dtype=torch.int32)
-    out = torch.zeros(len(hidden), slots)
-    arguments = (hidden, weight, bias, inverse, scale, softcap, entries, count)
-    kernels.entry_logits(*arguments, out)
-    z = torch.einsum("nh,nkh->nk", hidden.double(), weight[entries.long()].double())
-    if bias is not None:
-        z = (z + bias[entries.long()].double()) * scale
-        z = softcap * torch.tanh(z / softcap)
-    if inverse is not None:
-        z = z * inverse[:, None]
+    rows, head, *_ = entry_operands(name, dtype)
+    n = len(rows.ids)
+    entries = torch.randint(1100, (n, slots), dtype=torch.int32)
+    count = None if slots == 1 else torch.arange(n, dtype=torch.int32)
+    out = torch.zeros(n, slots)
+    kernels.entry_logits(rows, head, entries, count, out)
+    z = torch.einsum("nh,nkh->nk", rows.hidden.double(), head.weight[entries.long()].double())
+    if head.bias is not None:
+        z = (z + head.bias[entries.long()].double()) * head.logit_scale
+        z = head.softcap * torch.tanh(z / head.softcap)
+    if rows.inv_temperature is not None:
+        z = z * rows.inv_temperature[:, None]
     meant = torch.arange(slots) < (slots if count is None else count[:, None])
     torch.testing.assert_close(out.double(), torch.where(meant, z, 0.0), rtol=1e-5, atol=1e-5)
     twin = torch.zeros_like(out)
-    torch_kernels.entry_logits(*arguments, twin)
+    torch_kernels.entry_logits(rows, head, entries, count, twin)
     torch.testing.assert_close(torch.where(meant, twin, 0.0), out, rtol=1e-5, atol=1e-5)
 
 
@@ -134,7 +123,7 @@ def test_entry_logits(name, slots, dtype):
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_bag_sum(impl, table_dtype, out_dtype, monkeypatch):
-    monkeypatch.setattr("fastgrpo.fallback_entries.BLOCK", 700)  # several blocks
+    monkeypatch.setattr("fastgrpo.torch_kernels.sparse_entries.BLOCK", 700)  # several blocks
     bags, rows, hidden_size = 23, 57, 72
     lengths = torch.randint(0, 9, (bags,))
     lengths[[0, 5, 6, 22]] = 0

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from fastgrpo import torch_kernels
-from fastgrpo_kernels import STATS, segment_reduce, token_loss
+from fastgrpo_kernels import STATS, TokenLoss, Tokens, segment_reduce, token_loss
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import SURROGATES
-from row_oracle import HIGH, LOW, loss_rows, parameters
+from row_oracle import HIGH, LOW, loss_of, loss_tokens, parameters
 
 
-def assert_same(rows, *options, **keywords):
-    actual = token_loss(*rows, *options, **keywords)
-    twin = torch_kernels.token_loss(*rows, *options, **keywords)
+def assert_same(tokens, loss, separate):
+    actual = token_loss(tokens, loss, separate)
+    twin = torch_kernels.token_loss(tokens, loss, separate)
     for x, y in zip(actual[:3], twin[:3], strict=True):
         assert (x is None) == (y is None)
         if x is not None:
@@ -30,10 +30,9 @@ def assert_same(rows, *options, **keywords):
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_surrogate_is_its_twin_on_every_edge(name, separate):
     """The same source on the same fp32 bits: they may differ by rounding, never by a branch."""
-    rows = loss_rows()
-    assert_same(rows, name, parameters(name), "k3", "value", 0.0, separate=separate)
-    without = (*rows[:4], None, None, None)
-    assert_same(without, name, parameters(name), "k3", "value", 0.0, separate=separate)
+    tokens = loss_tokens()
+    assert_same(tokens, loss_of(name), separate)
+    assert_same(Tokens(*tokens[:4]), loss_of(name), separate)
 
 
 @pytest.mark.parametrize("clamps", [(), (0.4, 0.05)])
@@ -41,15 +40,15 @@ def test_every_surrogate_is_its_twin_on_every_edge(name, separate):
 @pytest.mark.parametrize("kl", KL_ESTIMATORS)
 def test_every_kl_is_its_twin(kl, gradient, clamps):
     for name, separate in (("ppo_clip", False), ("cispo", True)):
-        options = (name, parameters(name), kl, gradient, 0.07, *clamps)
-        _, _, dratio, _ = assert_same(loss_rows(), *options, separate=separate)
-        assert (dratio is not None) == separate
+        loss = TokenLoss(name, parameters(name), kl, gradient, 0.07, *clamps)
+        terms = assert_same(loss_tokens(), loss, separate)
+        assert (terms.dratio is not None) == separate
 
 
 def test_stats_are_sums_and_extrema():
-    rows = loss_rows()
-    logps, log_ratio, advantages, *_, ref_logps = rows
-    stats = token_loss(*rows, "ppo_clip", parameters("ppo_clip"), "k3", "value", 0.0)[3]
+    tokens = loss_tokens()
+    logps, log_ratio, advantages, *_, ref_logps = tokens
+    stats = token_loss(tokens, loss_of("ppo_clip")).stats
     x, r = (ref_logps - logps).double(), log_ratio.double().exp()
     # Ratios on an edge may fall to either side of it in fp32.
     clear = ((r - 1 + LOW).abs() > 1e-6) & ((r - 1 - HIGH).abs() > 1e-6) & ((r - 3).abs() > 1e-6)
@@ -74,25 +73,23 @@ def test_stats_are_sums_and_extrema():
 
 @pytest.mark.parametrize("n", [0, 1, 129])
 def test_row_counts(n):
-    rows = [x[:n].clone() for x in loss_rows()]
-    options = ("ppo_clip", parameters("ppo_clip"), "k3", "value", 0.1)
-    loss, dlogps, dratio, stats = token_loss(*rows, *options, separate=True)
+    tokens = Tokens(*(x[:n].clone() for x in loss_tokens()))
+    options = loss_of("ppo_clip", beta=0.1)
+    loss, dlogps, dratio, stats = token_loss(tokens, options, separate=True)
     assert loss.shape == dlogps.shape == dratio.shape == (n,) and stats.shape == (len(STATS),)
     assert loss.isfinite().all() and stats.isfinite().all()
-    assert abs(stats[1] - rows[1].exp().sum()) < 1e-3
-    again = token_loss(*rows, *options, separate=True)
-    assert torch.equal(stats, again[3]) and torch.equal(dlogps, again[1])
+    assert abs(stats[1] - tokens.log_ratio.exp().sum()) < 1e-3
+    again = token_loss(tokens, options, separate=True)
+    assert torch.equal(stats, again.stats) and torch.equal(dlogps, again.dlogps)
 
 
 def test_overflow_is_finite_and_costs_nothing_without_advantage():
     log_ratio = torch.tensor([100.0, 100.0, 100.0, 1e30])
     advantages = torch.tensor([1.0, -1.0, 0.0, 0.0])
     logps, weights = torch.full((4,), -1.0), torch.full((4,), 0.25)
-    rows = (logps, log_ratio, advantages, weights, None, None, logps + 200)
-    bounds = (LOW, HIGH, float("inf"))
-    loss, dlogps, dratio, stats = token_loss(
-        *rows, "ppo_clip", bounds, "k3", "value", 1e-3, separate=True
-    )
+    tokens = Tokens(logps, log_ratio, advantages, weights, ref_logps=logps + 200)
+    options = TokenLoss("ppo_clip", (LOW, HIGH, float("inf")), beta=1e-3)
+    loss, dlogps, dratio, stats = token_loss(tokens, options, separate=True)
     for x in (loss, dlogps, dratio, stats):
         assert x.isfinite().all()
     assert dratio[0] == 0 and dratio[1] > 1e33 and (dratio[2:] == 0).all()

@@ -1,0 +1,76 @@
+"""What a call gives the loss besides the rows to score, and the objective that it makes of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo import checks
+from fastgrpo.backend import Kernels
+from fastgrpo.objective.aggregation import token_weights
+from fastgrpo.objective.config import LossConfig, config_from_key
+from fastgrpo.objective.corrections import sampler_gap, sampler_weights
+from fastgrpo.objective.policy import Objective, PolicyRows
+from fastgrpo.objective.segments import Sequences
+from fastgrpo.packing import Index
+
+
+class LossCall(NamedTuple):
+    """The arguments of a loss, as tensors of all rows, masked ones too. Ops take them flat."""
+
+    cu_seqlens: Tensor  # (B + 1,)
+    advantages: Tensor  # (B,) or (N,)
+    old_logps: Tensor | None  # (N,)
+    ref_logps: Tensor | None  # (N,)
+    sampler_logps: Tensor | None  # (N,)
+    groups: Tensor | None  # (B,) int64
+    entropy_threshold: Tensor | None  # ()
+    normalizer: Tensor | None  # ()
+    seed: int | None
+    config_key: str
+
+    @property
+    def config(self) -> LossConfig:
+        return config_from_key(self.config_key)
+
+    def inert(self, owner: Sequences) -> Tensor | None:
+        """Return the rows (N,) bool that are known to have no gradient before they are scored."""
+        config = self.config
+        unknown = config.corrects_sequences and self.old_logps is None
+        if unknown or not config.zero_advantage_is_inert:
+            return None
+        return owner.per_row(self.advantages) == 0
+
+    def objective(
+        self, owner: Sequences, mask: Tensor, where: Index, kernels: Kernels, dtype: torch.dtype
+    ) -> Objective:
+        """Return the loss of the rows that are picked."""
+        config = self.config
+        if self.normalizer is not None:
+            _check_normalizer(self.normalizer)
+        sampler = None
+        if config.needs_sampler and self.old_logps is not None:
+            # Over all rows in the order of their sequences, which `where` may not keep.
+            log_w = sampler_gap(self.old_logps.to(dtype), self.sampler_logps.to(dtype))
+            segments = owner.all_segments(kernels)
+            sampler = sampler_weights(config, log_w.masked_fill(~mask, 0.0), segments)[where]
+        given = (
+            owner.per_row(self.advantages), self.old_logps, self.ref_logps, self.sampler_logps
+        )  # fmt: skip
+        advantages, *logps = (None if x is None else x[where].to(dtype).contiguous() for x in given)
+        weights = token_weights(config, owner, where, self.groups, self.normalizer, dtype)
+        return Objective(
+            config,
+            kernels,
+            PolicyRows(advantages, weights, *logps, sampler),
+            owner.segments(kernels, where),
+            self.entropy_threshold,
+            self.seed,
+        )
+
+
+def _check_normalizer(value: Tensor) -> None:
+    if checks.looks_at_values(value) and not (value > 0 and value.isfinite()):
+        raise ValueError(f"normalizer: expected a number > 0, got {value.item()}")
