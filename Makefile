@@ -1,24 +1,46 @@
-# make train and make test set up what they need in .venv; nothing else is expected of the machine.
+# Each target sets up what it needs in .venv; nothing else is expected of the machine.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test bench record clean
+# What runs on the kernels too, in Triton's interpreter.
+INTERPRETED := tests/kernels tests/test_linear_logps.py tests/test_grpo_loss.py \
+    tests/test_gpu_route.py tests/test_sparse_backends.py
+# What a change breaks first: the public functions against the oracle, and the layers.
+CORE := $(addprefix tests/test_,public_api.py public_types.py packaging.py linear_logps.py \
+    grpo_loss.py loss_family.py group_advantages.py rewards.py bad_input.py docs.py readme.py)
+CORE_INTERPRETED := $(addprefix tests/kernels/interpreter/test_interpreter_,linear_logps.py \
+    logits_tile.py token_loss.py)
+
+.PHONY: train check test slow test-all bench record docs clean
+
+# $(call pytest,options,tests,tests interpreted). Interpreted and compiled kernels need processes of
+# their own: Triton decides at import. They run side by side, a thread each.
+define pytest
+@log=$$(mktemp); failed=; export OMP_NUM_THREADS=1; \
+TRITON_INTERPRET=1 $(RUN) -m pytest -W ignore $(1) $(3) > $$log 2>&1 & interpreter=$$!; \
+$(RUN) -m pytest $(1) $(2) || failed=1; \
+wait $$interpreter || failed=1; \
+echo "TRITON_INTERPRET=1:"; cat $$log; rm $$log; test -z "$$failed"
+endef
 
 train: $(VENV)/.train  ## embedded default: about four minutes on two cores
 	$(RUN) examples/grpo_train.py
 
-# Interpreted and compiled kernels need processes of their own: Triton decides at import. They run
-# side by side, a thread each.
-test: $(VENV)/.test  ## the whole suite, without a GPU
-	@log=$$(mktemp); failed=; export OMP_NUM_THREADS=1; \
-	TRITON_INTERPRET=1 $(RUN) -m pytest -W ignore tests/kernels tests/test_linear_logps.py \
-	    tests/test_grpo_loss.py tests/test_gpu_route.py tests/test_sparse_backends.py \
-	    > $$log 2>&1 & interpreter=$$!; \
-	$(RUN) -m pytest tests || failed=1; \
-	wait $$interpreter || failed=1; \
-	echo "TRITON_INTERPRET=1:"; cat $$log; rm $$log; test -z "$$failed"
+check: $(VENV)/.check  ## under a minute: style, types, the core of the tests
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(RUN)
+	$(call pytest,-q -m "not slow",$(CORE),$(CORE_INTERPRETED))
+
+test: $(VENV)/.test  ## all that is not slow, without a GPU
+	$(call pytest,-m "not slow",tests,$(INTERPRETED))
 	$(RUN) -m pytest benchmarks --benchmark-only
+
+slow: $(VENV)/.test  ## what `make test` leaves out
+	$(call pytest,-m slow,tests,$(INTERPRETED))
+
+test-all: test slow
 
 bench: $(VENV)/.test  ## compare with the peers that are installed
 	$(RUN) -m pytest benchmarks --benchmark-only
@@ -26,17 +48,17 @@ bench: $(VENV)/.test  ## compare with the peers that are installed
 record: $(VENV)/.test  ## write benchmarks/results/<device>-<date>.json
 	$(RUN) -m benchmarks.record
 
+docs: $(VENV)/.docs  ## write the reference of the public functions to build/api
+	$(RUN) docs/build_api.py
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 
-$(VENV)/.train: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .
+# The mark of each extra; those of `train` come with all, those of `test` with `check`.
+$(VENV)/.train $(VENV)/.test $(VENV)/.check $(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$(subst .,,$(@F))]'
 	touch $@
-
-$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	touch $@ $(VENV)/.train
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -18,7 +18,7 @@ from fastgrpo.objective.config import LossConfig
 from fastgrpo.objective.corrections import rejection_mask
 from fastgrpo.objective.registration import register_surrogate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FusedGRPOLoss",

@@ -11,6 +11,7 @@ from fastgrpo.head import routes
 from fastgrpo.head.loops import logps_fwd
 from fastgrpo.objective.presets import PRESETS as ALL_PRESETS
 from fastgrpo.testing import make_batch, relative_error, rms
+from fastgrpo_kernels.runtime import INTERPRETED
 from oracle import PRESETS, config_of, exact, fused
 
 ROUTES = {
@@ -21,6 +22,8 @@ ROUTES = {
     # As many rows as leave a ragged last chunk.
     "ragged chunks": {"workspace_mb": 53 * 4 * 5.5 / 2**20},
 }
+# The interpreter takes a tenth of a second for a chunk.
+SLOW = {"row by row": pytest.mark.slow} if INTERPRETED else {}
 OPTIONS = {
     "plain": {},
     "kl": {"beta": 0.1},
@@ -70,7 +73,9 @@ def test_two_sided_clip(backend):
     assert relative_error(fused(batch, config)[1], plain) > 1e-2
 
 
-@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize(
+    "route", [pytest.param(x, id=name, marks=SLOW.get(name, ())) for name, x in ROUTES.items()]
+)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])
 @pytest.mark.parametrize(

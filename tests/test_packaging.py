@@ -1,4 +1,4 @@
-"""The layers import downwards only, and the tree stays installable."""
+"""The layers import downwards only; what a wheel holds, and what its users import."""
 
 from __future__ import annotations
 
@@ -92,21 +92,48 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_import_needs_no_triton_no_transformers_and_no_gpu():
-    """What a machine without them sees."""
-    block = (
-        "import sys\n"
-        "sys.modules['triton'] = sys.modules['transformers'] = None\n"
-        "import torch, fastgrpo\n"
-        "out = fastgrpo.linear_logps(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([1, 2]))\n"
-        "assert out.logps.shape == (2,)\n"
-        "try:\n"
-        "    fastgrpo.linear_logps(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([1, 2]),\n"
-        "                          backend='triton')\n"
-        "except ValueError as error:\n"
-        "    assert 'triton package' in str(error)\n"
-        "else:\n"
-        "    raise AssertionError('no error')\n"
-    )
+def run(block: str) -> str:
+    """The block in a fresh process that finds the tree; what it prints."""
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    subprocess.run([sys.executable, "-c", block], env=path, check=True)
+    return subprocess.run(
+        [sys.executable, "-c", block], env=path, check=True, capture_output=True, text=True
+    ).stdout
+
+
+WITHOUT = """
+import sys
+for name in {missing}:
+    sys.modules[name] = None
+import torch, fastgrpo
+hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+ids = torch.ones(2, 3, dtype=torch.long)
+fastgrpo.grpo_loss(hidden, weight, ids, ids.bool(), torch.tensor([1.0, -1.0])).loss.backward()
+assert hidden.grad.any() and weight.grad.any()
+"""
+
+
+def test_a_loss_needs_no_triton_and_no_gpu():
+    """What a machine without Triton sees."""
+    block = WITHOUT.format(missing=["triton"]) + (
+        "try:\n"
+        "    fastgrpo.linear_logps(hidden, weight, ids, backend='triton')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    assert "triton package" in run(block)
+
+
+EXTRA = ["transformers", "matplotlib", "tqdm"]
+
+
+def test_a_loss_needs_torch_and_triton_alone():
+    """fastgrpo.train needs more, and says which extra has it."""
+    block = WITHOUT.format(missing=EXTRA) + (
+        "try:\n"
+        "    import fastgrpo.train.rollout\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(error)\n"
+    )
+    message = run(block)
+    assert "pip install 'fastgrpo[train]'" in message
+    assert all(f"no {name}" in message for name in EXTRA)

@@ -53,9 +53,11 @@ def test_entries_of_rows_are_what_the_words_say(backend):
 @pytest.mark.parametrize("old", [True, False], ids=["in the forward", "in a second pass"])
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "config", ["grpo", "gspo", LossConfig(entropy_coef=0.2)], ids=["grpo", "gspo", "bonus"]
-)
+@pytest.mark.parametrize("config", [
+    pytest.param("grpo", id="grpo"),
+    pytest.param("gspo", id="gspo", marks=pytest.mark.slow),
+    pytest.param(LossConfig(entropy_coef=0.2), id="bonus", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_kernels_and_twins_draw_the_same(config, dtype, head, old):
     """Kernels that draw in the epilogue (bf16) or from tiles (fp32), and torch: one gradient."""
     batch = make_batch(**SHAPE, dtype=dtype)

@@ -7,3 +7,13 @@ leaves and how it ends. ``evolution`` and ``fitness`` are REINFORCE over paramet
 ``examples/evolution.py``. Left out of the loop: several processes (torchrun, FSDP), resuming,
 inference engines.
 """
+
+from importlib.util import find_spec
+
+_NEEDED = ("transformers", "matplotlib", "tqdm")
+_MISSING = [name for name in _NEEDED if find_spec(name) is None]
+if _MISSING:
+    raise ModuleNotFoundError(
+        f"fastgrpo.train: expected {', '.join(_NEEDED)}, got no {' and no '.join(_MISSING)}: "
+        "pip install 'fastgrpo[train]'"
+    )

@@ -119,6 +119,7 @@ def test_the_numbers_about_dimension_are_those_of_the_record() -> None:
     assert record["dimensions"][0] == 20 and record["dimensions"][-1] == 2_000_000
 
 
+@pytest.mark.slow
 def test_the_sketches_are_made_by_the_script(tmp_path) -> None:
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(DOCS / "figures.py"), "--sketches", "--output-dir", tmp_path]

@@ -30,6 +30,7 @@ def quick(script, tmp_path_factory) -> dict:
     return json.loads((folder / "dimension.json").read_text())
 
 
+@pytest.mark.slow
 def test_exponents_are_those_of_theory(script, quick) -> None:
     expected = {
         ("variance", "fixed", "parameters"): 1,
@@ -61,6 +62,7 @@ def test_the_answer_is_marked_as_extrapolation_and_cites(script, quick) -> None:
         assert f"arXiv\n{number}" in answer or f"arXiv {number}" in answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts,width", [(1, 1), (1, 7), (5, 1)], ids=["20", "wide", "prompts"])
 @pytest.mark.parametrize("method", ["parameters", "tokens"])
 def test_estimates_point_along_the_gradient(script, method: str, prompts: int, width: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_quick_run_leaves_figure_data_and_table(script, tmp_path, capsys, monkeypatch) -> None:
     # In this process: a pool's processes would import this module by a name that they lack.
     monkeypatch.setattr(
@@ -62,13 +64,18 @@ def test_every_update_writes_as_many_sentences(script, monkeypatch, method: int)
     assert written == [script.BATCH] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", range(5))
 def test_every_method_learns(script, method: int) -> None:
-    """A tenth of the full run takes the loss to less than half of what it was."""
+    """A tenth of the full run takes the loss to less than half of what it was.
+
+    Of three seeds the middle one: reusing a batch can overshoot, and the rounding of a processor
+    decides for which seed it does.
+    """
     settings = script.Settings(sentences=1920, evaluations=3)
-    name = list(script.METHODS)[method]
-    curve = script.learn(name, 0.03 if method == 0 else 0.01, 0.3, 0, settings)
-    assert curve[-1] < 0.5 * curve[0]
+    name, rate = list(script.METHODS)[method], 0.03 if method == 0 else 0.01
+    curves = [script.learn(name, rate, 0.3, seed, settings) for seed in range(3)]
+    assert statistics.median(curve[-1] / curve[0] for curve in curves) < 0.5
 
 
 def test_sentences_are_counted_without_their_end(script) -> None:

@@ -253,6 +253,7 @@ def test_memory_is_that_of_inference_and_one_module(monkeypatch) -> None:
     assert extra[1] == extra[0]
 
 
+@pytest.mark.slow
 def test_it_learns_the_embedded_task_through_its_protocol(policy, task) -> None:
     """From random weights: to open every answer with a 1, which a reward on the text asks for."""
     wanted = dataclasses.replace(

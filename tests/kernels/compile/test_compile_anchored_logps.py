@@ -41,6 +41,7 @@ def test_tiles_come_by_tma_and_nothing_spills(mode, part):
     assert used.atomics == used.fp64 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", itertools.product([False, True], repeat=4), ids=str)
 @pytest.mark.parametrize("mode", ["anchored", "anchored-exps-plain"])
 def test_no_choice_of_options_spills(mode, options):
