@@ -75,6 +75,29 @@ def accuracy_table(record: Row, *, mode: str = "loss") -> str:
     return "\n".join(lines)
 
 
+def summary_table(record: Row) -> str:
+    """Return time, memory and the gradient's error of exact fp32 losses, fastest first."""
+    errors = {_key(row): row["errors"] for row in record["accuracy"] if "errors" in row}
+    peaks = {_key(row): row["peak_mib"] for row in record["memory"] if "peak_mib" in row}
+    shown = [
+        row
+        for row in record["speed"]
+        if (row["mode"], row["dtype"]) == ("loss", "float32")
+        and row["provider"] not in (BOUND, "fastgrpo sparse")
+        and _key(row) in errors.keys() & peaks.keys()
+    ]
+    shown.sort(key=lambda row: (row["shape"]["vocab"], row["median_ms"]))
+    lines = ["| tokens x vocabulary x hidden | implementation | ms | peak MiB | gradient error |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in shown:
+        name = (
+            f"**{row['provider']}**" if row["provider"].startswith("fastgrpo") else row["provider"]
+        )
+        peak, error = peaks[_key(row)], _scientific(errors[_key(row)]["dweight"])
+        lines.append(f"| {_size(row)} | {name} | {row['median_ms']:,.0f} | {peak:,.0f} | {error} |")
+    return "\n".join(lines)
+
+
 def modes_table(record: Row) -> str:
     """Return our own times of the modes that skip rows or keep entries, next to the dense loss."""
     own = [row for row in record["speed"] if row["provider"].startswith("fastgrpo")]
@@ -192,6 +215,7 @@ def _learning(results: Path, folder: str) -> str:
 
 # The marker's name -> from the folder of records, and the path of that folder in links, the text.
 TABLES: dict[str, Callable[[Path, str], str]] = {
+    "summary": _recorded("cpu", summary_table),
     "cpu": _recorded("cpu", speed_table),
     "cuda": _recorded("cuda", speed_table),
     "accuracy": _recorded("cpu", accuracy_table),
