@@ -1,7 +1,7 @@
 """What travels to a launcher, whole: the head, rows, a tile of logits, and what rows give and get.
 
-A kernel takes only tensors and numbers. What its operands are called there is written here, once
-for each kind: `logit_arguments` and `Tile.arguments` are keyword arguments of kernels.
+A kernel takes only tensors and numbers. What it calls its operands is written here, once for each
+kind: `logit_arguments`, `dot_arguments` and `Tile.arguments` return keyword arguments of kernels.
 """
 
 from __future__ import annotations
@@ -155,15 +155,18 @@ class Draw(NamedTuple):
 
 
 def logit_arguments(rows: Rows, head: Head) -> dict[str, Any]:
-    """Return what the kernels that make logits of hidden states call their operands."""
+    """Return what the kernels that make all logits of some rows call their operands."""
+    shape = dict(ids_ptr=rows.ids, N=len(rows.ids), V=len(head.weight))
+    return dot_arguments(rows, head) | shape
+
+
+def dot_arguments(rows: Rows, head: Head) -> dict[str, Any]:
+    """Return what the kernels that make any logits of hidden states call their operands."""
     return dict(
         hidden_ptr=rows.hidden,
         weight_ptr=head.weight,
-        ids_ptr=rows.ids,
         bias_ptr=head.bias,
         inv_temperature_ptr=rows.inv_temperature,
-        N=rows.hidden.shape[0],
-        V=head.weight.shape[0],
         H=rows.hidden.shape[1],
         stride_hidden=rows.hidden.stride(0),
         stride_weight=head.weight.stride(0),
