@@ -1,7 +1,7 @@
 """The arguments of launchers: the head, rows, a tile of logits, scores, upstream gradients.
 
-A kernel itself takes only tensors and numbers. `logit_arguments` and `Tile.arguments` translate:
-they return the keyword arguments of kernels, so that the names are written once.
+A kernel itself takes only tensors and numbers. `logit_arguments`, `dot_arguments` and
+`Tile.arguments` return the keyword arguments of kernels, so that the names are written once.
 """
 
 from __future__ import annotations
@@ -155,15 +155,18 @@ class Draw(NamedTuple):
 
 
 def logit_arguments(rows: Rows, head: Head) -> dict[str, Any]:
-    """Return the keyword arguments of the kernels that compute logits from hidden states."""
+    """Return the keyword arguments of the kernels that compute all logits of some rows."""
+    shape = dict(ids_ptr=rows.ids, N=len(rows.ids), V=len(head.weight))
+    return dot_arguments(rows, head) | shape
+
+
+def dot_arguments(rows: Rows, head: Head) -> dict[str, Any]:
+    """Return the keyword arguments of the kernels that compute any logits from hidden states."""
     return dict(
         hidden_ptr=rows.hidden,
         weight_ptr=head.weight,
-        ids_ptr=rows.ids,
         bias_ptr=head.bias,
         inv_temperature_ptr=rows.inv_temperature,
-        N=rows.hidden.shape[0],
-        V=head.weight.shape[0],
         H=rows.hidden.shape[1],
         stride_hidden=rows.hidden.stride(0),
         stride_weight=head.weight.stride(0),
@@ -174,6 +177,6 @@ def logit_arguments(rows: Rows, head: Head) -> dict[str, Any]:
 
 
 def adjacent_columns(rows: Rows, head: Head) -> tuple[Rows, Head]:
-    """Return the operands with adjacent columns; those that have not are copied."""
+    """Return the operands with adjacent columns, copied where necessary."""
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (rows.hidden, head.weight))
     return rows._replace(hidden=hidden), head._replace(weight=weight)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .anchored_logps import Marks, anchored_logps_fwd, mask_words
 from .logit_math import slice_index, transform_logits
 from .logits_tile import load_logits
-from .operands import Draw, Head, Logps, Rows, Tile, adjacent_columns, take
+from .operands import Draw, Head, Logps, Rows, Tile, adjacent_columns, dot_arguments, take
 from .runtime import INTERPRETED, architecture, device_of, jit, launch_for, tl
 
 WORD_BITS = 23  # the bits of an fp32 mantissa
@@ -237,20 +237,11 @@ def entry_logits(
     with device_of(rows.hidden):
         if n:
             _entry_logits_kernel[(n,)](
-                hidden_ptr=rows.hidden,
-                weight_ptr=head.weight,
-                bias_ptr=head.bias,
-                inv_temperature_ptr=rows.inv_temperature,
+                **dot_arguments(rows, head),
                 entries_ptr=entries,
                 count_ptr=count,
                 out_ptr=out,
                 K=slots,
-                H=rows.hidden.shape[1],
-                stride_hidden=rows.hidden.stride(0),
-                stride_weight=head.weight.stride(0),
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-                SOFTCAP=head.softcap != 0.0,
                 **launch.kwargs(),
             )
 

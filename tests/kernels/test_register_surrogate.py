@@ -322,7 +322,7 @@ def test_without_triton(losses):
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="Triton compiles in other processes")
 @pytest.mark.parametrize("name", [*OPTIONS, "pulled"])
 def test_compiles_without_a_gpu(losses, name):
-    from benchmarks import compiling
+    from tests.kernels.compile import compiling
 
     launch, part = launch_for("token_loss", 0, "sm_90"), compiling.PARTS["sm_90"]
     kernel = compiling.compile_case(compiling._token_loss(name), launch, part)
