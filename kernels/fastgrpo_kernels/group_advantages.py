@@ -20,8 +20,7 @@ class GroupStats(NamedTuple):
     count: Tensor
     """Number of members, or the sum of their weights."""
     mean: Tensor
-    """Mean reward of the members, weighted if weights are given; the row's own if there are none.
-    """
+    """Mean reward of the members, weighted by the weights; the row's own if there are none."""
     gap: Tensor
     """Reward minus mean. Its error is relative to the spread, however large the mean. Exactly 0
     where the row equals every member, where it is not scored, and where there is no member."""
