@@ -1,1 +1,1 @@
-"""Advantages of completions and of tokens, without a critic; what is done to rewards before."""
+"""Critic-free advantages of completions and of tokens, and the shaping of rewards before them."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fastgrpo import LossConfig
 
-# The reasons: arithmetic is small enough to see within minutes on two CPU cores; GSM8K follows the
+# Arithmetic is small enough to show progress within minutes on two CPU cores. GSM8K follows the
 # usual recipe for 0.5-4B instruct models.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "arithmetic": {
@@ -50,7 +50,7 @@ def _by_task(name: str, text: str) -> Any:
 
 @dataclass
 class TrainConfig:
-    """Settings of one run. A field that is None takes its task's value from TASK_DEFAULTS."""
+    """Settings of one run. A field that is None takes the task's value from TASK_DEFAULTS."""
 
     task: Literal["arithmetic", "gsm8k"] = _flag("arithmetic", "What to learn.")
     model: str | None = _flag(
@@ -145,7 +145,7 @@ class TrainConfig:
             raise ValueError("task arithmetic: takes no data or eval_data, and an eval_size >= 1")
 
     def loss_config(self) -> LossConfig:
-        """Return the loss that the flags describe; its entropy is a metric."""
+        """Return the loss that the flags describe; the entropy is computed as a metric only."""
         fields: dict[str, Any] = {"beta": self.beta, "entropy": "detached"}
         if LossConfig.preset(self.loss).aggregation == "fixed_length":
             fields["max_completion_length"] = self.max_completion_length
