@@ -248,9 +248,9 @@ def test_the_fields_of_a_context_are_those_that_it_reads(context):
     assert read == set(CONTEXT_FIELDS[context]) and set(CONTEXT_FIELDS) == set(CONTEXTS)
 
 
-def test_a_draw_takes_a_seed(losses, monkeypatch):
+def test_a_draw_takes_a_seed(losses):
     drawn = SURROGATES["pulled"]._replace(context="drawn_covariance")
-    monkeypatch.setitem(SURROGATES, "pulled", drawn)
+    SURROGATES["pulled"] = drawn  # gone with the others afterwards
     config = config_of("pulled", cov_ratio=0.5, cov_low=-50.0, cov_high=50.0)
     first, again, other = (fused(make_batch(), config, "torch", seed=seed)[1] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -322,7 +322,7 @@ def test_without_triton(losses):
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="Triton compiles in other processes")
 @pytest.mark.parametrize("name", [*OPTIONS, "pulled"])
 def test_compiles_without_a_gpu(losses, name):
-    from benchmarks import compiling
+    from tests.kernels.compile import compiling
 
     launch, part = launch_for("token_loss", 0, "sm_90"), compiling.PARTS["sm_90"]
     kernel = compiling.compile_case(compiling._token_loss(name), launch, part)
