@@ -25,7 +25,7 @@ from fastgrpo_kernels import (
     TokenTerms,
     Upstream,
 )
-from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
+from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED, runs_on
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -110,19 +110,18 @@ class Kernels(Protocol):
 def resolve(device: torch.device, backend: str) -> Kernels:
     """Return the kernels that a backend's name stands for on a device.
 
-    "auto" takes Triton's on CUDA and ROCm devices when triton imports. An explicit backend never
-    falls back: "triton" raises ValueError where it cannot run.
+    "auto" takes Triton's where `runs_on` says so. An explicit backend never falls back: "triton"
+    raises ValueError where it cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
     if backend == "torch":
         return torch_kernels
-    on_gpu = device.type == "cuda"
     if backend == "auto":
-        return fastgrpo_kernels if on_gpu and HAS_TRITON else torch_kernels
+        return fastgrpo_kernels if runs_on(device) else torch_kernels
     if not HAS_TRITON:
         raise ValueError("backend='triton' needs the triton package: pip install triton")
-    if not on_gpu and not INTERPRETED:
+    if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"backend='triton' needs tensors on a CUDA or ROCm device, got {device}; "
             "to interpret the kernels on a CPU set TRITON_INTERPRET=1 before importing fastgrpo"

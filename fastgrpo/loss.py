@@ -124,12 +124,17 @@ def grpo_loss(
                                            (these four: over the rows for which this call drew
                                            entries, not a backward of its own)
 
+    What is not finite at an unmasked token, and read by the loss, makes the loss and every gradient
+    not finite. Tokens that `skip_zero_advantage` leaves out are not read.
+
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value, and for options
-            without effect. Second derivatives raise RuntimeError.
+            without effect. Second derivatives raise RuntimeError, forward-mode derivatives
+            NotImplementedError.
     """
     config = config_of_preset(config) if isinstance(config, str) else config
     checks.head(hidden, weight, bias, backend)
+    checks.no_forward_mode(hidden, weight, bias)
     checks.transform(logit_scale, softcap, workspace_mb)
     checks.sparsity(sparsity, seed)
     one_of("backend", backend, ("auto", "triton", "torch"))

@@ -51,7 +51,9 @@ class Targets(NamedTuple):
     def add_to(self, dhidden: Tensor | None, rows: Rows, head: Head) -> None:
         """Add what the target entries give to dhidden (n, H)."""
         if self.coef is not None and dhidden is not None:
-            dhidden.addcmul_(self.coef[:, None], head.weight[rows.ids].to(dhidden.dtype))
+            # An id outside the vocabulary has a coefficient of 0 or NaN: any row will do.
+            ids = rows.ids.clamp(0, len(head.weight) - 1)
+            dhidden.addcmul_(self.coef[:, None], head.weight[ids].to(dhidden.dtype))
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,14 @@ class Known:
         """Return a number that is no mean, and the number of rows."""
         return x, x.new_full((), len(self.scored.logps))
 
-    def divergence(self, other: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the k3 estimate of KL(other || policy) over the rows where `other` is a number."""
+    def divergence(
+        self, other: Tensor | None, where: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the k3 estimate of KL(other || policy), over the rows `where` (n,) bool."""
         if other is None:
             return self.mean(None)
         x = self.scored.logps - other
-        known = ~x.isnan()
+        known = torch.ones_like(x, dtype=torch.bool) if where is None else where
         return self.mean(torch_twin(k3)(torch.where(known, x, 0.0))[0], known.sum())
 
     def effective_sample_size(self) -> tuple[Tensor, Tensor]:
@@ -115,7 +117,10 @@ METRICS: dict[str, Metric] = {
         lambda config, given: given.ref_logps,
     ),
     "sampler_kl": Metric(
-        lambda known: known.divergence(known.sampler_logps),
+        lambda known: known.divergence(
+            known.sampler_logps,
+            None if known.sampler_logps is None else ~known.sampler_logps.isnan(),
+        ),
         lambda config, given: given.sampler_logps,
     ),
     "importance_mean": Metric(lambda known: known.mean(known.importance)),

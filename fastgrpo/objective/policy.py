@@ -166,7 +166,26 @@ def policy_terms(objective: Objective, scored: Logps) -> Terms:
         bonus = config.entropy_coef * rows.weights
         dentropy = -bonus if selected is None else -bonus * selected
         loss = loss + dentropy * entropy
-    return Terms(loss, Upstream(dlogps, dentropy), stats, log_ratio, sampler)
+    poison = _poison(config, scored, rows)
+    return Terms(loss + poison, Upstream(dlogps + poison, dentropy), stats, log_ratio, sampler)
+
+
+def _poison(config: LossConfig, scored: Logps, rows: PolicyRows) -> Tensor:
+    """Return 0 (n,), or NaN where something that the loss reads is not finite.
+
+    Bounds, masks and the choice between two values would make a number of it.
+    """
+    read = [scored.logps, rows.advantages]
+    if config.ratio_level != "none" or config.needs_sampler:
+        read.append(rows.old_logps)
+    if config.beta:
+        read.append(rows.ref_logps)
+    if config.needs_sampler:
+        # A NaN of the sampler says that it has no log-prob.
+        read.append(rows.sampler_logps.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+    if config.entropy_coef:
+        read.append(scored.entropy)
+    return sum(0.0 * x for x in read if x is not None)
 
 
 def _token_loss(config: LossConfig) -> TokenLoss:
