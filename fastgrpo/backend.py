@@ -1,4 +1,4 @@
-"""Which implementation runs, the Triton kernels or their torch twins, and what both offer."""
+"""Which implementation runs, the Triton kernels or their torch twins, and their interface."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ BACKENDS = ("auto", "triton", "torch")
 
 
 class Kernels(Protocol):
-    """A backend: the modules `fastgrpo_kernels` and `fastgrpo.torch_kernels` are the two.
+    """The interface of a backend: the modules `fastgrpo_kernels` and `fastgrpo.torch_kernels`.
 
-    What a backend does without is None, and the loops take another way.
+    A function that a backend does not have is None there, and the loops do without it.
     """
 
     ROW_MAJOR_TILES: bool
-    """Whether tiles are rows of adjacent columns, or columns of adjacent rows."""
+    """Whether tiles of logits are row-major (else column-major)."""
 
     def matmul(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None: ...
 
@@ -65,7 +65,7 @@ class Kernels(Protocol):
     ) -> None: ...
 
     tile_exp: Callable[[Tile, RowState], Tensor] | None
-    """Statistics, with exponentials left in the tile, of which `tile_exp_grad` makes gradients."""
+    """`tile_stats`, leaving exponentials in the tile; `tile_exp_grad` turns them into gradients."""
     tile_exp_grad: Callable[[Tile, Tensor, Logps, Upstream], None] | None
 
     # ---- logits that stay in registers -----------------------------------------------------------
@@ -74,7 +74,7 @@ class Kernels(Protocol):
     """Scores of any rows."""
 
     def has_anchored(self, rows: Rows, head: Head) -> bool:
-        """Whether the next two take these operands."""
+        """Whether the next two functions take these operands."""
         ...
 
     anchored_logps_fwd: Callable[..., Anchored] | None
@@ -108,10 +108,10 @@ class Kernels(Protocol):
 
 
 def resolve(device: torch.device, backend: str) -> Kernels:
-    """Return the kernels that a backend's name stands for on a device.
+    """Return the kernels of a backend on a device.
 
-    "auto" takes Triton's where `runs_on` says so. An explicit backend never falls back: "triton"
-    raises ValueError where it cannot run.
+    "auto" means the Triton kernels where they run (`runs_on`), otherwise torch. There is no silent
+    replacement of a named backend: "triton" raises ValueError where it cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")

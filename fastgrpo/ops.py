@@ -1,14 +1,15 @@
 """The ops that autograd and `torch.compile` see, registered with `torch.library`.
 
-    linear_logps       log-probs, lse and entropy of rows; frozen head: also their Jacobian
-    linear_logps_bwd   its gradient, recomputed from the lse on the rows that have one
-    grpo_loss          the whole loss; its gradients are made here, in the forward
+    linear_logps       log-probs, lse and entropy of rows; for a frozen head also dlogp/dhidden
+    linear_logps_bwd   its backward: recomputes the logits of the rows that have a gradient
+    grpo_loss          the whole loss, with its gradients computed in the forward
     policy_loss        the loss from given log-probs
 
 All of them take rows (N, ...) with a mask. Masked rows are dropped before anything is computed, so
-that their content never matters. What is not asked for comes back as an empty tensor.
+that their content never matters. A result that is not asked for is an empty tensor.
 
-A schema is a flat list of tensors and numbers. It is taken apart and put together by name, here.
+The schema of an op is a flat list of tensors and numbers. This module converts between it and the
+named tuples of the package.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from fastgrpo_kernels import Head, Kept, Logps, Rows, Upstream
 
 
 def _without_autocast(fn: Callable) -> Callable:
-    """Autocast would round fp32 operands to 16 bits inside the op."""
+    """Disable autocast in an op: it would round fp32 operands to 16 bits."""
 
     @functools.wraps(fn)
     def wrapped(first: Tensor, *args, **kwargs):
@@ -50,7 +51,7 @@ def _without_autocast(fn: Callable) -> Callable:
 
 
 class Operands(NamedTuple):
-    """Rows and head as the ops take them: the first parameters of those that score rows."""
+    """Rows and head: the first parameters of every op that scores rows."""
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
@@ -72,8 +73,8 @@ class Operands(NamedTuple):
         return Head(self.weight, bias, self.logit_scale, self.softcap)
 
     def rows(self, where: Index, ids_name: str = "token_ids") -> Rows:
-        """Pick rows and check what only their values tell."""
-        # Kernels take one number after the other: a slice of all rows keeps its strides.
+        """Select rows and check their values (token ids, temperatures)."""
+        # The kernels need adjacent ids; the index may be a slice, which keeps the strides.
         ids = self.token_ids[where].contiguous()
         checks.token_ids(ids_name, ids, len(self.weight))
         inverse = None
@@ -85,7 +86,7 @@ class Operands(NamedTuple):
         return Rows(self.hidden[where], ids, inverse)
 
     def words(self, sparsity: float, draw_seed: Tensor, where: Index) -> sparse.Words:
-        """Return what decides which entries of the picked rows are kept."""
+        """Return the random words that decide which entries of the selected rows are kept."""
         return sparse.Words.of(sparsity, draw_seed, len(self.mask), len(self.weight))[where]
 
     def dtypes(self) -> tuple[torch.dtype | None, ...]:
@@ -123,10 +124,13 @@ def linear_logps(
     with_jacobian: bool,
     sparsity: float,  # 0: an exact backward
     draw_seed: Tensor | None,  # () int64
-    old_logps: Tensor | None,  # (N,): keep the entries of a sparse backward in this pass
+    old_logps: Tensor | None,  # (N,): given, this pass draws the entries of a sparse backward
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return `Scores`: logps, lse and entropy (N,), dlogps/dhidden (N, H); with `old_logps` what
-    `sparse.Entries` holds, (N, K), (N, K), (N,), (N,), and `sparse.METRICS` (len, 2)."""
+    """Return `Scores`.
+
+    logps, lse and entropy are (N,), the Jacobian dlogps/dhidden is (N, H). With `old_logps` also
+    the fields of `sparse.Entries`, (N, K), (N, K), (N,) and (N,), and `sparse.METRICS` (len, 2).
+    """
     given = Operands(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, workspace_mb,
         backend,
@@ -171,7 +175,7 @@ def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, 
 
 
 _LinearLogps = _parameters(linear_logps._init_fn)
-# What the backward takes as it was given to the forward, and as the forward returned it.
+# What the backward takes unchanged: tensors and options given to the forward, and its results.
 _TENSORS = ("hidden", "weight", "token_ids", "mask", "bias", "temperature", "draw_seed")
 _OPTIONS = ("logit_scale", "softcap", "workspace_mb", "backend", "sparsity")
 _RESULTS = ("logps", "lse", "entropy", "kept_ids", "kept_logits", "kept_count", "anchor")
@@ -238,7 +242,7 @@ def linear_logps_bwd(
     backend: str,
     logps: Tensor,  # (N,)
     lse: Tensor,  # (N,)
-    entropy: Tensor,  # (N,), or empty
+    entropy: Tensor,  # (N,) or empty
     dlogps: Tensor,  # (N,)
     dentropy: Tensor | None,  # (N,)
     need_hidden: bool,
@@ -246,12 +250,13 @@ def linear_logps_bwd(
     need_bias: bool,
     sparsity: float,
     draw_seed: Tensor | None,  # () int64
-    kept_ids: Tensor,  # (N, K) int32, or empty, as the next ones: the entries are drawn here
+    # The entries that the forward drew; if these four are empty, they are drawn here.
+    kept_ids: Tensor,  # (N, K) int32
     kept_logits: Tensor,  # (N, K)
     kept_count: Tensor,  # (N,) int32
     anchor: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden, weight and bias, in their dtypes."""
+    """Return the gradients with respect to hidden, weight and bias, in their dtypes."""
     given = Operands(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, workspace_mb,
         backend,
@@ -319,9 +324,12 @@ def grpo_loss(
     sparsity: float,  # 0: exact gradients
     draw_seed: Tensor | None,  # () int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return `Losses`: loss (), logps (N,), entropy (N,), `METRICS` with their counts (len, 2),
-    with `sparsity` followed by `sparse.METRICS`, and the gradients of hidden, weight and bias, in
-    their dtypes (fp32 for fp16)."""
+    """Return `Losses`.
+
+    The loss is (), logps and entropy are (N,). The metrics are `METRICS` with their counts
+    (len, 2); with `sparsity`, `sparse.METRICS` follow. The gradients with respect to hidden, weight
+    and bias have the dtypes of these (fp32 for fp16).
+    """
     given = Operands(
         hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, workspace_mb,
         backend,
@@ -470,7 +478,7 @@ policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_
 
 
 def _in_dtypes(grads: Grads, dtypes: Iterable[torch.dtype | None]) -> Iterable[Tensor | None]:
-    """Yield gradients in the dtypes that they are returned in."""
+    """Yield the gradients converted to these dtypes."""
     return (None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
 
 
@@ -482,13 +490,14 @@ def _poison(grads: Grads, loss: Tensor) -> None:
 
 
 def _kept(dtype: torch.dtype | None) -> torch.dtype | None:
-    """Return fp32 for fp16, whose gradients are rounded only once a loss scaler has lifted them."""
+    """Return fp32 for fp16: its gradients are rounded only after a loss scaler has scaled them."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    # Out of place, for a second backward. In the last one, and where looking costs nothing, a
-    # factor of 1 saves the copy; a tracer's tensors (subclasses) hold no value to look at.
+    # Out of place, so that a second backward sees the same gradients. In the last one, and on a CPU,
+    # where reading the factor costs nothing, a factor of 1 saves the copy. Tensors of a tracer
+    # (subclasses) have no value to read.
     last = not torch._C._autograd._get_current_graph_task_keep_graph()
     if last and type(by) is Tensor and by.device.type == "cpu" and by.item() == 1:
         return grad.to(dtype)
@@ -496,7 +505,7 @@ def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _or_empty(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """An op returns tensors only: empty ones for what was not asked for."""
+    """Replace None by an empty tensor: an op can return only tensors."""
     return tuple(like.new_empty(0) if x is None else x for x in results)
 
 

@@ -1,4 +1,4 @@
-"""Masked rows never reach a kernel: choosing rows, and putting results back in their places."""
+"""Packing: select the rows that reach the kernels, and put results back in their places."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Index = Tensor | slice
-"""Chosen rows: their indices, or slice(None) where all of them are, which copies nothing."""
+"""Selected rows: their indices, or slice(None) for all rows, which copies nothing."""
 
 
 def unmasked(mask: Tensor) -> Index:
@@ -16,9 +16,9 @@ def unmasked(mask: Tensor) -> Index:
 
 
 def live_first(mask: Tensor, inert: Tensor | None) -> tuple[Index, int]:
-    """Return the unmasked rows, those that are not inert first, and how many these are.
+    """Return the unmasked rows, those that are not inert first, and the number of the latter.
 
-    Without `inert` the rows keep their order. One host synchronisation.
+    Without `inert` no row is inert, and the rows keep their order. One host synchronisation.
     """
     if inert is None:
         rows = unmasked(mask)
@@ -31,7 +31,7 @@ def live_first(mask: Tensor, inert: Tensor | None) -> tuple[Index, int]:
 
 
 def spread(x: Tensor | None, rows: Index, n: int) -> Tensor | None:
-    """Put the results of some rows into n rows of zeros."""
+    """Return n rows with the results of some rows in their places, and 0 elsewhere."""
     if x is None or isinstance(rows, slice):
         return x
     return x.new_zeros((n, *x.shape[1:])).index_copy_(0, rows, x)

@@ -1,7 +1,7 @@
 """The specification: full logits, plain autograd, one formula per line. Slow and obvious.
 
-In float64 this is the oracle that everything else is held against; in float32 it is what "the same
-formula in plain PyTorch" gives. Only tests and benchmarks import it.
+In float64 this is the oracle that everything else is compared with. In float32 it stands for "the
+same formula in plain PyTorch". Only tests and benchmarks import it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _kl(x: Tensor, logps: Tensor, ratio: Tensor, config: LossConfig) -> Tensor:
     gradient = KL_GRADIENTS[config.kl_gradient].formula
     estimate = KL_ESTIMATORS[config.kl].formula(x.clamp(-bound, bound))
     if config.kl_gradient == "score_function":
-        # NeMo-RL holds the weight, too, where the input is held, and their product by the output.
+        # NeMo-RL: where the input clamp holds the estimate, the weight has no gradient either. The
+        # output clamp applies to the product of weight and estimate.
         logps = torch.where(x.abs() <= bound, logps, logps.detach())
         return gradient(x, logps, estimate, ratio).clamp(-limit, limit)
     return gradient(x, logps, estimate.clamp(-limit, limit), ratio)
@@ -173,7 +174,7 @@ def _context(
     advantages: Tensor,
     correction: Tensor,
 ) -> Tensor:
-    """Return what a surrogate needs beyond its token (B, T), a constant."""
+    """Return the surrogate's context (B, T): a constant per token, from its sequence or batch."""
     mask = batch.mask
     logps, token_ratio = logps.detach(), token_ratio.detach()
     context, ratio = torch.zeros_like(logps), token_ratio.exp()
@@ -191,7 +192,7 @@ def _context(
         gamma = 2 ** (-1 / config.fipo_half_life)
         counted = mask & (ratio <= (config.delta or math.inf))
         for b, t in mask.nonzero().tolist():
-            # Distances count completion tokens, of which masked ones are none.
+            # Distances count unmasked tokens only.
             later = [u for u in range(t, mask.shape[1]) if mask[b, u]]
             moved = [
                 gamma**distance * token_ratio[b, u].item() * counted[b, u].item()

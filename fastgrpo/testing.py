@@ -33,10 +33,11 @@ def make_batch(
     seed: int = 0,
     device: str = "cpu",
 ) -> Batch:
-    """Return a batch whose tokens are sampled from the policy, as those of a rollout are.
+    """Return a batch whose tokens are sampled from the policy, as in a rollout.
 
-    `off_policy` is the rms log-ratio in nats, a tenth of it that of the sampler to the trainer at
-    rollout time. One sequence is full, one empty, the others ragged.
+    `off_policy` is the rms of logps - old_logps and of logps - ref_logps in nats. That of
+    old_logps - sampler_logps is a tenth of it. One sequence is full, one is empty (if there are
+    more than two), the others are ragged.
     """
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(sequences, length, hidden_size, generator=g).to(dtype)

@@ -1,4 +1,4 @@
-"""The gradients of hidden, weight and bias while they grow, tile by tile."""
+"""Gradients with respect to hidden, weight and bias, accumulated tile by tile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgrpo_kernels import Head, Logps, Rows, Upstream
 
 
 class Grads(NamedTuple):
-    """What is asked for of the gradients."""
+    """The gradients; None for one that is not needed."""
 
     hidden: Tensor | None  # (n, H) accumulation dtype
     weight: Tensor | None  # (V, H) weight's dtype; fp32 for fp16
@@ -23,7 +23,8 @@ class Grads(NamedTuple):
 class Targets(NamedTuple):
     """The target entries of 16-bit gradient tiles, kept in fp32 and out of the GEMMs.
 
-    Next to the target's 1 - p the others are small: rounded alone, they keep their own precision.
+    The other entries are small beside the target's 1 - p. Without it, the rounding error of the
+    tile is relative to these small entries.
     """
 
     coef: Tensor | None = None  # (n,) dL/dz0 at the target; None: the tiles are fp32 and hold it
@@ -40,7 +41,7 @@ class Targets(NamedTuple):
 
     @classmethod
     def of_scores(cls, rows: Rows, head: Head, scored: Logps, upstream: Upstream) -> Targets:
-        """Return the target entries where there is no tile of logits to find them in."""
+        """Return the target entries, computed from the scores: there is no tile of logits."""
         coef = -torch.expm1(scored.logps) * upstream.dlogps * rows.slope(head)
         if head.softcap:
             z = scored.logps + scored.lse
@@ -49,7 +50,7 @@ class Targets(NamedTuple):
         return cls(coef, *rows.ids.sort(stable=True))
 
     def add_to(self, dhidden: Tensor | None, rows: Rows, head: Head) -> None:
-        """Add what the target entries give to dhidden (n, H)."""
+        """Add the target entries' part of dhidden (n, H)."""
         if self.coef is not None and dhidden is not None:
             # An id outside the vocabulary has a coefficient of 0 or NaN: any row will do.
             ids = rows.ids.clamp(0, len(head.weight) - 1)
@@ -58,10 +59,11 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True)
 class GradSums:
-    """The gradients while they grow.
+    """Accumulators of the gradients.
 
-    dweight is summed in the accumulation dtype: in place where that is its dtype or where chunks of
-    rows are the outer loop, otherwise in a scratch of one slice, which is then written once.
+    dweight is summed in the accumulation dtype. The sum is in place if that is also its own dtype,
+    or if chunks of rows are the outer loop. Otherwise a slice is summed in `scratch` and written
+    once.
     """
 
     plan: Plan
@@ -69,13 +71,13 @@ class GradSums:
     dweight: Tensor | None  # (V, H)
     dbias: Tensor | None  # (V,)
     scratch: Tensor | None  # (slice_width, H)
-    dtype: torch.dtype  # of the dweight that is asked for
+    dtype: torch.dtype  # of the resulting dweight
 
     @classmethod
     def of(cls, rows: Rows, head: Head, plan: Plan, needs: Needs, whole: bool) -> GradSums:
         """Return empty sums; `whole` where dweight is summed over several chunks of rows."""
         weight, dtype = head.weight, plan.accumulator
-        # A loss scaler's upstream gradient must reach fp16 gradients before they are rounded.
+        # fp16 gradients stay fp32 here: a loss scaler must multiply them before they are rounded.
         final = dtype if weight.dtype == torch.float16 else weight.dtype
         in_place = whole or final == dtype
         new_weight = torch.empty_like if len(rows.ids) else torch.zeros_like
@@ -90,13 +92,13 @@ class GradSums:
         )
 
     def rows(self, c: slice, kept: Tensor | None = None) -> Tensor | None:
-        """Return where dhidden of a chunk, or of the rows kept of it, is to be summed."""
+        """Return the buffer for dhidden of a chunk, or of the rows of it that are kept."""
         if self.dhidden is None or kept is None:
             return None if self.dhidden is None else self.dhidden[c]
         return self.dhidden.new_empty((len(kept), self.dhidden.shape[1]))
 
     def store_rows(self, c: slice, kept: Tensor | None, dhidden: Tensor | None) -> None:
-        """Put dhidden of the rows kept of a chunk in its place."""
+        """Write dhidden of the kept rows of a chunk to their places."""
         if self.dhidden is not None and kept is not None:
             self.dhidden[c].index_copy_(0, kept, dhidden)
 
@@ -109,7 +111,7 @@ class GradSums:
         targets: Targets,
         accumulate: bool,
     ) -> None:
-        """Add what a tile gives. `accumulate` False overwrites the slice of dweight instead."""
+        """Add a tile's gradients; with `accumulate` False the slice of dweight is overwritten."""
         matmul, v = self.plan.kernels.matmul, part.columns
         if dhidden is not None:
             matmul(dhidden, dz, part.weight, accumulate=v.start > 0)
@@ -125,17 +127,17 @@ class GradSums:
         exps: Tensor,  # (n, Vs) bf16: 0 at the targets
         v: slice,
         hidden: Tensor,  # (n, H)
-        scale: Tensor,  # (n,) fp32: times it, an entry is a gradient of the raw logits
+        scale: Tensor,  # (n,) fp32: scale * exps is the gradient with respect to the raw logits
         scaled_hidden: Tensor | None,  # (n, H) bf16: scale * hidden
         targets: Targets,
         accumulate: bool,
     ) -> None:
-        """Add what a slice of exponentials gives to weight and bias, like `add_tile`."""
+        """Add a slice of exponentials to dweight and dbias, as `add_tile` adds a tile."""
         matmul = self.plan.kernels.matmul
         if self.dweight is not None:
             matmul(self._dweight(v), exps.t(), scaled_hidden, accumulate)
         if self.dbias is not None:
-            # In two 16-bit parts: there is no product with `hidden` to average their rounding.
+            # The scale in two 16-bit parts: in a plain sum over rows its rounding would show.
             high = scale.to(exps.dtype)
             parts = torch.stack([high, (scale - high).to(exps.dtype)], 1)
             sums = scale.new_empty((exps.shape[1], 2))
@@ -144,7 +146,7 @@ class GradSums:
         self._add_targets(v, hidden, targets)
 
     def store(self, v: slice) -> None:
-        """Write a slice of dweight that is complete, where it was summed in the scratch."""
+        """Write a complete slice of dweight, if it was summed in the scratch."""
         if self.scratch is not None:
             self.dweight[v] = self.scratch[: v.stop - v.start]
 
@@ -153,7 +155,7 @@ class GradSums:
         return Grads(self.dhidden, dweight, self.dbias)
 
     def _dweight(self, v: slice) -> Tensor:
-        """Return where a slice of dweight is to be summed."""
+        """Return the buffer in which a slice of dweight is summed."""
         return self.dweight[v] if self.scratch is None else self.scratch[: v.stop - v.start]
 
     def _add_targets(self, v: slice, hidden: Tensor, targets: Targets) -> None:

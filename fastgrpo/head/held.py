@@ -1,11 +1,11 @@
 """Three ways of holding a chunk of rows between its scores and its gradients.
 
     RawLogits             fp32 logits, which `tile_grad` turns into their gradient
-    Exponentials          exp(z - anchor) in the place of the logits: the gradient is a multiple
-    AnchoredExponentials  the same in 16 bits, and the logits never existed in memory
+    Exponentials          exp(z - anchor) in place of the logits: the gradient is a multiple of it
+    AnchoredExponentials  the same in 16 bits; the logits are never in memory
 
-Each works in one buffer for all chunks. `score` fills it for some rows, `keep` drops rows that turn
-out to have no gradient, and `add_to` adds the gradients of those that are left.
+Each has one buffer for all chunks. `score` fills it for some rows, `keep` drops rows that turn out
+to have no gradient, and `add_to` adds the gradients of the remaining rows.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from fastgrpo.head.gradients import GradSums, Targets
 from fastgrpo.head.plan import Needs, Plan, VocabSlice, chunks, padded
 from fastgrpo_kernels import Head, Logps, Rows, RowState, Tile, Upstream
 
-FEW_DEAD = 0.1  # share of rows without gradient up to which moving the others does not pay
+FEW_DEAD = 0.1  # up to this share of rows without gradient, moving the others does not pay
 PACKED_AT_ONCE = 256  # rows that move together
 
 
 class Held(Protocol):
-    """A chunk of rows, and what their gradients need of their logits."""
+    """A chunk of rows, with what their gradients need from their logits."""
 
     size: int
     """Rows of a chunk."""
     worth_a_wait: bool
-    """Whether dropping rows pays although the host waits for the device to find them."""
+    """Whether dropping rows pays even if the host must wait for the device to find them."""
 
     def score(self, rows: Rows) -> Logps:
         """Fill the buffer for a chunk of rows and return their scores."""
         ...
 
     def worth_dropping(self, count: int) -> bool:
-        """Whether dropping so many rows of the chunk pays."""
+        """Whether dropping `count` rows of the chunk pays."""
         ...
 
     def keep(self, live: Tensor) -> None:
-        """Keep these rows of the chunk, in ascending order, from now on."""
+        """Drop all rows of the chunk except these, given in ascending order."""
         ...
 
     def add_to(
         self, sums: GradSums, dhidden: Tensor | None, upstream: Upstream, accumulate: bool
     ) -> None:
-        """Add the gradients of the rows that are kept; dweight is overwritten at first."""
+        """Add the gradients of the kept rows; without `accumulate` dweight is overwritten."""
         ...
 
 
 class RawLogits:
-    """All logits of a chunk of rows: they become their gradient where they lie."""
+    """All logits of a chunk of rows, turned into their gradient in place."""
 
     worth_a_wait = False
 
@@ -91,7 +91,7 @@ class RawLogits:
         targets.add_to(dhidden, self._rows, self.head)
 
     def _tiles(self) -> Iterator[tuple[Tile, VocabSlice]]:
-        """Yield the chunk slice by slice, the rows that are not kept left out."""
+        """Yield the chunk slice by slice, without the dropped rows."""
         for part in self.plan.slices(self.head, self.plan.chunk_width):
             z = self._z[:, part.columns]
             z = z if self._live is None else z.index_select(0, self._live)
@@ -105,9 +105,9 @@ class RawLogits:
 
 
 class Exponentials(RawLogits):
-    """exp(z - anchor) in the place of the logits, with an anchor per row and slice.
+    """exp(z - anchor) in place of the logits, with an anchor per row and slice.
 
-    What else the gradient needs is per row, unless there is a softcap or an entropy term.
+    Without a softcap or an entropy term, the gradient needs nothing else that is vocabulary-sized.
     """
 
     @staticmethod
@@ -133,9 +133,9 @@ class Exponentials(RawLogits):
 
 
 class AnchoredExponentials:
-    """16-bit exp(z - anchor), made by one kernel together with the scores.
+    """16-bit exp(z - anchor), computed by one kernel together with the scores.
 
-    dL/dz0_v is scale * exp(z_v - anchor) for every v but the target, with one scale per row.
+    dL/dz0_v is scale * exp(z_v - anchor) for every v except the target, with one scale per row.
     """
 
     worth_a_wait = True
@@ -150,7 +150,7 @@ class AnchoredExponentials:
 
     @staticmethod
     def suit(rows: Rows, head: Head, plan: Plan) -> bool:
-        """Whether it can: exponentials leave fp16's range, and need results of 32 bits."""
+        """Whether it applies: bf16 (fp16 would overflow), and GEMMs with fp32 results."""
         bf16 = rows.hidden.dtype == torch.bfloat16 and plan.mixed and len(rows.ids) > 0
         return bf16 and plan.uses_anchored(rows, head)
 
@@ -169,7 +169,7 @@ class AnchoredExponentials:
         self._rows, self._scored = self._rows[live], self._scored[live]
         self._log_scale = self._log_scale[live]
         for c in chunks(len(live), PACKED_AT_ONCE):
-            # Row i comes from live[i] >= i: what is still needed has not been overwritten.
+            # Row i comes from row live[i] >= i, so no row is overwritten before it is moved.
             self._exps[c] = self._exps.index_select(0, live[c])
         self._exps = self._exps[: len(live)]
 
@@ -194,7 +194,7 @@ class AnchoredExponentials:
 def tile_gradient(
     tile: Tile, plan: Plan, scored: Logps, upstream: Upstream, targets: Targets
 ) -> Tensor:
-    """Turn a tile of logits into its gradient: in place, or as the GEMMs' 16-bit operand."""
+    """Turn a tile of logits into its gradient: in place, or in a 16-bit tile for the GEMMs."""
     dz = tile.z if targets.coef is None else torch.empty_like(tile.z, dtype=plan.operand)
     plan.kernels.tile_grad(tile, scored, upstream, dz, targets.coef)
     return dz

@@ -6,13 +6,13 @@ With NVH = tokens * vocabulary * hidden size, one GEMM costs 2NVH. Three loops s
     logps_fwd        2NVH   a tile is a slice of the vocabulary; nothing is kept
     logps_and_grads  6NVH   a tile is a chunk of rows with all its logits, which become gradients as
                             soon as the loss knows dL/dlogp (4NVH when only `hidden` needs one)
-    logps_bwd        6NVH   recomputes slices of the vocabulary from the saved lse; each slice of
-                            dweight is written once, so that no fp32 copy of it exists
+    logps_bwd        6NVH   recomputes the logits in slices of the vocabulary, from the saved lse;
+                            each slice of dweight is written once: no fp32 copy of it exists
 
-Where a backend has the anchored kernel, the first two take its results instead: scores without
-logits, and exponentials of which every gradient is a GEMM and a factor per row.
+Where a backend has the anchored kernel, the first two use it instead. It gives scores without
+logits, and exponentials: every gradient is then a GEMM with a factor per row.
 
-Rows are packed: callers have dropped masked ones. All per-row tensors are (n,) in the accumulation
+Rows are packed: callers have dropped masked rows. All per-row tensors are (n,) in the accumulation
 dtype (fp32; fp64 for fp64 inputs).
 """
 
@@ -34,17 +34,17 @@ from fastgrpo_kernels import Head, Logps, Rows, RowState, Tile, Upstream
 
 
 class SeparableLoss(Protocol):
-    """What `logps_and_grads` asks of a loss whose gradient at a row needs no other row."""
+    """The interface of a loss whose gradient at a row depends on no other row."""
 
     with_entropy: bool
-    """Whether it wants the rows' entropies."""
+    """Whether it needs the rows' entropies."""
     entropy_gradient: bool
-    """Whether it has a gradient with respect to them."""
+    """Whether it has a gradient with respect to the entropies."""
     may_drop_rows: bool
     """Whether rows may turn out to have no gradient at all."""
 
     def upstream(self, chunk: slice, scored: Logps) -> Upstream:
-        """Return the gradients of a chunk of the rows, given their scores."""
+        """Return the gradients with respect to the scores of a chunk of rows."""
         ...
 
 
@@ -66,7 +66,7 @@ def logps_fwd(rows: Rows, head: Head, plan: Plan, with_entropy: bool) -> Logps:
 
 
 def logits_tiles(rows: Rows, head: Head, plan: Plan) -> Iterator[tuple[Tile, slice]]:
-    """Yield every tile of logits, in one buffer, and which of the rows it is of."""
+    """Yield every tile of logits with the slice of its rows; all tiles share one buffer."""
     n, hidden = len(rows.ids), rows.hidden.to(plan.operand)
     width = min(plan.slice_width, len(head.weight))
     buffer = plan.new_tile(min(n, plan.slice_rows), width, rows.hidden.device)
@@ -80,7 +80,7 @@ def logits_tiles(rows: Rows, head: Head, plan: Plan) -> Iterator[tuple[Tile, sli
 def logps_and_grads(
     rows: Rows, head: Head, plan: Plan, needs: Needs, loss: SeparableLoss
 ) -> tuple[Logps, Grads]:
-    """Score rows and make the gradients of the loss while their logits are at hand: 6NVH."""
+    """Score rows, and compute the gradients of the loss while their logits are at hand: 6NVH."""
     n = len(rows.ids)
     held = _held(rows, head, plan, needs, loss)
     sums = GradSums.of(rows, head, plan, needs, whole=n > held.size)
@@ -97,13 +97,13 @@ def logps_and_grads(
         dhidden = sums.rows(c, kept)
         held.add_to(sums, dhidden, upstream, accumulate=c.start > 0)
         sums.store_rows(c, kept, dhidden)
-    del held  # before another dweight is made of the sums
+    del held  # frees the buffer before `result` may convert dweight
     scored = Logps.cat(scores) if scores else Logps.empty(rows, plan.accumulator, loss.with_entropy)
     return scored, sums.result()
 
 
 def _held(rows: Rows, head: Head, plan: Plan, needs: Needs, loss: SeparableLoss) -> Held:
-    """Choose how chunks of rows are held."""
+    """Choose how chunks of rows are held; see `fastgrpo.head.held`."""
     if not loss.entropy_gradient and AnchoredExponentials.suit(rows, head, plan):
         return AnchoredExponentials(rows, head, plan, loss.with_entropy, needs)
     suits = Exponentials.suit(head, plan, loss.with_entropy)

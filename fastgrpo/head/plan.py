@@ -1,4 +1,4 @@
-"""How a budget of memory becomes tiles, and which kernels work on them."""
+"""How the workspace is divided into tiles, and which kernels work on them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fastgrpo_kernels import Head, Rows
 from fastgrpo_kernels.runtime import multiprocessors
 
 MIB = 2**20
-CPU_CHUNK_ROWS = 256  # of a CPU's tile that holds all logits of its rows
+CPU_CHUNK_ROWS = 256  # rows of a tile that holds all logits of its rows, on a CPU
 GPU_CHUNK_ROWS = 8192
 GPU_WORKSPACE_MB = 2560
-SLICE = 8192  # columns of a tile that holds some of the logits
-CPU_CHUNK_SLICE = 32768  # columns of one that holds all of them and is worked on where it lies
-CPU_SLICE_BYTES = 16 * MIB  # of such a tile: what stays in cache between its GEMM and the rest
-GEMM_ROWS, GEMM_COLUMNS = 128, 256  # of the tile in which a Hopper GEMM makes its result
-# Adding a GEMM's result to a sum in memory costs as much time as so many rows of that GEMM: 8 bytes
-# per entry at an H200's 4.3 TB/s, next to 2 operations per row and entry at its 790 TFLOP/s.
+SLICE = 8192  # columns of a tile that holds a slice of the vocabulary
+CPU_CHUNK_SLICE = 32768  # columns of a step within a tile that holds all logits, on a CPU
+CPU_SLICE_BYTES = 16 * MIB  # of a tile that should stay in cache after its GEMM
+GEMM_ROWS, GEMM_COLUMNS = 128, 256  # the output tile of a GEMM on Hopper
+# Adding a GEMM's result to a sum in memory takes as long as this many rows of that GEMM: 8 bytes
+# per entry at an H200's 4.3 TB/s, against 2 operations per row and entry at its 790 TFLOP/s.
 ACCUMULATION_ROWS = 735
 
 
@@ -42,25 +42,25 @@ class VocabSlice(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a workspace budget is spent, and on whose kernels."""
+    """The sizes of the tiles, and the kernels that work on them."""
 
     kernels: Kernels
     operand: torch.dtype  # of the GEMMs' inputs
     accumulator: torch.dtype  # of their results
     chunk: int  # rows of a tile that holds all logits of its rows
-    chunk_width: int  # columns of it that one step works on
-    slice_width: int  # columns of a tile that holds some logits
-    slice_rows: int  # and its rows
+    chunk_width: int  # columns of that tile that one step works on
+    slice_width: int  # columns of a tile that holds a slice of the vocabulary
+    slice_rows: int  # rows of that tile
     exps_rows: int  # rows of a 16-bit tile that holds the exponentials of all their logits
     multiprocessors: int  # of the device
-    fp32_dweight: bool  # whether a 16-bit dweight may be summed in fp32, in its whole size
+    fp32_dweight: bool  # whether a 16-bit dweight may be summed in an fp32 copy of its full size
     sync_stalls: bool  # whether the host waits for the device when it looks at a value
 
     @classmethod
     def of(
         cls, hidden: Tensor, weight: Tensor, workspace_mb: float | None, kernels: Kernels
     ) -> Plan:
-        """Divide the budget into tiles. Raises ValueError if it holds not even a row of logits."""
+        """Divide the workspace into tiles. Raises ValueError if it cannot hold a row of logits."""
         vocab, hidden_size = weight.shape
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
         # cuBLAS multiplies 16-bit operands into fp32 results. CPUs cannot, and without AMX their
@@ -80,10 +80,10 @@ class Plan(NamedTuple):
         width = min(vocab, SLICE)
         copied = weight.dtype != accumulator
         if copied:
-            # A slice of the weight and one of its gradient, both in fp32, may take half of the
-            # budget.
+            # A slice of the weight and a slice of its gradient, both in fp32, may take half of the
+            # workspace.
             width = max(1, min(width, budget // (4 * accumulator.itemsize * hidden_size)))
-        # The other half: a tile, and its exponentials.
+        # The other half is for a tile and its exponentials.
         tile = budget // 4 if hidden.is_cuda else min(budget // 4, CPU_SLICE_BYTES)
         return cls(
             kernels=kernels,
@@ -105,10 +105,11 @@ class Plan(NamedTuple):
         return self.operand != self.accumulator
 
     def one_pass(self, n: int, head: Head, needs: Needs) -> bool:
-        """Whether `logps_and_grads` suits: not where only two phases keep their memory promise.
+        """Whether `logps_and_grads` keeps within the memory promise.
 
-        Over several chunks a 16-bit dweight needs an fp32 accumulator of its size, which GPUs
-        spend for 6NVH instead of 8NVH, and CPUs, where fp32 operands are copies as well, do not.
+        Over several chunks of rows a 16-bit dweight needs an fp32 accumulator of its full size. On
+        a GPU that is accepted: it saves 2NVH of 8NVH. On a CPU, where fp32 copies of the operands
+        take memory too, it is not.
         """
         by_slice = needs.weight and head.weight.dtype != self.accumulator
         return n <= self.chunk or not by_slice or self.fp32_dweight
@@ -136,16 +137,17 @@ class Plan(NamedTuple):
 
 
 def chunk_rows(n: int, most: int, hidden_size: int, multiprocessors: int, accumulate: bool) -> int:
-    """Return how many of n rows to take at once: about as many each time, and at most `most`.
+    """Return how many of n rows to take at once: chunks of about equal size, at most `most` rows.
 
-    More chunks than necessary pay where the GEMM for dhidden, whose result has few tiles, then
-    fills its last wave of multiprocessors. Each further chunk adds to dweight, if there is one.
+    The result of the GEMM for dhidden has few tiles, so its last wave may leave multiprocessors
+    idle. More chunks than necessary can fill that wave better. But each further chunk reads and
+    writes the sum of dweight, if there is one (`accumulate`).
     """
     columns = -(-hidden_size // GEMM_COLUMNS)
     addition = ACCUMULATION_ROWS * hidden_size / (GEMM_ROWS * GEMM_COLUMNS) * accumulate
 
     def cost(count: int) -> float:
-        """Time of the GEMMs for dhidden, and of the additions to dweight, in GEMM tiles."""
+        """Time of the GEMMs for dhidden and of the additions to dweight, in units of a tile."""
         waves = -(-(-(-n // (count * GEMM_ROWS)) * columns) // multiprocessors)
         return count * waves * multiprocessors + (count - 1) * addition
 
@@ -156,15 +158,15 @@ def chunk_rows(n: int, most: int, hidden_size: int, multiprocessors: int, accumu
 
 
 def padded(vocab: int) -> int:
-    """Return the width of a row of 16-bit exponentials that begins, like the next, at 16 bytes."""
+    """Return the row stride of 16-bit exponentials: every row begins at a multiple of 16 bytes."""
     return -(-vocab // 8) * 8
 
 
 def default_workspace_mb(vocab: int, device_type: str) -> float:
-    """Return the default budget in MiB for the logits tiles.
+    """Return the default workspace in MiB for the logits tiles.
 
-    A CPU gets 256 rows of fp32 logits. A GPU gets 8192 rows of an fp32 and a 16-bit tile, and at
-    most 2.5 GiB: 8192 rows of the 16-bit tile alone, for a vocabulary of 151,936 or more.
+    On a CPU: 256 rows of fp32 logits. On a GPU: 8192 rows of an fp32 and a 16-bit tile, but at
+    most 2.5 GiB, which is about 8192 rows of the 16-bit tile alone for a vocabulary of 151,936.
     """
     if device_type == "cpu":
         return CPU_CHUNK_ROWS * vocab * 4 / MIB

@@ -1,10 +1,10 @@
 """The loss of packed rows and its gradients, by the cheapest route that is exact.
 
-one pass     6NVH: gradients while the logits are at hand. Losses separable over rows only
-Jacobian     4NVH: frozen head, dhidden = dL/dlogp times a row that is known before the loss is
+one pass     6NVH: gradients while the logits are at hand; only for losses separable over rows
+Jacobian     4NVH: frozen head; dhidden = dL/dlogp * dlogp/dhidden, computed before the loss
 two phases   8NVH: log-probs, then the loss, then a backward on the rows that have a gradient
 sparse       2NVH: log-probs and a few entries of each row, then the loss, then sums over entries;
-             not exact but unbiased, and only where it is asked for (`fastgrpo.head.sparse`)
+             not exact but unbiased, and only if asked for (`fastgrpo.head.sparse`)
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Result = TypeVar("Result", bound=Evaluated, covariant=True)
 
 
 class Loss(SeparableLoss, Protocol[Result]):
-    """What a route asks of the loss: a function from log-probs to their gradient."""
+    """The interface of a loss: from the scores of rows to its value and gradients."""
 
     separable: bool
-    """Whether `upstream` can be had chunk by chunk."""
+    """Whether `upstream` can be computed chunk by chunk."""
     estimate: Tensor | None
-    """(n,) log-probs of about the same policy, nats, for a draw in the forward."""
+    """(n,) log-probs under a nearby policy, nats; they let a sparse forward draw its entries."""
 
     def evaluate(self, scored: Logps) -> Result:
         """Return the loss of all rows with its gradients."""
@@ -95,7 +95,7 @@ class _SumOfLogps(NamedTuple):
 def logps_and_jacobian(
     rows: Rows, head: Head, plan: Plan, with_entropy: bool
 ) -> tuple[Logps, Tensor]:
-    """Return the scores and dlogp/dhidden (n, H): with it a backward is elementwise."""
+    """Return the scores and dlogp/dhidden (n, H), with which a backward is elementwise."""
     scored, grads = logps_and_grads(rows, head, plan, HIDDEN_ONLY, _SumOfLogps(with_entropy))
     return scored, grads.hidden
 
@@ -135,14 +135,14 @@ def _sparse(
 
 
 def _and_rest(scored: Logps, rest: Rows, head: Head, plan: Plan, with_entropy: bool) -> Logps:
-    """Return the scores of rows with a gradient, and of the rest, which have none, behind them."""
+    """Append the scores of the remaining rows, which have no gradient."""
     if not len(rest.ids):
         return scored
     return Logps.cat([scored, logps_fwd(rest, head, plan, with_entropy)])
 
 
 def _before_rest(grads: Grads, num_live: int, n: int) -> Grads:
-    """Fill the gradient of hidden up with the rows that have none."""
+    """Append zeros to the gradient of hidden for the remaining rows, which have no gradient."""
     if num_live == n or grads.hidden is None:
         return grads
     first = torch.arange(num_live, device=grads.hidden.device)

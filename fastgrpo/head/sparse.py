@@ -1,15 +1,15 @@
 """The unbiased sparse backward: 2NVH for scores and gradients, whatever the loss.
 
 A row's gradient with respect to its logits is g ([v = y] - p_v), leaving out 1/T, the softcap and
-an entropy term. Its second half is estimated. An entry v is kept with probability pi_v, near
-min(1, p_v / tau), and counts p_v / pi_v: the mean over seeds is the exact gradient. The target is
-always kept, and exact. Gradients of hidden and weight are then sums over a few rows of the other.
-They add at most tau / (1 - tau) of the variance that sampling the token has. Proofs:
-docs/sparse-backward.md, where tau is what `sparsity` is called here.
+an entropy term. The term p_v is estimated. An entry v is kept with probability pi_v, about
+min(1, p_v / tau), and counts p_v / pi_v, so that the mean over seeds is the exact gradient. The
+target is always kept, and its entry is exact. dhidden is then a sum over a few rows of the weight,
+and dweight a sum over a few hidden states. The estimate adds at most tau / (1 - tau) of the
+variance that sampling the token has. Proofs: docs/sparse-backward.md; its tau is `sparsity` here.
 
-The entries are drawn while the logits are at hand. That needs an estimate of each row's lse before
-the pass: it decides how many entries are kept, never what the mean is. Without an estimate a second
-pass over the rows that have a gradient draws them: 4NVH.
+The entries are drawn while the logits are at hand. This needs an estimate of each row's lse before
+the pass. The estimate affects how many entries are kept, but never the mean. Without one, a second
+pass over the rows that have a gradient draws the entries: 4NVH.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from fastgrpo.torch_kernels.logit_math import tile_logits
 from fastgrpo_kernels import WORD_BITS, Draw, Head, Kept, Logps, Rows, RowState, Upstream
 
 MOST_SLOTS = 2048
-SIGMAS = 8  # beyond which no count is found from its expectation: 1e-13
+SIGMAS = 8  # a count is further than this from its expectation with probability 1e-13
 METRICS = ("kept_entries", "kept_entries_max", "overflow_rows", "variance_bound_max")
 
 
 class Words(NamedTuple):
-    """What a seed gives: with a row's anchor, the words decide which entries it keeps."""
+    """The random words of a seed: with a row's anchor they decide which entries are kept."""
 
     sparsity: float
     column_words: Tensor  # (V,) int32
@@ -50,7 +50,7 @@ class Words(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The kept entries of rows, and what they were drawn with."""
+    """The kept entries of rows, and the anchors with which they were drawn."""
 
     kept: Kept
     anchor: Tensor  # (n,) log(sparsity) above the estimate of lse
@@ -59,7 +59,7 @@ class Entries(NamedTuple):
         return Entries(self.kept[index], self.anchor[index])
 
     def overflow(self, scored: Logps) -> Tensor:
-        """Return the rows (n,) bool whose entries do not all fit, or were not drawn for NaN."""
+        """Return the rows (n,) bool whose entries do not fit, or could not be drawn (NaN, inf)."""
         usable = self.anchor.isfinite() & scored.lse.isfinite()
         return (self.kept.count > self.kept.ids.shape[1]) | ~usable
 
@@ -67,7 +67,7 @@ class Entries(NamedTuple):
 def random_words(seed: Tensor, n: int) -> Tensor:
     """Return n words (n,) int32 of `WORD_BITS` bits, the same for a seed () int64 on any device.
 
-    SplitMix64 (Steele, Lea, Flood 2014): a counter times an odd constant, finalised.
+    SplitMix64 (Steele, Lea, Flood 2014): a counter times an odd constant, through a finaliser.
     """
     x = seed * -7046029254386353131 + torch.arange(1, n + 1, device=seed.device)
     x = x * -7046029254386353131
@@ -77,14 +77,15 @@ def random_words(seed: Tensor, n: int) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shift right and fill with zeros, where int64 would fill with its sign."""
+    """Shift right and fill with zeros; `>>` of an int64 fills with the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def slots(sparsity: float, vocab: int) -> int:
-    """Return how many entries a row may keep, its target among them.
+    """Return how many entries a row may keep, including its target.
 
-    With an estimate that is right a row keeps 1/sparsity on average at most, whatever its entropy.
+    With an exact estimate of the lse, a row keeps at most 1/sparsity entries on average, whatever
+    its entropy.
     """
     expected = 1.1 / sparsity
     return 1 + min(vocab, math.ceil(expected + SIGMAS * math.sqrt(expected)) + 64, MOST_SLOTS)
@@ -96,7 +97,7 @@ def logps_and_entries(
     plan: Plan,
     with_entropy: bool,
     words: Words,
-    estimate: Tensor,  # (n,) log-probs of about the same policy, nats
+    estimate: Tensor,  # (n,) log-probs under a nearby policy, nats
 ) -> tuple[Logps, Entries]:
     """Score rows and keep entries in the same pass: 2NVH."""
     kernels, kept = plan.kernels, _target_only(rows, head, plan, words.sparsity)
@@ -158,8 +159,9 @@ def entries_bwd(
         bounds = _bounds(row, len(rows.ids))
         kernels.bag_sum(dhidden, head.weight, ids, coef, bounds)
         if not head.softcap:
-            # An exact gradient with respect to a row's logits sums to 0. What the estimate's sum is
-            # instead would act on what all rows of the weight have in common.
+            # The exact gradient with respect to a row's logits sums to 0, its estimate only on
+            # average. The estimate's sum would multiply what all rows of the weight have in common.
+            # (sum) * (mean row of the weight) has mean 0, and is subtracted.
             excess = coef.new_zeros(len(rows.ids), 1)
             kernels.bag_sum(
                 excess, torch.ones_like(coef)[:1, None], torch.zeros_like(ids), coef, bounds
@@ -178,11 +180,11 @@ def entries_bwd(
 
 
 def metrics(entries: Entries, scored: Logps) -> Tensor:
-    """Return `METRICS` (len, 2) of the rows for which entries were drawn, with their number."""
+    """Return `METRICS` (len, 2): each with its count, the number of rows that drew entries."""
     excess = (entries.anchor - scored.lse).exp()
     overflow = entries.overflow(scored)
     bound = torch.where(excess < 1, excess / (1 - excess), torch.inf)
-    # Rows that overflow are exact.
+    # Rows that overflow have an exact gradient.
     bound = bound.masked_fill(overflow, 0.0)
     count = entries.kept.count.clamp(max=entries.kept.ids.shape[1]).to(excess.dtype)
     n = excess.new_full((), len(excess))
@@ -201,10 +203,10 @@ def _entry_gradients(
     upstream: Upstream,
     anchor: Tensor,  # (E,)
 ) -> Tensor:
-    """Return dL/dz0 (E,) of entries: exact at the target, elsewhere p / pi in the place of p."""
+    """Return dL/dz0 (E,) of entries: exact at the target, elsewhere with p / pi in place of p."""
     levels = 2**WORD_BITS
     p = (z - scored.lse).exp()
-    # Of the 2^23 uniform numbers those below e keep the entry, and 0 is one of them.
+    # The share of the 2^23 possible uniform numbers, 0 among them, that are below e.
     inclusion = ((z - anchor).exp() * levels).ceil().clamp(1, levels) / levels
     weight = torch.where(is_target, p, p / inclusion)
     if head.softcap:
@@ -240,16 +242,16 @@ def _target_only(rows: Rows, head: Head, plan: Plan, sparsity: float) -> Kept:
 def _settle_overflow(
     rows: Rows, head: Head, plan: Plan, sparsity: float, scored: Logps, entries: Entries
 ) -> None:
-    """Decide which rows overflow by the number of entries that they were to keep on average.
+    """Decide which rows overflow, by the expected number of their entries.
 
-    If the number that a row did keep decided, rows near the limit would count when their draw was
-    small and not when it was large: a bias. Most rows are far from the limit, which either their
-    probabilities or the number kept tell; for the others the expectation is computed.
+    Deciding by the number that a row did keep would be biased: near the limit, a row would be
+    estimated when its draw was small and not when it was large. Most rows are far from the limit,
+    as their probabilities or the number kept tell. For the others the expectation is computed.
     """
     (_, logits, count), anchor = entries
     most = logits.shape[1]
-    # exp(anchor - lse) is the sparsity that the estimate made of the one asked for: where it is
-    # much more, it would be paid for in variance.
+    # exp(anchor - lse) is the sparsity that the row really has, given the error of its estimate.
+    # If it is much larger than asked for, so is the variance: such rows overflow too.
     count.masked_fill_(anchor - scored.lse > 0.5 * math.log(sparsity), most + 1)
     if most > len(head.weight):  # no row has more entries
         return
@@ -260,14 +262,14 @@ def _settle_overflow(
     if not len(some):
         return
     rows, anchor = rows[some], anchor[some]
-    expected = 1 - (logits[some, 0] - anchor).exp().clamp_(max=1)  # the target is kept anyway
+    expected = 1 - (logits[some, 0] - anchor).exp().clamp_(max=1)  # the target is always kept
     for tile, c in logits_tiles(rows, head, plan):
         expected[c] += (tile_logits(tile) - anchor[c, None]).exp_().clamp_(max=1).sum(1)
     count[some[expected > limit]] = most + 1
 
 
 def _draws_while_scoring(rows: Rows, head: Head, plan: Plan) -> bool:
-    """Whether a kernel draws in the epilogue of its product, without a tile."""
+    """Whether a kernel draws in the epilogue of its product, without a tile of logits."""
     able = plan.kernels.linear_draw_fwd is not None and plan.uses_anchored(rows, head)
     return able and len(rows.ids) > 0
 

@@ -1,7 +1,7 @@
-"""The CPU's implementation: for each file of Triton kernels one of this name, in plain torch.
+"""The torch backend, for CPUs: each file has the name of its file of Triton kernels.
 
-Names, signatures and results are those of `fastgrpo_kernels`; tiles may have any strides, and
-float64 is supported. Whatever is vocabulary-sized is handled by the caller in tiles
+Names, signatures and results are those of `fastgrpo_kernels`. Tiles may have any strides, and
+float64 is supported. The caller handles everything vocabulary-sized in tiles
 (`fastgrpo.head.loops`).
 """
 
@@ -17,8 +17,8 @@ from fastgrpo.torch_kernels.policy_loss import segment_reduce, token_loss
 from fastgrpo.torch_kernels.sparse_entries import bag_sum, entry_logits, tile_draw
 from fastgrpo_kernels import Head, Rows, matmul
 
-ROW_MAJOR_TILES = False  # CPU GEMMs write a tile faster column by column
-# What makes logits in registers has no twin: the loops score tiles that lie in cache.
+ROW_MAJOR_TILES = False  # CPU GEMMs are faster with column-major results
+# Kernels that keep logits in registers have no twin: the loops score tiles that fit in cache.
 linear_logps_fwd = anchored_logps_fwd = linear_draw_fwd = None
 
 

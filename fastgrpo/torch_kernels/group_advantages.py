@@ -1,4 +1,4 @@
-"""What advantages are made of: each reward beside the statistics of its group."""
+"""Statistics of each reward's group, from which advantages are computed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def group_stats(
     weights: Tensor | None = None,  # (B,)
     leave_one_out: bool = False,
 ) -> GroupStats:
-    """Return the statistics of each row's group, or of the row's group without the row itself.
+    """Return the statistics of each row's group, with or without the row itself.
 
-    In fp64, so that a row can be taken out of the sums of its group again.
+    Computed in fp64, so that a row can be subtracted from the sums of its group.
     """
     lengths = cu_groups.diff()
     group = torch.repeat_interleave(lengths, output_size=rewards.shape[0])
@@ -46,7 +46,7 @@ def group_stats(
         share = torch.where(weight > 0, weight / (count - weight), 0.0)
         square = square - weight * gap.square() * (1 + share)
         stats = count - weight, mean - gap * share, square, low, high
-        # Without the only highest or lowest reward, hardly anything may be left of a sum.
+        # Subtracting the only highest or lowest reward may cancel a sum: sum again without it.
         for extreme in (low, high):
             alone = (reward == extreme) & (weight > 0)
             alone &= total(alone.double()) == 1

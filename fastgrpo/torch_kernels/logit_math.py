@@ -1,4 +1,4 @@
-"""What the torch twins share: the transform of raw logits, its slope, and where targets are."""
+"""Shared by the torch twins: the transform of raw logits, its slope, and the target entries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def scaled_logits(
     inv_temperature: Tensor | None,  # (n,)
     head: Head,
 ) -> Tensor:
-    """Return softcap(scale * (z + bias)) * inv_temperature; z itself when all of them are off."""
+    """Return softcap(scale * (z + bias)) * inv_temperature; z itself if all of them are off."""
     if bias is not None:
         z = z + bias
     if head.logit_scale != 1.0:
@@ -24,7 +24,7 @@ def scaled_logits(
 
 
 def tile_logits(tile: Tile) -> Tensor:
-    """Return the logits z (n, Vs) of a tile, which stays as it is; its own z if nothing is on."""
+    """Return the logits z (n, Vs) of a tile; its own z if there is nothing to transform."""
     return scaled_logits(tile.z, tile.bias, tile.rows.inv_temperature, tile.head)
 
 
@@ -37,12 +37,12 @@ def logit_slope(tile: Tile, like: Tensor) -> Tensor | None:
 
 
 def targets(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the rows whose id lies in the slice, and its column there."""
+    """Return the rows whose id lies in the slice, and their columns there."""
     columns = ids - vocab_start
     rows = ((columns >= 0) & (columns < width)).nonzero()[:, 0]
     return rows, columns[rows]
 
 
 def tile_targets(tile: Tile) -> tuple[Tensor, Tensor]:
-    """Return the rows whose id lies in the tile, and its column there."""
+    """Return the rows whose id lies in the tile, and their columns there."""
     return targets(tile.rows.ids, tile.columns.start, tile.z.shape[1])

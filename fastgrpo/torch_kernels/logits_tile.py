@@ -13,7 +13,7 @@ from fastgrpo_kernels import Logps, RowState, Tile, Upstream
 
 
 def tile_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
-    """Fold one tile of logits, left as it is, into the running softmax statistics of its rows."""
+    """Merge one tile of logits into the softmax statistics of its rows; the tile is not changed."""
     z = tile_logits(tile)
     anchor, moved = _move_maximum(z, tile, state)
     e = (z - anchor[:, None]).exp_()
@@ -25,9 +25,10 @@ def tile_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
 
 
 def tile_exp(tile: Tile, state: RowState) -> Tensor:
-    """Fold one tile like `tile_stats`, leave exp(z - anchor) in it and return the anchor (n,).
+    """Merge one tile like `tile_stats`, leave exp(z - anchor) in it, and return the anchor (n,).
 
-    Without softcap and entropy the gradient is a multiple of them: half of the work is saved.
+    Without softcap and entropy the gradient is a multiple of these exponentials. Keeping them saves
+    half of the work.
     """
     z = tile.z
     if tile.bias is not None:
@@ -120,7 +121,7 @@ def _move_maximum(z: Tensor, tile: Tile, state: RowState) -> tuple[Tensor, Tenso
     Return the anchor to subtract before exp(), and by how much the old maximum lies below it.
     """
     new_max = torch.maximum(state.max, z.amax(1))
-    # A row of -inf so far has no maximum to subtract: any finite anchor keeps exp() at 0.
+    # A maximum of -inf cannot be subtracted: any finite anchor keeps exp() at 0.
     anchor = new_max.masked_fill(new_max == -torch.inf, 0.0)
     moved = state.max - anchor
     state.max.copy_(new_max)

@@ -11,13 +11,13 @@ from torch import Tensor
 from fastgrpo.torch_kernels.logit_math import scaled_logits, tile_logits, tile_targets
 from fastgrpo_kernels import WORD_BITS, Draw, Head, Kept, Rows, Tile
 
-BLOCK = 2**22  # numbers of a gathered or summed block
+BLOCK = 2**22  # numbers in a gathered or summed block
 
 
 def tile_draw(tile: Tile, draw: Draw, kept: Kept) -> None:
-    """Add the entries that a slice of the vocabulary keeps to `kept`, in place, by column."""
+    """Append the kept entries of one slice of the vocabulary to `kept`, in column order."""
     z, start = tile_logits(tile), tile.columns.start
-    # Column by column, as the GEMM wrote the tile.
+    # Transposed, because the tile is column-major.
     e = (z.t() - draw.anchor).exp_().mul_(2**WORD_BITS)
     keep = (e > draw.column_words[tile.columns, None] ^ draw.row_words).t().contiguous()
     keep[tile_targets(tile)] = False
@@ -36,10 +36,10 @@ def entry_logits(
     rows: Rows,
     head: Head,
     entries: Tensor,  # (n, K) int32 columns
-    count: Tensor | None,  # (n,) int32: how many of a row's are meant; None: all
+    count: Tensor | None,  # (n,) int32: the number of a row's entries; None: all K
     out: Tensor,  # (n, K)
 ) -> None:
-    """Write the logits of some entries of each row to `out`; beyond `count` anything may follow."""
+    """Write the logits of some entries of each row to `out`; beyond `count` they are arbitrary."""
     slots = max(entries.shape[1], 1)
     step = max(1, BLOCK // (slots * rows.hidden.shape[1]))
     for start in range(0, len(rows.ids), step):
@@ -63,7 +63,7 @@ def bag_sum(
     if table.dtype == coef.dtype:
         _add_bags(out, table, index, coef, bounds)
         return
-    # A slice of the table after the other is converted, and adds what the bags take from it.
+    # The table is converted slice by slice; each slice adds its part of every bag.
     total = torch.zeros_like(out, dtype=coef.dtype) if out.dtype != coef.dtype else out
     step = max(1, BLOCK // table.shape[1])
     bag = torch.repeat_interleave(bounds.diff(), output_size=len(index))

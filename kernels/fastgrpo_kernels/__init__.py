@@ -1,7 +1,7 @@
 """Triton kernels of fastgrpo and their launchers. Imports torch and triton only.
 
-Callers pack: rows that a mask or an ignored id leaves out never reach a launcher. Mathematics,
-memory and tiling: kernels/README.md. What a launcher takes: `operands`.
+Callers pack: masked rows and rows with an ignored id never reach a launcher. Mathematics, memory
+and tiling: kernels/README.md. The types of the arguments: `operands`.
 """
 
 from .anchored_logps import Anchored, Marks, anchored_logps_fwd, has_anchored, mask_words
@@ -14,7 +14,7 @@ from .policy_loss import STATS, TokenLoss, Tokens, TokenTerms, segment_reduce, t
 from .sparse_entries import WORD_BITS, Kept, bag_sum, entry_logits, linear_draw_fwd, tile_draw
 
 ROW_MAJOR_TILES = True  # one program reads one row of a tile
-# A kernel reads a tile again for its gradient: exponentials kept in it would save nothing.
+# `tile_grad` reads the tile again in any case: keeping exponentials in it would save nothing.
 tile_exp = tile_exp_grad = None
 
 __all__ = [

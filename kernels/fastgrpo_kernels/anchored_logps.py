@@ -1,11 +1,12 @@
-"""Log-probs on Hopper, and the exponentials that their gradient is made of, in one pass: 2NVH.
+"""Log-probs on Hopper and Blackwell, with the exponentials that their gradient needs: 2NVH.
 
-The chosen token's logit is a dot product, known before any other. It anchors the softmax: every
-exponential is final as soon as its logit is, without a running maximum and without a second look.
+The chosen token's logit is one dot product, and is computed first. It anchors the softmax: every
+exponential is final as soon as its logit is, so no running maximum and no second pass is needed.
 A persistent kernel multiplies tiles that TMA fetches and takes exp(z - anchor) on the fp32
-accumulator. Sums go to a partial per row and tile; on request the exponentials go to a 16-bit tile,
-and the entries that a sparse backward draws to a bit mask. Rows whose sum leaves the safe range are
-listed on the device and scored again by the portable kernel. Mathematics: kernels/README.md.
+accumulator. The sums go to a partial per row and tile. On request it also stores the exponentials
+in a 16-bit tile, or marks the entries that a sparse backward draws in a bit mask. Rows whose sum
+leaves the safe range are listed on the device and scored again by the portable kernel.
+Mathematics: kernels/README.md.
 """
 
 from __future__ import annotations
@@ -47,34 +48,34 @@ WORD = 32  # entries of the vocabulary per word of a mask
 class Marks(NamedTuple):
     """Where to mark the entries that a draw keeps."""
 
-    draw: Draw  # its anchor, fp32, takes the place of the one at the target
-    mask: Tensor  # (n, mask_words(V)) int32, written: `compact_mask` reads it
+    draw: Draw  # its anchor (fp32) replaces the one above the target's logit
+    mask: Tensor  # (n, mask_words(V)) int32, output: `compact_mask` reads it
 
     def __getitem__(self, c: slice) -> Marks:  # type: ignore[override]
         return Marks(self.draw[c], self.mask[c])
 
 
 class Anchored(NamedTuple):
-    """What a pass over the logits gives, fp32 (n,), in nats."""
+    """The results of one pass over the logits, fp32 (n,), in nats."""
 
     scored: Logps
     log_scale: Tensor  # anchor - lse: p_v = exp(z_v - anchor) exp(log_scale); 0 where redone
-    redone: Tensor  # bool: scored by the portable kernel; of a Marks, the mask says nothing
+    redone: Tensor  # bool: scored by the portable kernel; the row's mask is then meaningless
 
     def __getitem__(self, c: slice) -> Anchored:  # type: ignore[override]
         return Anchored(self.scored[c], self.log_scale[c], self.redone[c])
 
 
 def mask_words(vocab_size: int) -> int:
-    """Width of a Marks's mask: whole tiles of any launch entry."""
+    """Width of the mask of a `Marks`: enough for whole tiles of any launch entry."""
     return -(-vocab_size // 256) * 256 // WORD
 
 
 def has_anchored(rows: Rows, head: Head) -> bool:
     """Whether `anchored_logps_fwd` takes these operands on this device.
 
-    It needs 16-bit operands of one dtype, and a weight that TMA can address. Rows of `hidden` that
-    it cannot are copied: whether a row goes this way must not depend on where it lies.
+    It needs 16-bit operands of one dtype, and a weight that TMA can address. `hidden` is copied if
+    TMA cannot address it: the choice of kernel must not depend on where the rows are in memory.
     """
     hidden, weight = rows.hidden, head.weight
     return (
@@ -87,7 +88,7 @@ def has_anchored(rows: Rows, head: Head) -> bool:
 
 
 def _addressable(x: Tensor) -> bool:
-    """Whether TMA can: rows of adjacent columns that begin at multiples of 16 bytes."""
+    """Whether TMA can address x: rows of adjacent columns that begin at multiples of 16 bytes."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return aligned and x.stride(1) == 1 and x.numel() > 0
 
@@ -176,11 +177,11 @@ def _anchored_logps_kernel(
     FLATTEN: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """Tile after tile: sums of e = exp(z - anchor) over its columns but the target's, and e."""
+    """For each tile: sums of e = exp(z - anchor) over all columns except the target's, and e."""
     LOG2E: tl.constexpr = 1.4426950408889634
     if WARP_SPECIALIZE:
-        # Each consumer takes half of the rows. The compiler cuts the blocks of descriptors that
-        # it makes itself, and not of those that come from the host.
+        # Each consumer takes half of the rows. The compiler can split the block of a descriptor
+        # made on the device, but not of one that comes from the host.
         hidden = tl.make_tensor_descriptor(hidden, [N, H], [stride_hidden, 1], [BLOCK_N, BLOCK_H])
     blocks_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
@@ -218,7 +219,7 @@ def _anchored_logps_kernel(
             scale *= logit_scale
         if RAGGED_V:
             padding = cols[None, :] >= V - start_v
-            # Only the last tile has any; but a branch would keep the warps from specialising.
+            # Only the last tile has padding, but a branch would prevent warp specialisation.
             if WARP_SPECIALIZE:
                 z = tl.where(padding, -1e30, z)
             elif start_v + BLOCK_V > V:
@@ -226,9 +227,9 @@ def _anchored_logps_kernel(
         anchor = tl.load(anchor_ptr + rows, mask=inside, other=0.0) * LOG2E
         t = z * scale - anchor[:, None]
         if WITH_ENTROPY and bias_ptr is not None:
-            # 2^-300 is 0 like 2^-inf, but 0 times -300 is no NaN. NaN stays NaN.
+            # 2^-300 is 0 like 2^-inf, but 0 times -300 is 0 and not NaN. NaN stays NaN.
             t = tl.maximum(t, -300.0, propagate_nan=tl.PropagateNan.ALL)
-        # Within the tile 32 bits are enough.
+        # 32 bits are enough for a position within the tile.
         index = (tl.load(ids_ptr + rows, mask=inside, other=-1) - start_v).to(tl.int32)
         e = tl.where(cols[None, :] == index[:, None], 0.0, tl.exp2(t))
         partial_ptrs = partials_ptr + tile_v.to(tl.int64) * N + rows
@@ -237,17 +238,17 @@ def _anchored_logps_kernel(
             tl.store(partial_ptrs + tiles_v.to(tl.int64) * N, tl.sum(e * t, 1), mask=inside)
         if exps is not None:
             if SOFTCAP:
-                # From t again: no registers to keep the slope in since then.
+                # Recomputed from t: keeping the slope until here would take too many registers.
                 tanh = (t + anchor[:, None]) * (1.0 / (scale * softcap))
                 e *= 1.0 - tanh * tanh
             exps.store([start_n, start_v], e.to(exps.dtype))
         if mask_ptr is not None:
             words = tl.load(column_words_ptr + start_v + cols, mask=start_v + cols < V, other=0)
             word = tl.load(row_words_ptr + rows, mask=inside, other=0)
-            # 23 bits as the mantissa of a number in [1, 2): exact, and no conversion.
+            # 23 bits as the mantissa of a number in [1, 2): exact, without a conversion.
             bits = (words[None, :] ^ word[:, None]) | 0x3F800000
             marked = e > bits.to(tl.float32, bitcast=True) - 1.0
-            # What a thread holds of a row goes into one word: 16 pairs of columns, 8 apart.
+            # A word takes the entries of a row that one thread holds: 16 pairs of columns, 8 apart.
             bit = (1 << (cols // 8 % 16 * 2 + cols % 2))[None, :]
             marks = tl.reshape(tl.where(marked, bit, 0), [BLOCK_N, BLOCK_V // 128, 16, 4, 2])
             packed = tl.reshape(tl.sum(tl.sum(marks, 4), 2), [BLOCK_N, BLOCK_V // 32])
@@ -273,10 +274,10 @@ def _finish_anchored_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Some rows: sum their partials in order, and tell which sums cannot be trusted."""
+    """Some rows: sum their partials in order, and mark the rows whose sum cannot be trusted."""
     LN2: tl.constexpr = 0.6931471805599453
-    LARGEST: tl.constexpr = 1.2676506e30  # 2^100: gradients multiply by its inverse
-    SMALLEST: tl.constexpr = 8.6736174e-19  # 2^-60: V terms that underflowed are nothing to it
+    LARGEST: tl.constexpr = 1.2676506e30  # 2^100: gradients multiply by the sum's inverse
+    SMALLEST: tl.constexpr = 8.6736174e-19  # 2^-60: V underflowed terms are negligible beside it
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     target = tl.load(target_ptr + rows, mask=inside, other=0.0)
@@ -288,7 +289,8 @@ def _finish_anchored_kernel(
         tiles = start + tl.arange(0, BLOCK_T)[:, None]
         mask = (tiles < T) & inside[None, :]
         s = tl.load(partials_ptr + tiles.to(tl.int64) * N, mask=mask, other=0.0)
-        # Kahan's sum: hundreds of partials, and an entropy that multiplies their error by 40.
+        # Kahan summation: there are hundreds of partials, and the entropy multiplies their error
+        # by 40.
         part = tl.sum(s, 0) - lost
         longer = total + part
         lost = (longer - total) - part
@@ -299,8 +301,8 @@ def _finish_anchored_kernel(
     trusted = (total <= LARGEST) & ((total >= SMALLEST) | (own >= SMALLEST))
     trusted &= tl.abs(target) < float("inf")
     if entropy_ptr is not None:
-        # -sum p log p, with log p_v = (z_v - anchor) + log_scale tile by tile: the two are large
-        # and nearly cancel.
+        # -sum p log p with log p_v = (z_v - anchor) + log_scale. Both terms are large and nearly
+        # cancel, so they are added tile by tile.
         surprise = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, T, BLOCK_T):
             tiles = start + tl.arange(0, BLOCK_T)[:, None]
@@ -327,7 +329,7 @@ def _list_rows_kernel(
     N,
     BLOCK_N: tl.constexpr,
 ):
-    """The marked rows in ascending order, and how many they are. One program."""
+    """The marked rows in ascending order, and their count. One program."""
     count = tl.zeros([1], tl.int32)
     for start in range(0, N, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
@@ -343,13 +345,13 @@ def anchored_logps_fwd(
     head: Head,  # weight in hidden's dtype
     with_entropy: bool,
     *,
-    exps: Tensor | None = None,  # (n, V) bf16, written: rows that begin at multiples of 16 bytes
+    exps: Tensor | None = None,  # output, (n, V) bf16: rows begin at multiples of 16 bytes
     marks: Marks | None = None,
 ) -> Anchored:
-    """Return the scores of the rows as `linear_logps_fwd` does, where `has_anchored`.
+    """Return the scores of the rows, as `linear_logps_fwd` does. Requires `has_anchored`.
 
-    With `exps`, p_v = exps_v exp(log_scale) for every v but the target, where it holds 0; under a
-    softcap it is p_v times the derivative of the capping. bf16 only: fp16 would overflow.
+    With `exps`, p_v = exps_v exp(log_scale) for every v except the target, where exps is 0. Under a
+    softcap this is p_v times the derivative of the capping. exps is bf16: fp16 would overflow.
     Scratch: at most 64 MiB, and 12 or 16 bytes per row and 4096 vocabulary entries.
     """
     if exps is not None:
@@ -365,14 +367,14 @@ def anchored_logps_fwd(
         return torch.empty(n, dtype=dtype, device=rows.hidden.device)
 
     if exps is not None and rows.inv_temperature is None:
-        # A factor per row: with one for all rows the compiler spills registers in some modes.
+        # A factor per row: with one factor for all rows the compiler spills in some modes.
         ones = torch.ones(n, dtype=torch.float32, device=rows.hidden.device)
         rows = rows._replace(inv_temperature=ones)
     scored = Logps(new(), new(), new() if with_entropy else None)
     result = Anchored(scored, new(), new(torch.bool))
     store = exps
     if INTERPRETED and exps is not None:
-        # It truncates where hardware rounds to nearest: PyTorch rounds for it.
+        # It truncates where hardware rounds to nearest: PyTorch rounds instead.
         store = torch.empty_strided(exps.shape, exps.stride(), dtype=torch.float32)
     for start in range(0, n, at_once):
         c = slice(start, start + at_once)
@@ -472,7 +474,8 @@ def _sum_tiles(
             V=vocab_size,
             stride_hidden=hidden.stride(0),
             stride_mask=0 if mask is None else mask.stride(0),
-            # Padding vanishes under a positive factor only: NaN sends every row to be redone.
+            # Padding (-1e30) vanishes only under a positive factor. Otherwise NaN makes every row
+            # be scored again.
             logit_scale=head.logit_scale if head.logit_scale > 0 else float("nan"),
             softcap=head.softcap,
             H=hidden.shape[1],
@@ -483,13 +486,14 @@ def _sum_tiles(
             **launch.kwargs(),
         )
 
-    # Descriptors made on the device need an allocator; the caller's own stays as it is.
+    # Descriptors made on the device need an allocator. It is set in a copy of the context, so
+    # that the caller's stays as it is.
     return partials, contextvars.copy_context().run(run)
 
 
 # ---- which variant runs ------------------------------------------------------------------------
 
-_REFUSED: dict[torch.device, str] = {}  # why a device does without warp specialisation, or ""
+_REFUSED: dict[torch.device, str] = {}  # why a device must not specialise warps, or ""
 
 
 def _launch(hidden: Tensor, scores_only: bool) -> Launch:
@@ -515,10 +519,10 @@ def _launch(hidden: Tensor, scores_only: bool) -> Launch:
 def refusal(
     trial: Callable[[Launch], tuple[Tensor, str]], specialised: Launch, flattened: Launch
 ) -> str:
-    """Say why the specialised entry must not be used, "" if it may.
+    """Say why the specialised entry must not be used; "" if it may.
 
-    `trial` runs an entry and returns its sums and its TTGIR. The compiler ignores a wish for warp
-    specialisation in silence, and a race in what it makes of it would show as wrong sums.
+    `trial` runs an entry and returns its sums and its TTGIR. The compiler may silently ignore the
+    request for warp specialisation. A race in the code that it generates would show as wrong sums.
     """
     try:
         sums, ir = trial(specialised)
@@ -533,7 +537,7 @@ def refusal(
 
 
 def _trial(launch: Launch, device: torch.device) -> tuple[Tensor, str]:
-    """Sums of a problem with several tiles for each multiprocessor, and the kernel's TTGIR."""
+    """The sums of a problem with several tiles per multiprocessor, and the kernel's TTGIR."""
     n, vocab_size, hidden_size = 300, 50_000, 512
     g = torch.Generator(device).manual_seed(0)
     shapes = ((n, hidden_size), (vocab_size, hidden_size))

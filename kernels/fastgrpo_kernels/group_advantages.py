@@ -1,4 +1,4 @@
-"""What advantages are made of: each reward beside the statistics of its group."""
+"""Statistics of each reward's group, from which advantages are computed."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from .runtime import architecture, device_of, jit, launch_for, tl
 
 
 class GroupStats(NamedTuple):
-    """What each row is compared with, (B,) fp32: the scored members of its group.
+    """Statistics of each row's group, (B,) fp32, over its members.
 
-    With `leave_one_out` the row itself is not a member; with weights, those of weight 0 are not.
+    Members are the scored rows of the group. With `leave_one_out` the row itself is not a member.
+    With weights, rows of weight 0 are not members.
     """
 
     count: Tensor
     """Number of members, or the sum of their weights."""
     mean: Tensor
-    """Their mean, weighted if weights are given; without members the row's own reward."""
+    """Mean reward of the members, weighted by the weights; the row's own if there are none."""
     gap: Tensor
-    """Reward minus mean, to the accuracy of the spread, however large the mean. Exactly 0 where the
-    row equals every member, where it is not scored and where there is no member."""
+    """Reward minus mean. Its error is relative to the spread, however large the mean. Exactly 0
+    where the row equals every member, where it is not scored, and where there is no member."""
     square: Tensor
     """Sum of squared distances from the mean: exactly 0 if all members are equal."""
     high: Tensor
-    """Their largest reward; without members the row's own."""
+    """Largest reward of the members; the row's own if there are none."""
 
     def std(self, ddof: int) -> Tensor:
-        """Return the standard deviation, (B,): the divisor of the variance is count - ddof."""
+        """Return the standard deviation, (B,); the variance divides by count - ddof."""
         return (self.square / (self.count - ddof).clamp(min=1)).sqrt()
 
 
 @jit
 def _load_members(rewards_ptr, weights_ptr, offs, end, row, LEAVE_ONE_OUT: tl.constexpr):
-    """Rewards of one block and their weights; what is no member has weight 0 and reward 0."""
+    """Rewards of one block and their weights; both are 0 for rows that are not members."""
     reward = tl.load(rewards_ptr + offs, mask=offs < end, other=float("nan"))
     member = reward == reward
     if LEAVE_ONE_OUT:
@@ -61,8 +62,8 @@ def _group_stats_kernel(
 ):
     """One row: range and mean of its group, then moments about that mean.
 
-    The second pass also finds what rounding left in the first one's mean, so that the result is
-    as accurate as the spread of the rewards, however large their mean.
+    The second pass also measures the rounding error of the first pass's mean. So the error of the
+    result is relative to the spread of the rewards, however large their mean.
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.load(groups_ptr + row)
@@ -84,7 +85,7 @@ def _group_stats_kernel(
         low = tl.minimum(low, tl.min(tl.where(weight > 0, reward, float("inf"))))
         high = tl.maximum(high, tl.max(tl.where(weight > 0, reward, float("-inf"))))
     divisor = tl.where(count > 0, count, 1.0)
-    # By the range, not by the rounding of a sum: the mean of equal rewards is that reward.
+    # If all rewards are equal, their mean is exactly that reward, not a rounded sum.
     mean = tl.where(high > low, total / divisor, tl.where(count > 0, low, own))
 
     first = 0.0
@@ -111,7 +112,7 @@ def group_stats(
     weights: Tensor | None = None,  # (B,) fp32 >= 0; None: 1
     leave_one_out: bool = False,
 ) -> GroupStats:
-    """Return the statistics of each row's group, or of the row's group without the row itself."""
+    """Return the statistics of each row's group, with or without the row itself."""
     rows = rewards.numel()
     stats = rewards.new_empty(len(GroupStats._fields), rows)
     lengths = cu_groups.diff()

@@ -1,8 +1,8 @@
-"""Estimates of KL(policy || reference) from a sampled token, and what their gradient is taken of.
+"""Estimates of KL(policy || reference) from a sampled token, and what is differentiated in them.
 
-With x = ref_logp - logp. As in `surrogates`, one source serves Triton and torch, and `formula` is
-the definition that autograd differentiates. The naive gradient of k1 has mean 0 and that of k3 is
-biased (arXiv 2506.09477): hence the second table.
+x = ref_logp - logp. As in `surrogates`, one source serves Triton and torch, and `formula` is the
+definition that autograd differentiates. The gradient of k1 itself has mean 0, and that of k3 is
+biased (arXiv 2506.09477). So a second table chooses what is differentiated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class KLEstimator(NamedTuple):
 class KLGradient(NamedTuple):
     """What is differentiated, given an estimate.
 
-    fn(x, value, slope, ratio) -> (value, its part in dlogp, its part in dlog_ratio);
+    fn(x, value, slope, ratio) -> (value, dvalue/dlogp, dvalue/dlog_ratio);
     formula(x, logp, value, ratio) -> value, differentiable.
     """
 
@@ -51,8 +51,9 @@ def k2(x):
 def k3(x):
     """exp(x) - x - 1: unbiased, never negative (Schulman 2020; verl's "low_var_kl").
 
-    Its derivative in logp is 1 - exp(x). Both lose every digit to cancellation near x = 0, where
-    policies are: there, the first terms of the series. Beyond e^80 it stands still.
+    Its derivative with respect to logp is 1 - exp(x). Near x = 0, where most tokens are, both would
+    lose their digits to cancellation: there the first terms of the series are used. Above x = 80 it
+    is constant.
     """
     x = tl.where(x > 80.0, 80.0, x)
     series = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320))))
@@ -74,13 +75,13 @@ def k3_formula(x: Tensor) -> Tensor:
 
 @jit
 def value_gradient(x, value, slope, ratio):
-    """The estimate's own."""
+    """The gradient of the estimate itself."""
     return value, slope, value * 0.0
 
 
 @jit
 def straight_through(x, value, slope, ratio):
-    """The value of the estimate, the gradient of k2 (verl's "k1+" and "k3+")."""
+    """The value of the estimate with the gradient of k2 (verl's "k1+" and "k3+")."""
     return value, -x, value * 0.0
 
 
@@ -91,9 +92,10 @@ def straight_through_formula(x: Tensor, logp: Tensor, value: Tensor, ratio: Tens
 
 @jit
 def importance(x, value, slope, ratio):
-    """ratio * estimate with the ratio's gradient: unbiased off-policy (DeepSeek-V3.2, TRL).
+    """ratio * estimate, differentiated through the ratio too: unbiased off-policy (DeepSeek-V3.2,
+    TRL).
 
-    Not a no-op where the ratio is 1: the gradient of r k3 is logp - ref_logp there.
+    This changes the gradient even where the ratio is 1: that of r k3 is logp - ref_logp there.
     """
     return ratio * value, ratio * slope, ratio * value
 
@@ -106,7 +108,7 @@ def importance_formula(x: Tensor, logp: Tensor, value: Tensor, ratio: Tensor) ->
 def score_function(x, value, slope, ratio):
     """exp(logp - sg(logp)) * estimate: adds the score-function term (NeMo-RL's default).
 
-    Where a clamp holds the estimate, and its slope is 0, the term has no gradient either.
+    Where the estimate is clamped, so that its slope is 0, this term has no gradient either.
     """
     return value, tl.where(slope == 0.0, 0.0, value + slope), value * 0.0
 

@@ -1,9 +1,9 @@
 """Log-probs, log-sum-exp and entropy of a linear head without logits: 2NVH, O(N) numbers written.
 
-A program multiplies a block of rows with one split of the vocabulary, tile by tile, and folds each
-tile's logits into the running softmax of its rows while they are in registers. The splits depend
-on the vocabulary alone, and a second kernel merges them in order: a row's bits depend neither on
-how many rows there are nor on which of them it is.
+A program multiplies a block of rows with one split of the vocabulary, tile by tile. It merges each
+tile's logits into the softmax statistics of its rows while they are in registers. A second kernel
+merges the splits in order. The splits depend on the vocabulary alone, so a row's result does not
+depend on the other rows of the batch, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .runtime import (
 
 
 class RowList(NamedTuple):
-    """Some of the rows, listed on the device, so that the host need not know how many."""
+    """A subset of the rows, listed on the device: the host need not know how many they are."""
 
-    index: Tensor  # (n,) int32: the first `count` are meant, in ascending order
+    index: Tensor  # (n,) int32: the first `count` are the listed rows, in ascending order
     count: Tensor  # (1,) int32
 
 
@@ -47,9 +47,9 @@ def _grouped_program(N, V, BLOCK_N: tl.constexpr, SPLIT_V: tl.constexpr, GROUP_N
 
 @jit
 def _listed_rows(row_block, index_ptr, count_ptr, N, BLOCK_N: tl.constexpr):
-    """Places of this block among the rows that are meant, the rows there, and how many there are.
+    """This block's positions in the list, the rows there, and the length of the list.
 
-    Without a list every row is meant.
+    Without a list: all rows.
     """
     places = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = places
@@ -206,7 +206,7 @@ def _merge_splits_kernel(
     owner = tl.where(valid, ids // SPLIT_V, 0)
     target = tl.load(partials_ptr + 2 * stride_stat + owner * N, mask=inside & valid, other=0.0)
     log_sum = tl.log(s)
-    # Not target - lse: this order is exact at the maximum and never above 0.
+    # (target - m) first, rather than target - lse: exact at the maximum and never above 0.
     logps = tl.where(valid, (target - m) - log_sum, float("nan"))
     tl.store(logps_ptr + rows, logps, mask=inside)
     tl.store(lse_ptr + rows, m + log_sum, mask=inside)
@@ -276,7 +276,7 @@ def _exps_kernel(
 def _gemm(hidden: Tensor, weight: Tensor, narrow: bool = False) -> tuple[Launch, dict[str, Any]]:
     """The launch entry of a portable logits GEMM, and how it treats its operands.
 
-    `narrow` tiles leave registers to an epilogue that stores a number per logit.
+    `narrow` tiles leave registers for an epilogue that stores a number per logit.
     """
     same_dtype = hidden.dtype == weight.dtype
     bits = 32 if hidden.dtype == torch.float32 or not same_dtype else 16
@@ -285,13 +285,16 @@ def _gemm(hidden: Tensor, weight: Tensor, narrow: bool = False) -> tuple[Launch,
     ragged = narrow or hidden.shape[1] % launch.blocks["BLOCK_H"] != 0
     if ragged:
         launch = launch_for("linear_logps_ragged_h", bits, arch)
-    # The interpreter multiplies 16-bit floats as the integers that hold them.
+    # The interpreter multiplies 16-bit floats as if their bits were integers.
     upcast = INTERPRETED or not same_dtype
     return launch, {"RAGGED_H": ragged, "UPCAST": upcast, "PRECISION": dot_precision(bits)}
 
 
 def score_rows(rows: Rows, head: Head, out: Logps, some: RowList | None = None) -> None:
-    """Write the scores of the listed rows, or of all, to `out`; operands have adjacent columns."""
+    """Write the scores of the listed rows to `out`; of all rows if there is no list.
+
+    The operands must have adjacent columns.
+    """
     n, vocab_size = len(rows.ids), len(head.weight)
     launch, operands = _gemm(rows.hidden, head.weight)
     merge = launch_for("merge_splits", 0, architecture(rows.hidden.device))
@@ -327,7 +330,7 @@ def score_rows(rows: Rows, head: Head, out: Logps, some: RowList | None = None) 
 def exps_of_rows(rows: Rows, head: Head, lse: Tensor, exps: Tensor, some: RowList) -> None:
     """Write exp(z - lse) of the listed rows to `exps` (n, V), times the softcap's derivative.
 
-    The target's entry is 0; operands have adjacent columns.
+    The target's entry is 0. The operands must have adjacent columns.
     """
     launch, operands = _gemm(rows.hidden, head.weight, narrow=True)
     n, vocab_size = exps.shape
@@ -357,8 +360,9 @@ def linear_logps_fwd(
 ) -> Logps:
     """Return the scores of the rows, fp32.
 
-    Rows may be strided; columns that are not adjacent cost one copy. The logps of a row whose id is
-    not in [0, V) is NaN. Scratch: 12 or 16 bytes per row and split of 4096 vocabulary entries.
+    Rows may be strided; operands whose columns are not adjacent are copied. The log-prob of a row
+    whose id is not in [0, V) is NaN. Scratch: 12 or 16 bytes per row and split of 4096 vocabulary
+    entries.
     """
     rows, head = adjacent_columns(rows, head)
     out = Logps.empty(rows, torch.float32, with_entropy)

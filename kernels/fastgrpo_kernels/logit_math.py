@@ -51,8 +51,8 @@ def transform_logits(z0, logit_scale, softcap, inv_temperature, SOFTCAP: tl.cons
 def softmax_stats(z, WITH_ENTROPY: tl.constexpr):
     """Along axis 1: m = max z, s = sum exp(z - m), d = sum exp(z - m) (z - m)."""
     m = tl.max(z, 1)
-    # exp(-200) is 0 like exp(-inf), but 0 times -200 is no NaN. The shift spares a row of nothing
-    # but -inf the difference of two infinities. NaN stays NaN.
+    # exp(-200) is 0 like exp(-inf), but 0 times -200 is 0 and not NaN. Where all logits are -inf,
+    # a shift of 0 avoids the difference of two infinities. NaN stays NaN.
     shift = tl.where(m == float("-inf"), 0.0, m)[:, None]
     gap = tl.maximum(z - shift, -200.0, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp(gap)

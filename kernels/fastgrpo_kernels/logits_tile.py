@@ -1,7 +1,7 @@
 """Passes over one tile of logits that a GEMM has written: statistics, gradient, target rows.
 
-Chaining tiles through a RowState gives the whole row's softmax; `tile_grad` then turns a tile into
-dz0, in place if asked.
+Tiles are chained through a `RowState`, which then has the softmax statistics of whole rows. Given
+these, `tile_grad` turns a tile into dz0, in place if asked.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def tile_grad(
 ) -> None:
     """Write the gradient with respect to the raw logits to `out`.
 
-    With `dtarget` the target entry of `out` is 0 and its fp32 value goes to `dtarget`, for the rows
-    whose id lies in this slice; the other rows of `dtarget` are left alone.
+    With `dtarget`, for the rows whose id lies in this slice, the target entry of `out` is 0 and its
+    fp32 value goes to `dtarget`. The other rows of `dtarget` are not changed.
     """
     z = tile.z
     assert out.shape == z.shape and out.stride(1) == 1, "out: shaped like z"
@@ -206,7 +206,7 @@ def _scatter_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The run of equal ids that starts at this program's position, if one does, in its order."""
+    """Add the run of equal ids that starts at this program's position, in order, if one does."""
     first = tl.program_id(0).to(tl.int64)
     id_ = tl.load(ids_ptr + first)
     previous = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
@@ -242,9 +242,10 @@ def scatter_rows(
     rows: Tensor,  # (n, H)
     vocab_start: int,
 ) -> None:
-    """Add coef[order[i]] * rows[order[i]] to acc[sorted_ids[i] - vocab_start], in the slice.
+    """Add coef[order[i]] * rows[order[i]] to acc[sorted_ids[i] - vocab_start].
 
-    Deterministic: one program per run of equal ids and block of columns, in the order given.
+    Ids outside the slice are skipped. Deterministic: one program adds a run of equal ids, for a
+    block of columns, in the order given.
     """
     n, hidden_size = rows.shape
     assert acc.dtype == torch.float32 and acc.stride(1) == 1, "acc: fp32, adjacent columns"

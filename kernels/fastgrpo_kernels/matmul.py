@@ -1,4 +1,4 @@
-"""The one GEMM that is not ours: PyTorch's, with results wider than operands where asked."""
+"""The one GEMM that is not ours: PyTorch's, with fp32 results of 16-bit operands if asked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def matmul(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b, in out's dtype also where the operands have 16 bits."""
+    """out = a @ b, or out += a @ b. 16-bit operands may give fp32 results: out's dtype decides."""
     if a.dtype == out.dtype:
         _multiply(out, a, b, accumulate)
         return

@@ -1,7 +1,7 @@
-"""What travels to a launcher, whole: the head, rows, a tile of logits, and what rows give and get.
+"""The arguments of launchers: the head, rows, a tile of logits, scores, upstream gradients.
 
-A kernel takes only tensors and numbers. What it calls its operands is written here, once for each
-kind: `logit_arguments`, `dot_arguments` and `Tile.arguments` return keyword arguments of kernels.
+A kernel itself takes only tensors and numbers. `logit_arguments`, `dot_arguments` and
+`Tile.arguments` return the keyword arguments of kernels, so that the names are written once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
 
 
 class Logps(NamedTuple):
-    """What scoring rows gives, in nats."""
+    """The scores of rows, in nats."""
 
     logps: Tensor  # (n,)
     lse: Tensor  # (n,)
@@ -69,7 +69,7 @@ class Logps(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Gradients of the loss with respect to what a row gives."""
+    """Gradients of the loss with respect to the scores of each row."""
 
     dlogps: Tensor  # (n,)
     dentropy: Tensor | None = None  # (n,)
@@ -77,12 +77,12 @@ class Upstream(NamedTuple):
     __getitem__ = take  # type: ignore[assignment]
 
     def alive(self) -> Tensor:
-        """Return which rows (n,) bool have a gradient: the others cost nothing."""
+        """Return which rows have a gradient, (n,) bool."""
         alive = self.dlogps != 0
         return alive if self.dentropy is None else alive | (self.dentropy != 0)
 
     def live(self) -> Tensor:
-        """Return the indices of those rows. The host waits for their number."""
+        """Return the indices of the rows with a gradient. The host waits for their number."""
         return self.alive().nonzero()[:, 0]
 
 
@@ -96,18 +96,18 @@ class RowState(NamedTuple):
     max: Tensor  # of z
     sum: Tensor  # of exp(z - max)
     dot: Tensor  # of exp(z - max) * (z - max); only kept where entropy is asked for
-    target: Tensor  # z at the row's id; left alone until the slice with that id comes
+    target: Tensor  # z at the row's id; not written before the slice with that id
 
     __getitem__ = take  # type: ignore[assignment]
 
     @classmethod
     def start(cls, rows: Rows, dtype: torch.dtype) -> RowState:
-        """Return the state of rows that have seen no logits. A foreign id's target stays NaN."""
+        """Return the state before any logits. The target of an id outside [0, V) stays NaN."""
         values = (-torch.inf, 0.0, 0.0, torch.nan)
         return cls(*(torch.full_like(rows.ids, value, dtype=dtype) for value in values))
 
     def finish(self, with_entropy: bool) -> Logps:
-        """Return the scores of rows that have seen all of their logits."""
+        """Return the scores, once all slices of the vocabulary have been merged."""
         log_sum = self.sum.log()
         # (target - max) first: exact where the target is the maximum, and logp never exceeds 0.
         logps = (self.target - self.max) - log_sum
@@ -125,7 +125,7 @@ class Tile(NamedTuple):
     head: Head
 
     def arguments(self) -> dict[str, Any]:
-        """Return what the kernels that read a tile call its parts."""
+        """Return the keyword arguments of the kernels that read a tile."""
         return dict(
             z_ptr=self.z,
             ids_ptr=self.rows.ids,
@@ -141,12 +141,12 @@ class Tile(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What decides which entries v of a row are kept: those with exp(z_v - anchor) > u_v.
+    """Which entries v of a row are kept: those with exp(z_v - anchor) > u_v.
 
     u = (column_words xor row_words) / 2^23, exactly uniform. The target's entry is not drawn.
     """
 
-    anchor: Tensor  # (n,) nats; nothing of a row is drawn where it is NaN
+    anchor: Tensor  # (n,) nats; where it is NaN, no entry of the row is drawn
     column_words: Tensor  # (V,) int32, 23 random bits
     row_words: Tensor  # (n,) int32, 23 random bits
 
@@ -155,13 +155,13 @@ class Draw(NamedTuple):
 
 
 def logit_arguments(rows: Rows, head: Head) -> dict[str, Any]:
-    """Return what the kernels that make all logits of some rows call their operands."""
+    """Return the keyword arguments of the kernels that compute all logits of some rows."""
     shape = dict(ids_ptr=rows.ids, N=len(rows.ids), V=len(head.weight))
     return dot_arguments(rows, head) | shape
 
 
 def dot_arguments(rows: Rows, head: Head) -> dict[str, Any]:
-    """Return what the kernels that make any logits of hidden states call their operands."""
+    """Return the keyword arguments of the kernels that compute any logits from hidden states."""
     return dict(
         hidden_ptr=rows.hidden,
         weight_ptr=head.weight,
@@ -177,6 +177,6 @@ def dot_arguments(rows: Rows, head: Head) -> dict[str, Any]:
 
 
 def adjacent_columns(rows: Rows, head: Head) -> tuple[Rows, Head]:
-    """Return the operands with rows of adjacent columns: a copy of those that are not."""
+    """Return the operands with adjacent columns, copied where necessary."""
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (rows.hidden, head.weight))
     return rows._replace(hidden=hidden), head._replace(weight=weight)

@@ -18,7 +18,7 @@ SEGMENT_OPS = ("sum", "max")
 
 
 class TokenLoss(NamedTuple):
-    """Which loss of a token: multiplier * surrogate + beta * KL."""
+    """Configuration of a token's loss: multiplier * surrogate + beta * KL."""
 
     surrogate: str  # a key of SURROGATES
     parameters: tuple[float, ...]  # as Surrogate.parameters
@@ -30,24 +30,24 @@ class TokenLoss(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the loss of each token is made of, (n,) each; log-probs in nats."""
+    """The inputs of each token's loss, (n,) each; log-probs in nats."""
 
     logps: Tensor
     log_ratio: Tensor  # at the surrogate's ratio level
     advantages: Tensor
     weights: Tensor  # the token's factor in the aggregated loss
-    multipliers: Tensor | None = None  # constants on the policy loss alone, None = 1
-    context: Tensor | None = None  # what the surrogate's rule found, None = 0
+    multipliers: Tensor | None = None  # constant factors of the policy loss alone, None = 1
+    context: Tensor | None = None  # the constant that the surrogate's rule computed, None = 0
     ref_logps: Tensor | None = None  # None: no KL
 
 
 class TokenTerms(NamedTuple):
-    """The loss of each token, its derivatives, and the sums that metrics are made of."""
+    """The loss of each token, its derivatives, and sums for the metrics."""
 
     loss: Tensor  # (n,) weights * (multipliers * L + beta * kl)
     dlogps: Tensor  # (n,) its derivative with respect to logp
-    dratio: Tensor | None  # (n,) and with respect to log_ratio; None: contained in dlogps
-    stats: Tensor  # (6,) STATS: sums over the tokens, the last two extrema
+    dratio: Tensor | None  # (n,) its derivative with respect to log_ratio; None: added to dlogps
+    stats: Tensor  # (6,) STATS: sums over the tokens; the last two are extrema
 
 
 @jit
@@ -68,7 +68,7 @@ def token_terms(
     SLOPE_OF_RATIO: tl.constexpr,
     PENALTY: tl.constexpr,
 ):
-    """multiplier L + beta kl of one token: (value, its part in dlogp, in dlog_ratio, clipped)."""
+    """multiplier L + beta kl of one token: (value, dvalue/dlogp, dvalue/dlog_ratio, clipped)."""
     loss, slope, clipped = SURROGATE(logp, log_ratio, advantage, context, *parameters)
     clipped = tl.where(advantage == 0.0, 0.0, clipped)
     loss = loss * multiplier
@@ -105,7 +105,7 @@ def _token_loss_kernel(
     # outputs: (N,) fp32 and (blocks, 6) fp32
     loss_ptr,
     dlogps_ptr,
-    dratio_ptr,  # None: dlog_ratio/dlogp is 1, the sum of both goes to dlogps
+    dratio_ptr,  # None: dlog_ratio/dlogp is 1, and the sum of both derivatives goes to dlogps
     stats_ptr,
     # sizes and scalars
     N,
@@ -177,8 +177,9 @@ def _token_loss_kernel(
 def token_loss(tokens: Tokens, loss: TokenLoss, separate: bool = False) -> TokenTerms:
     """Return the weighted loss of each token with its derivatives, all fp32. Deterministic.
 
-    Not `separate`: log_ratio moves with logp, and dlogps is the sum of both derivatives. In stats
-    "kl" is the k3 estimate, 0 without ref_logps.
+    With `separate` the derivatives with respect to logp and to log_ratio are returned apart.
+    Without, dlog_ratio/dlogp is taken as 1, and dlogps is their sum. "kl" in stats is the k3
+    estimate, 0 without ref_logps.
     """
     assert loss.beta == 0.0 or tokens.ref_logps is not None, "beta needs ref_logps"
     logps, n = tokens.logps, tokens.logps.numel()
@@ -220,7 +221,7 @@ def merge_blocks(stats: Tensor) -> Tensor:
 
 @jit
 def _segment_reduce_kernel(x_ptr, cu_seqlens_ptr, out_ptr, OP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One segment: reduced in one pass, its result written to every row in another."""
+    """One segment: one pass reduces it, another writes the result to each of its rows."""
     segment = tl.program_id(0)
     start = tl.load(cu_seqlens_ptr + segment).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + segment + 1).to(tl.int64)

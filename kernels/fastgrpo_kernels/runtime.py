@@ -1,7 +1,7 @@
-"""Triton's front door: the only module here that survives its absence, and every launch setting.
+"""The import of Triton, which may be absent, and every launch setting.
 
-Other modules write `from .runtime import jit, tl`. Without Triton `jit` returns the plain function,
-so that the package imports, `surrogates` still serves the torch backend, and launchers raise.
+Other modules write `from .runtime import jit, tl`. Without Triton `jit` returns the plain function:
+the package still imports, `surrogates` serves the torch backend, and launchers raise.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-    # Triton decides while it decorates whether a kernel is compiled or interpreted. This reads the
-    # same setting at the same moment, so both agree for as long as the process lives.
+    # Triton decides whether a kernel is compiled or interpreted when it decorates it. This reads
+    # the same setting at the same moment, so both agree for as long as the process lives.
     INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 except ImportError:
     triton = tl = None
@@ -44,7 +44,7 @@ class Launch:
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of a launch: block sizes and compiler options."""
-        # Triton's default for fused multiply-adds is about to flip: results must not move with it.
+        # Triton's default for fused multiply-adds is about to change: results must not change too.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return {**self.blocks, **options, "enable_fp_fusion": True}
 
@@ -56,14 +56,15 @@ def _gemm(rows: int, vocab: int, hidden: int, num_warps: int, num_stages: int) -
 
 def _persistent(vocab: int, num_warps: int, num_stages: int, warp_specialize=False) -> Launch:
     blocks = {"BLOCK_N": 128, "BLOCK_V": vocab, "BLOCK_H": 64, "GROUP_N": 16}
-    # Flattened, the loads of the next tile are in flight during the epilogue of this one. The
-    # compiler specialises warps only where the loop is not flattened, and then does the same.
+    # In a flattened loop the loads of the next tile are in flight during the epilogue of this one.
+    # Warp specialisation achieves the same, and the compiler does it only in a loop that is not
+    # flattened.
     flags = {"FLATTEN": not warp_specialize, "WARP_SPECIALIZE": warp_specialize}
     return Launch(blocks | flags, num_warps, num_stages)
 
 
-# Large enough that the interpreter is bearable, and small enough that small shapes have several
-# blocks and splits.
+# Large enough that the interpreter is not too slow, and small enough that small shapes have
+# several blocks and splits.
 _INTERPRETED_GEMM = Launch(
     {"BLOCK_N": 64, "BLOCK_V": 256, "BLOCK_H": 64, "SPLIT_V": 512, "GROUP_N": 2}
 )
@@ -72,27 +73,27 @@ ANCHORED_SMALL_H = 1536
 
 # Kernel -> (bits of the dot operands, architecture class) -> launch, with 0 bits where the kernel
 # has no dot and "any" where the architecture does not matter. No entry depends on the number of
-# rows: a row's bits would depend on the batch around it.
+# rows: otherwise the last bits of a row's result would depend on the batch around it.
 LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
     "linear_logps": {
-        # 144 KiB of the 227: the widest accumulator that leaves the epilogue its registers.
+        # 144 KiB of the 227: the widest accumulator that leaves registers for the epilogue.
         (16, "sm_90"): _gemm(128, 256, 64, num_warps=8, num_stages=3),
         # The accumulator has its own memory, but the epilogue reads it into registers at once.
         (16, "sm_100"): _gemm(128, 128, 64, num_warps=8, num_stages=4),
         # mma.sync takes its operands from registers too: half the width of Hopper's tile.
         (16, "sm_80"): _gemm(128, 128, 64, num_warps=8, num_stages=4),
-        # 96 KiB, of the 99 that a block has on these parts.
+        # 96 KiB of the 99 that a block has on these parts.
         (16, "sm_86"): _gemm(128, 128, 64, num_warps=8, num_stages=4),
         # 32 KiB of the 64: one stage in LDS, the next one in registers.
         (16, "hip"): _gemm(128, 128, 64, num_warps=8, num_stages=2),
-        # fp32 dots are plain multiply-adds, operands in registers: the largest tile that fits on
-        # every part and with every supported Triton.
+        # fp32 dots are plain multiply-adds with operands in registers: the largest tile that fits
+        # on every part and with every supported Triton.
         (32, "any"): _gemm(64, 32, 32, num_warps=4, num_stages=2),
         (16, "interpreter"): _INTERPRETED_GEMM,
         (32, "interpreter"): _INTERPRETED_GEMM,
     },
     # Masks in the inner loop need registers that the wide tiles do not leave. H is a multiple of
-    # 64 in the models in use: one entry that fits everywhere.
+    # 64 in common models, so one entry that fits everywhere is enough.
     "linear_logps_ragged_h": {
         (16, "any"): _gemm(128, 128, 32, num_warps=8, num_stages=3),
         (32, "any"): _gemm(64, 32, 32, num_warps=4, num_stages=2),
@@ -103,16 +104,16 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
         # 144 KiB of the 227, and 64 more where a tile is stored as well. 128 columns and 4 warps
         # leave room for two blocks per multiprocessor, but read a third more per product.
         (16, "sm_90"): _persistent(256, num_warps=8, num_stages=3),
-        # The accumulator comes into registers at once, as in linear_logps: 256 columns spill.
+        # The accumulator is read into registers at once, as in linear_logps: 256 columns spill.
         (16, "sm_100"): _persistent(128, num_warps=8, num_stages=4),
         (16, "interpreter"): Launch(
             {"BLOCK_N": 32, "BLOCK_V": 128, "BLOCK_H": 64, "GROUP_N": 2}
             | {"FLATTEN": True, "WARP_SPECIALIZE": False}
         ),
     },
-    # A producer warp and two consumer groups, for H up to ANCHORED_SMALL_H and log-probs alone:
-    # where the epilogue is a quarter of the work, hiding it should matter, and nowhere else. A
-    # prediction until a record says otherwise.
+    # A producer warp and two consumer groups, for H up to ANCHORED_SMALL_H and log-probs alone.
+    # There the epilogue is a quarter of the work, so that hiding it should pay. This is a
+    # prediction, not a measurement.
     "anchored_logps_small_h": {
         (16, "sm_90"): _persistent(256, num_warps=4, num_stages=3, warp_specialize=True)
     },
@@ -121,8 +122,8 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
         (0, "any"): Launch({"BLOCK_N": 8, "BLOCK_H": 256}),
         (0, "interpreter"): Launch({"BLOCK_N": 16, "BLOCK_H": 64}),
     },
-    # Few rows and many tiles at a time: hundreds of partials per row, one after the other, would
-    # wait for memory as often.
+    # Few rows and many tiles at a time: a row has hundreds of partials, and reading them one after
+    # the other would wait for memory hundreds of times.
     "finish_anchored": {
         (0, "any"): Launch({"BLOCK_T": 32, "BLOCK_N": 32}),
         (0, "interpreter"): Launch({"BLOCK_T": 4, "BLOCK_N": 32}),
@@ -159,7 +160,7 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
         (0, "any"): Launch({"BLOCK_W": 1024}),
         (0, "interpreter"): Launch({"BLOCK_W": 8}),
     },
-    # 16 gathered weight rows in flight, a dozen registers of each per lane.
+    # 16 gathered weight rows in flight.
     "entry_logits": {
         (0, "any"): Launch({"BLOCK_E": 16, "BLOCK_H": 256}),
         (0, "interpreter"): Launch({"BLOCK_E": 4, "BLOCK_H": 64}),
@@ -225,7 +226,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def launch_for(kernel: str, bits: int, arch: str) -> Launch:
-    """The table's entry for a kernel, the bits of its dot operands (0: no dot) and a class."""
+    """The table's entry for a kernel, operand bits (0: no dot) and architecture class."""
     table = LAUNCHES[kernel]
     return table.get((bits, arch)) or table[bits, "any"]
 
@@ -238,11 +239,11 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Make the tensor's device the current one: Triton launches there, wherever pointers are."""
+    """Make the tensor's device the current one: Triton launches there, not where the data is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def dot_precision(bits: int) -> str:
-    """`input_precision` of `tl.dot`: TF32 only for fp32 operands and where PyTorch was told so."""
+    """`input_precision` of `tl.dot`: TF32 only for fp32 operands and where PyTorch allows it."""
     asked = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
     return "tf32" if bits == 32 and asked else "ieee"

@@ -1,9 +1,9 @@
 """The few entries of a row that the unbiased sparse backward keeps: drawn, scored, summed.
 
-An entry v of a row is kept if e = exp(z_v - anchor) > u_v, with the anchor at log(tau) above an
-estimate of the row's lse, so that e is about p_v / tau. The uniform number u_v is the exclusive or
-of one random word per column and one per row: exactly uniform, whatever the column words are, and
-any two of them are independent. Mathematics and proofs: docs/sparse-backward.md.
+An entry v of a row is kept if e = exp(z_v - anchor) > u_v. The anchor is log(tau) above an estimate
+of the row's lse, so that e is about p_v / tau. The uniform number u_v is the xor of one random word
+per column and one per row. It is exactly uniform, whatever the column words are, and any two of
+these numbers are independent. Mathematics and proofs: docs/sparse-backward.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .logits_tile import load_logits
 from .operands import Draw, Head, Logps, Rows, Tile, adjacent_columns, dot_arguments, take
 from .runtime import INTERPRETED, architecture, device_of, jit, launch_for, tl
 
-WORD_BITS = 23  # as many as an fp32 mantissa tells apart
+WORD_BITS = 23  # the bits of an fp32 mantissa
 MASK_BYTES = 128 * 2**20
 
 
@@ -28,7 +28,7 @@ class Kept(NamedTuple):
 
     ids: Tensor  # (n, K) int32
     logits: Tensor  # (n, K) z at these entries
-    count: Tensor  # (n,) int32 slots wanted: what goes beyond K is lost
+    count: Tensor  # (n,) int32 entries found; those beyond K have no slot and are lost
 
     __getitem__ = take  # type: ignore[assignment]
 
@@ -63,7 +63,7 @@ def _tile_draw_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row: the kept entries of each block of columns go behind those of the blocks before."""
+    """One row: append the kept entries of each block of columns to the row's slots."""
     row = tl.program_id(0).to(tl.int64)
     inv_temperature = 1.0
     if inv_temperature_ptr is not None:
@@ -93,7 +93,7 @@ def _tile_draw_kernel(
 
 
 def tile_draw(tile: Tile, draw: Draw, kept: Kept) -> None:
-    """Add the entries that a slice of the vocabulary keeps to `kept`, in place, by column."""
+    """Append the kept entries of one slice of the vocabulary to `kept`, in column order."""
     z = tile.z
     assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
     launch = launch_for("tile_draw", 0, architecture(z.device))
@@ -159,8 +159,8 @@ def _compact_mask_kernel(
 def compact_mask(mask: Tensor, kept: Kept) -> None:
     """Add the set bits of mask (n, W) int32 to `kept.ids` and `kept.count`, in place.
 
-    Bit b of word w stands for column 128 (w // 4) + 8 (b // 2) + 2 (w % 4) + b % 2: what one thread
-    of a tensor core's accumulator holds of a row goes into one word.
+    Bit b of word w stands for column 128 (w // 4) + 8 (b // 2) + 2 (w % 4) + b % 2. A word holds
+    those entries of a row that one thread has in the accumulator of a tensor core.
     """
     n, words = mask.shape
     launch = launch_for("compact_mask", 0, architecture(mask.device))
@@ -226,7 +226,7 @@ def entry_logits(
     rows: Rows,
     head: Head,
     entries: Tensor,  # (n, K) int32 columns
-    count: Tensor | None,  # (n,) int32: how many of a row's are meant; None: all
+    count: Tensor | None,  # (n,) int32: the number of a row's entries; None: all K
     out: Tensor,  # (n, K) fp32
 ) -> None:
     """Write the logits z of some entries of each row to `out`, from fp32 dot products."""
@@ -249,9 +249,9 @@ def entry_logits(
 def linear_draw_fwd(rows: Rows, head: Head, with_entropy: bool, draw: Draw, kept: Kept) -> Logps:
     """Score rows as `linear_logps_fwd` does, and add the entries that they keep to `kept`.
 
-    Where `has_anchored`: the entries are drawn in the epilogue of the product, into a mask of V / 8
-    bytes per row, at most 128 MiB at once, and their logits are taken again from the operands. Rows
-    that had to be scored a second time count more entries than there are slots.
+    Requires `has_anchored`. The epilogue of the product draws the entries into a mask of V / 8
+    bytes per row, at most 128 MiB at once. Their logits are then computed again from the operands.
+    For rows that had to be scored again the count is K + 1, more than there are slots.
     """
     n, vocab_size = len(rows.ids), len(head.weight)
     words, written = mask_words(vocab_size), 4 * -(-vocab_size // 128)
@@ -286,7 +286,7 @@ def _bag_sum_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Some bags, one block of columns: each bag in its order, BLOCK_E rows at a time."""
+    """Some bags, one block of columns: sum each bag in order, BLOCK_E rows at a time."""
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside_h = offs_h < H
     first = tl.program_id(0).to(tl.int64) * BAGS
@@ -318,7 +318,7 @@ def bag_sum(
 ) -> None:
     """Add the sum of coef * table[index] over each bag to its row of `out`, rounded once.
 
-    One program sums a bag's block of columns in order: deterministic. Rows whose bag is empty are
+    Deterministic: one program sums a bag's block of columns, in order. Rows whose bag is empty are
     neither read nor written.
     """
     bags, hidden_size = out.shape

@@ -1,10 +1,10 @@
-"""Policy-gradient surrogates: one entry per variant, value, derivative and formula.
+"""Policy-gradient surrogates: one entry per variant, with value, derivative and formula.
 
 Each is written once. `fn` runs inside the Triton kernel and, through `torch_twin`, on torch
-tensors. `formula` is the same loss as its paper writes it, for autograd: the oracle of the
-hand-written derivative.
+tensors. `formula` is the same loss as its paper writes it. The tests compare the hand-written
+derivative with its autograd.
 
-    r = exp(log_ratio), of a token or of its sequence        A = advantage        sg = stop-gradient
+    r = exp(log_ratio), of a token or its sequence        A = advantage        sg = stop-gradient
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .twins import bounded_exp, choose, clip, outside
 class Surrogate(NamedTuple):
     """A policy loss L of one token.
 
-    fn(logp, log_ratio, advantage, context, *parameters) -> (L, slope, clipped): the slope is
-    dL/dlog_ratio, or dL/dlogp where the importance weight is a constant (`slope`); clipped is -1
-    where a lower bound took effect, 1 where an upper one did, else 0.
+    fn(logp, log_ratio, advantage, context, *parameters) -> (L, slope, clipped). The slope is
+    dL/dlog_ratio, or dL/dlogp where the importance weight is a constant; `slope` says which.
+    clipped is -1 where a lower bound took effect, 1 where an upper one did, else 0.
     formula(same arguments) -> L, differentiable.
     """
 
     fn: Callable
     formula: Callable[..., Tensor]
-    # What fn takes after its tensors, in its order: fields of `LossConfig`, or, for a loss from
-    # outside the package, names of its own with their defaults.
+    # The parameters of fn after its tensors, in order: fields of `LossConfig`. For a loss from
+    # outside the package: names of its own, with their defaults.
     parameters: tuple[str, ...] | Mapping[str, float]
     ratio_levels: tuple[str, ...] = ("token", "sequence", "sequence_sum")
     slope: str = "ratio"  # or "logp"
@@ -42,7 +42,7 @@ class Surrogate(NamedTuple):
 
     @property
     def own(self) -> Mapping[str, float]:
-        """The parameters that are no fields of `LossConfig`, with their defaults."""
+        """The parameters that are not fields of `LossConfig`, with their defaults."""
         return self.parameters if isinstance(self.parameters, Mapping) else {}
 
     @property
@@ -60,9 +60,9 @@ def _exp(x: Tensor) -> Tensor:
 
 @jit
 def reinforce(logp, log_ratio, advantage, context):
-    """-A logp (Williams 1992). With weights for advantages: the weighted negative log-likelihood.
+    """-A logp, without a ratio (Williams 1992).
 
-    There is no ratio in it.
+    With weights as advantages it is the weighted negative log-likelihood.
     """
     return -advantage * logp, -advantage, advantage * 0.0
 
@@ -73,7 +73,7 @@ def reinforce_formula(logp, log_ratio, advantage, context) -> Tensor:
 
 @jit
 def importance_sampling(logp, log_ratio, advantage, context):
-    """-r A: the importance-sampled policy gradient, unclipped. -A where r is 1."""
+    """-r A: the importance-sampled policy gradient, unclipped."""
     loss = -bounded_exp(log_ratio) * advantage
     return loss, loss, loss * 0.0
 
@@ -86,9 +86,9 @@ def importance_sampling_formula(logp, log_ratio, advantage, context) -> Tensor:
 def ppo_clip(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
     """-min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A).
 
-    Schulman et al. 2017 (arXiv 1707.06347); delta, inf for none, bounds r where A < 0 as well (dual
-    clip: Ye et al. 2020, arXiv 1912.09729; INTELLECT-2, arXiv 2505.07291). The gradient is kept
-    where the value chosen equals r.
+    Schulman et al. 2017 (arXiv 1707.06347). delta also bounds r where A < 0; inf turns it off (dual
+    clip: Ye et al. 2020, arXiv 1912.09729; INTELLECT-2, arXiv 2505.07291). There is a gradient only
+    where the minimum is r itself.
     """
     ratio = bounded_exp(log_ratio)
     bounded = tl.where(ratio > delta, delta, ratio)
@@ -110,8 +110,8 @@ def ppo_clip_formula(
 def cispo(logp, log_ratio, advantage, context, epsilon_low, epsilon_high):
     """-sg(clip(r, 1 - epsilon_low, 1 + epsilon_high)) A logp: every token keeps its gradient.
 
-    MiniMax-M1 (arXiv 2506.13585), with bounds that are offsets from 1, as verl and NeMo-RL have
-    them. epsilon_low = 1 and epsilon_high = 0 bound the weight to [0, 1] (ROLL's TIS).
+    MiniMax-M1 (arXiv 2506.13585). The bounds are offsets from 1, as in verl and NeMo-RL.
+    epsilon_low = 1 and epsilon_high = 0 bound the weight to [0, 1] (ROLL's TIS).
     """
     ratio = bounded_exp(log_ratio)
     weight = clip(ratio, 1.0 - epsilon_low, 1.0 + epsilon_high)
@@ -126,7 +126,10 @@ def cispo_formula(logp, log_ratio, advantage, context, epsilon_low, epsilon_high
 
 @jit
 def cispo_raw(logp, log_ratio, advantage, context, epsilon_high):
-    """-sg(min(r, epsilon_high)) A logp: CISPO as TRL and Liger bound it, above only, not from 1."""
+    """-sg(min(r, epsilon_high)) A logp: CISPO in TRL and Liger.
+
+    epsilon_high is the upper bound itself, not an offset from 1. There is no lower bound.
+    """
     ratio = bounded_exp(log_ratio)
     weight = tl.where(ratio > epsilon_high, epsilon_high, ratio)
     return -weight * advantage * logp, -weight * advantage, outside(ratio, 0.0, epsilon_high)
@@ -138,9 +141,9 @@ def cispo_raw_formula(logp, log_ratio, advantage, context, epsilon_high) -> Tens
 
 @jit
 def sapo(logp, log_ratio, advantage, context, temperature_pos, temperature_neg):
-    """-(4 / t) sigmoid(t (r - 1)) A: a soft gate, t by the sign of A (A = 0: temperature_neg).
+    """-(4 / t) sigmoid(t (r - 1)) A: a soft gate (Gao et al. 2025, arXiv 2511.20347).
 
-    Gao et al. 2025 (arXiv 2511.20347).
+    t is temperature_pos where A > 0, else temperature_neg.
     """
     ratio = bounded_exp(log_ratio)
     t = choose(advantage > 0.0, temperature_pos, temperature_neg, advantage)
@@ -159,10 +162,10 @@ def sapo_formula(logp, log_ratio, advantage, context, temperature_pos, temperatu
 
 @jit
 def vespo(logp, log_ratio, advantage, context, k_pos, lambda_pos, k_neg, lambda_neg):
-    """-sg(w^k exp(lambda (1 - w))) A logp, w the ratio of the whole sequence (VESPO).
+    """-sg(w^k exp(lambda (1 - w))) A logp, where w is the ratio of the whole sequence (VESPO).
 
-    `context` is log w: the sum of the tokens' log-ratios and of their log-corrections. w is bounded
-    to [1e-8, e^20] and (k, lambda) go by the sign of A, as in TRL.
+    `context` is log w: the sum of the tokens' log-ratios and of their log-corrections. As in TRL, w
+    is bounded to [1e-8, e^20], and (k, lambda) are the pair "pos" where A >= 0, else "neg".
     """
     k = choose(advantage >= 0.0, k_pos, k_neg, advantage)
     rate = choose(advantage >= 0.0, lambda_pos, lambda_neg, advantage)
@@ -183,7 +186,7 @@ def vespo_formula(
 
 @jit
 def pushed_outside(logp, log_ratio, advantage, low, high):
-    """The side on which pi - pi_old is outside [-low, high], where A pushes it further; else 0."""
+    """The side on which pi - pi_old is outside [-low, high], if A pushes it further out; else 0."""
     side = outside(tl.exp(logp) - tl.exp(logp - log_ratio), -low, high)
     return tl.where(side == tl.where(advantage > 0.0, 1.0, -1.0), side, 0.0)
 
@@ -192,8 +195,8 @@ def pushed_outside(logp, log_ratio, advantage, low, high):
 def dppo_tv(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
     """-sg(min(r, delta)) A logp while pi - pi_old stays within [-epsilon_low, epsilon_high].
 
-    DPPO with the binary total variation (arXiv 2602.04879). The upper bound binds where A > 0, the
-    lower one elsewhere; delta, inf for none, truncates the weight.
+    DPPO with the binary total variation (arXiv 2602.04879). The upper bound applies where A > 0,
+    the lower one elsewhere. delta truncates the weight; inf turns that off.
     """
     ratio = bounded_exp(log_ratio)
     side = pushed_outside(logp, log_ratio, advantage, epsilon_low, epsilon_high)
@@ -212,10 +215,10 @@ def dppo_kl(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delt
     """-sg(min(r, delta)) A logp while the binary KL from pi_old stays within its bound.
 
     DPPO with D = KL(Bernoulli(pi_old) || Bernoulli(pi)) (arXiv 2602.04879; 1e-8 as in verl). A
-    token is dropped where D is too large and pi has moved the way that A pushes it.
+    token is dropped if D is too large and pi has moved in the direction in which A pushes it.
     """
     ratio = bounded_exp(log_ratio)
-    # Rounding, a sampler's or ours, must not make a probability exceed 1.
+    # Log-probs may be rounded, by the sampler or here: keep probabilities at 1 or below.
     p = clip(tl.exp(logp), 0.0, 1.0)
     old = clip(tl.exp(logp - log_ratio), 0.0, 1.0)
     divergence = -old * log_ratio + (1.0 - old) * tl.log((1.0 - old + 1e-8) / (1.0 - p + 1e-8))
@@ -237,10 +240,10 @@ def dppo_kl_formula(logp, log_ratio, advantage, context, epsilon_low, epsilon_hi
 
 @jit
 def prime_dppo(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, proximal_coef):
-    """-keep r A + proximal_coef / 2 log_ratio^2, keep as in `dppo_tv`.
+    """-keep r A + proximal_coef / 2 log_ratio^2, with keep as in `dppo_tv` (prime-rl's default).
 
-    prime-rl's default: DPPO's mask and Kimi-K2.5's quadratic (arXiv 2602.02276), which acts on
-    dropped tokens too.
+    DPPO's mask with Kimi-K2.5's quadratic penalty (arXiv 2602.02276). The penalty acts on dropped
+    tokens too.
     """
     ratio = bounded_exp(log_ratio)
     side = pushed_outside(logp, log_ratio, advantage, epsilon_low, epsilon_high)
@@ -280,7 +283,7 @@ def ipo_formula(
 def dro(logp, log_ratio, advantage, context, proximal_coef):
     """-A logp + proximal_coef / 2 log_ratio^2.
 
-    Direct reward optimisation (arXiv 2405.19107) per token, as verl has it; ROLL's Kimi-K1.5 loss.
+    Direct reward optimisation (arXiv 2405.19107) per token, as in verl; ROLL's Kimi-K1.5 loss.
     """
     pull = proximal_coef * log_ratio
     return -advantage * logp + 0.5 * pull * log_ratio, pull - advantage, advantage * 0.0
@@ -309,9 +312,9 @@ def topr_formula(logp, log_ratio, advantage, context) -> Tensor:
 
 @jit
 def clip_cov(logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta):
-    """`ppo_clip` times context, which is 0 on tokens drawn among those of high covariance, else 1.
+    """`ppo_clip` times context (Cui et al. 2025, arXiv 2505.22617).
 
-    Cui et al. 2025 (arXiv 2505.22617).
+    context is 0 on the tokens that are drawn from those of high covariance, else 1.
     """
     loss, slope, side = ppo_clip(
         logp, log_ratio, advantage, context, epsilon_low, epsilon_high, delta
@@ -325,9 +328,9 @@ def clip_cov_formula(logp, log_ratio, advantage, context, *bounds) -> Tensor:
 
 @jit
 def kl_cov(logp, log_ratio, advantage, context, kl_cov_coef):
-    """-r A, and + kl_cov_coef |log_ratio| where context is 1: on the tokens of highest covariance.
+    """-r A + context * kl_cov_coef |log_ratio| (Cui et al. 2025, arXiv 2505.22617).
 
-    Cui et al. 2025 (arXiv 2505.22617).
+    context is 1 on the tokens of highest covariance, else 0.
     """
     policy = -bounded_exp(log_ratio) * advantage
     pull = kl_cov_coef * context * outside(log_ratio, 0.0, 0.0)
@@ -359,7 +362,7 @@ SURROGATES: dict[str, Surrogate] = {
         importance_sampling, importance_sampling_formula, (), WITH_GRADIENT
     ),
     "ppo_clip": Surrogate(ppo_clip, ppo_clip_formula, BOUNDS, WITH_GRADIENT),
-    # A constant weight has no gradient to spread: "sequence_token" would be "sequence".
+    # The weight is a constant, so that "sequence_token" would be the same as "sequence".
     "cispo": Surrogate(cispo, cispo_formula, BOUNDS[:2], slope="logp"),
     "cispo_raw": Surrogate(cispo_raw, cispo_raw_formula, BOUNDS[1:2], slope="logp"),
     "sapo": Surrogate(
@@ -373,7 +376,7 @@ SURROGATES: dict[str, Surrogate] = {
         ("sequence",),
         options=("epsilon_low", "epsilon_high"),
     ),
-    # Its weight is the sequence's whatever the level; the token's ratio is that of a corrected KL.
+    # The weight is that of the sequence at any level; the token's ratio serves a corrected KL.
     "vespo": Surrogate(vespo, vespo_formula, VESPO, ("token",), "logp", context="log_weight"),
     "dppo_tv": Surrogate(dppo_tv, dppo_tv_formula, BOUNDS, ("token",), "logp"),
     "dppo_kl": Surrogate(dppo_kl, dppo_kl_formula, BOUNDS, ("token",), "logp"),
@@ -387,6 +390,6 @@ SURROGATES: dict[str, Surrogate] = {
     "kl_cov": Surrogate(
         kl_cov, kl_cov_formula, ("kl_cov_coef",), ("token",), context="top_covariance", inert=False
     ),
-    # `ppo_clip` times the influence of a token on what follows it.
+    # `ppo_clip` times the influence of a token on the tokens after it.
     "fipo": Surrogate(clip_cov, clip_cov_formula, BOUNDS, ("token",), context="future_ratio"),
 }

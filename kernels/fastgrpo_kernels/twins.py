@@ -14,10 +14,10 @@ from .runtime import jit, tl
 
 @lru_cache
 def torch_twin(fn: Callable) -> Callable:
-    """Return the same source as `fn`, computing on torch tensors of any floating dtype.
+    """Return `fn` as a function of torch tensors of any floating dtype, from the same source.
 
-    `tl` becomes torch, and functions that it calls become their twins: `fn` must keep to names that
-    both have.
+    `tl` becomes torch, and the functions that it calls become their twins. So `fn` may only use
+    names that `tl` and torch share.
     """
     source = getattr(fn, "fn", fn)
     called = (name for name in source.__code__.co_names if callable(source.__globals__.get(name)))
@@ -28,7 +28,7 @@ def torch_twin(fn: Callable) -> Callable:
 
 @jit
 def bounded_exp(x):
-    """exp(x), standing still beyond e^80 = 5e34: never inf, so that 0 * inf cannot arise."""
+    """exp(min(x, 80)): at most e^80 = 5e34 and never inf, so that 0 * inf cannot arise."""
     return tl.exp(tl.where(x > 80.0, 80.0, x))
 
 
@@ -45,6 +45,6 @@ def outside(x, low, high):
 
 @jit
 def choose(condition, a, b, like):
-    """a or b, numbers, in the precision of `like`: torch would make them fp32."""
+    """The number a or b in the dtype of `like`: torch.where of two numbers would be fp32."""
     zero = tl.zeros_like(like)
     return tl.where(condition, zero + a, zero + b)

@@ -249,8 +249,8 @@ def test_the_fields_of_a_context_are_those_that_it_reads(context):
 
 
 def test_a_draw_takes_a_seed(losses):
-    drawn = SURROGATES["pulled"]._replace(context="drawn_covariance")
-    SURROGATES["pulled"] = drawn  # gone with the others afterwards
+    # Without `monkeypatch`: its undo would come after that of `losses` and register "pulled" again.
+    SURROGATES["pulled"] = SURROGATES["pulled"]._replace(context="drawn_covariance")
     config = config_of("pulled", cov_ratio=0.5, cov_low=-50.0, cov_high=50.0)
     first, again, other = (fused(make_batch(), config, "torch", seed=seed)[1] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
