@@ -17,10 +17,11 @@ from fastgrpo_kernels import (
     Head,
     Kept,
     Logps,
+    Marks,
     Rows,
     RowState,
     Tile,
-    TokenLoss,
+    TokenObjective,
     Tokens,
     TokenTerms,
     Upstream,
@@ -30,14 +31,30 @@ from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED, runs_on
 BACKENDS = ("auto", "triton", "torch")
 
 
+class AnchoredForward(Protocol):
+    """Scores of rows, and on request their exponentials or the entries that they keep."""
+
+    def __call__(
+        self,
+        rows: Rows,
+        head: Head,
+        with_entropy: bool,
+        *,
+        exps: Tensor | None = None,
+        marks: Marks | None = None,
+    ) -> Anchored: ...
+
+
 class Kernels(Protocol):
     """The interface of a backend: the modules `fastgrpo_kernels` and `fastgrpo.torch_kernels`.
 
     A function that a backend does not have is None there, and the loops do without it.
     """
 
-    ROW_MAJOR_TILES: bool
-    """Whether tiles of logits are row-major (else column-major)."""
+    @property
+    def ROW_MAJOR_TILES(self) -> bool:
+        """Whether tiles of logits are row-major (else column-major)."""
+        ...
 
     def matmul(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None: ...
 
@@ -64,21 +81,30 @@ class Kernels(Protocol):
         vocab_start: int,
     ) -> None: ...
 
-    tile_exp: Callable[[Tile, RowState], Tensor] | None
-    """`tile_stats`, leaving exponentials in the tile; `tile_exp_grad` turns them into gradients."""
-    tile_exp_grad: Callable[[Tile, Tensor, Logps, Upstream], None] | None
+    @property
+    def tile_exp(self) -> Callable[[Tile, RowState], Tensor] | None:
+        """`tile_stats`, leaving exponentials in the tile for `tile_exp_grad`."""
+        ...
+
+    @property
+    def tile_exp_grad(self) -> Callable[[Tile, Tensor, Logps, Upstream], None] | None: ...
 
     # ---- logits that stay in registers -----------------------------------------------------------
 
-    linear_logps_fwd: Callable[[Rows, Head, bool], Logps] | None
-    """Scores of any rows."""
+    @property
+    def linear_logps_fwd(self) -> Callable[[Rows, Head, bool], Logps] | None:
+        """Scores of any rows."""
+        ...
 
     def has_anchored(self, rows: Rows, head: Head) -> bool:
         """Whether the next two functions take these operands."""
         ...
 
-    anchored_logps_fwd: Callable[..., Anchored] | None
-    linear_draw_fwd: Callable[[Rows, Head, bool, Draw, Kept], Logps] | None
+    @property
+    def anchored_logps_fwd(self) -> AnchoredForward | None: ...
+
+    @property
+    def linear_draw_fwd(self) -> Callable[[Rows, Head, bool, Draw, Kept], Logps] | None: ...
 
     # ---- a few entries of each row ---------------------------------------------------------------
 
@@ -94,7 +120,9 @@ class Kernels(Protocol):
 
     # ---- one number per token, per group ---------------------------------------------------------
 
-    def token_loss(self, tokens: Tokens, loss: TokenLoss, separate: bool = False) -> TokenTerms: ...
+    def token_loss(
+        self, tokens: Tokens, loss: TokenObjective, separate: bool = False
+    ) -> TokenTerms: ...
 
     def segment_reduce(self, x: Tensor, cu_seqlens: Tensor, op: str) -> Tensor: ...
 

@@ -138,6 +138,8 @@ def grpo_loss(
     checks.transform(logit_scale, softcap, workspace_mb)
     checks.sparsity(sparsity, seed)
     one_of("backend", backend, ("auto", "triton", "torch"))
+    if not isinstance(config, LossConfig):
+        raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
     call = LossCall(
         cu_seqlens=cu_seqlens,
         advantages=advantages,
@@ -148,11 +150,11 @@ def grpo_loss(
         entropy_threshold=entropy_threshold,
         normalizer=normalizer,
         seed=seed,
-        config_key="",
+        config_key=config.key,
     )
     mask = _check_tokens(hidden, completion_ids, completion_mask, temperature, call)
     check_call(config, call, hidden, sparsity, skip_zero_advantage)
-    call = _flat(call, hidden)._replace(config_key=config.key)
+    call = _flat(call, hidden)
     operands = ops.Operands(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
         weight=weight,

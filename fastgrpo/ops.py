@@ -495,9 +495,9 @@ def _kept(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    # Out of place, so that a second backward sees the same gradients. In the last one, and on a CPU,
-    # where reading the factor costs nothing, a factor of 1 saves the copy. Tensors of a tracer
-    # (subclasses) have no value to read.
+    # Out of place, so that a second backward sees the same gradients. In the last backward, and on
+    # a CPU, where reading the factor costs nothing, a factor of 1 saves the copy. Tensors of a
+    # tracer (subclasses) have no value to read.
     last = not torch._C._autograd._get_current_graph_task_keep_graph()
     if last and type(by) is Tensor and by.device.type == "cpu" and by.item() == 1:
         return grad.to(dtype)

@@ -284,6 +284,8 @@ def test_presets_take_overrides_and_refuse_unknown_names():
         LossConfig.preset("GRPO")
     with pytest.raises(ValueError, match="no field 'eps'"):
         LossConfig.preset("grpo", eps=0.1)
+    with pytest.raises(ValueError, match=r"pass LossConfig\(surrogate='ppo_clip'\)"):
+        LossConfig.preset("ppo_clip")
 
 
 def test_the_module_refuses_what_the_function_does_not_take():

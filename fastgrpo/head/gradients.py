@@ -91,13 +91,13 @@ class GradSums:
             final,
         )
 
-    def rows(self, c: slice, kept: Tensor | None = None) -> Tensor | None:
+    def dhidden_of(self, c: slice, kept: Tensor | None = None) -> Tensor | None:
         """Return the buffer for dhidden of a chunk, or of the rows of it that are kept."""
         if self.dhidden is None or kept is None:
             return None if self.dhidden is None else self.dhidden[c]
         return self.dhidden.new_empty((len(kept), self.dhidden.shape[1]))
 
-    def store_rows(self, c: slice, kept: Tensor | None, dhidden: Tensor | None) -> None:
+    def store_dhidden(self, c: slice, kept: Tensor | None, dhidden: Tensor | None) -> None:
         """Write dhidden of the kept rows of a chunk to their places."""
         if self.dhidden is not None and kept is not None:
             self.dhidden[c].index_copy_(0, kept, dhidden)

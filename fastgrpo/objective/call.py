@@ -12,13 +12,15 @@ from fastgrpo.backend import Kernels
 from fastgrpo.objective.aggregation import token_weights
 from fastgrpo.objective.config import LossConfig, config_from_key
 from fastgrpo.objective.corrections import sampler_gap, sampler_weights
-from fastgrpo.objective.policy import Objective, PolicyRows
+from fastgrpo.objective.policy import Objective
 from fastgrpo.objective.segments import Sequences
+from fastgrpo.objective.terms import PolicyRows
 from fastgrpo.packing import Index
 
 
 class LossCall(NamedTuple):
-    """The arguments of a loss, as tensors of all rows, masked ones too. Ops take them flat."""
+    """The arguments of a loss: first as the user gave them, in any shape and as numbers or tensors,
+    then as the ops take them, tensors of all rows, masked ones too."""
 
     cu_seqlens: Tensor  # (B + 1,)
     advantages: Tensor  # (B,) or (N,)

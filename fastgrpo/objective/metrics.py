@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.objective.config import LossConfig, needs_entropy
-from fastgrpo.objective.corrections import SamplerWeights
-from fastgrpo_kernels import STATS, Logps, Upstream
+from fastgrpo.objective.terms import PolicyRows, Terms
+from fastgrpo_kernels import STATS, Logps
 from fastgrpo_kernels.kl_estimators import k3
 from fastgrpo_kernels.twins import torch_twin
 
@@ -24,23 +24,18 @@ class Known:
     """What is known of n rows once their loss is."""
 
     scored: Logps
-    old_logps: Tensor | None  # (n,)
-    ref_logps: Tensor | None  # (n,)
-    sampler_logps: Tensor | None  # (n,)
-    log_ratio: Tensor  # (n,) at the ratio level
-    sampler: SamplerWeights | None
-    upstream: Upstream
-    stats: Tensor  # (6,) the kernels' `STATS`
+    rows: PolicyRows
+    terms: Terms
 
     def stat(self, name: str) -> Tensor:
         """Return one of `STATS`, ()."""
-        return self.stats[STATS.index(name)]
+        return self.terms.stats[STATS.index(name)]
 
     @cached_property
     def importance(self) -> Tensor:
         """ratio * correction (n,)."""
-        ratio = self.log_ratio.clamp(max=80).exp()
-        w = ratio if self.sampler is None else ratio * self.sampler.multipliers()
+        ratio = self.terms.log_ratio.clamp(max=80).exp()
+        w = ratio if self.terms.sampler is None else ratio * self.terms.sampler.multipliers()
         return w.clamp(max=LARGEST_IMPORTANCE)
 
     def mean(self, x: Tensor | None, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,17 +104,17 @@ METRICS: dict[str, Metric] = {
     ),
     "approx_kl": Metric(
         lambda known: known.divergence(
-            known.scored.logps if known.old_logps is None else known.old_logps
+            known.scored.logps if known.rows.old_logps is None else known.rows.old_logps
         )
     ),
     "kl": Metric(
-        lambda known: known.mean(None if known.ref_logps is None else known.stat("kl")),
+        lambda known: known.mean(None if known.rows.ref_logps is None else known.stat("kl")),
         lambda config, given: given.ref_logps,
     ),
     "sampler_kl": Metric(
         lambda known: known.divergence(
-            known.sampler_logps,
-            None if known.sampler_logps is None else ~known.sampler_logps.isnan(),
+            known.rows.sampler_logps,
+            None if known.rows.sampler_logps is None else ~known.rows.sampler_logps.isnan(),
         ),
         lambda config, given: given.sampler_logps,
     ),
@@ -127,16 +122,16 @@ METRICS: dict[str, Metric] = {
     "importance_square": Metric(lambda known: known.mean(known.importance.square())),
     "ess": Metric(lambda known: known.effective_sample_size()),
     "correction_mean": Metric(
-        lambda known: known.mean(known.sampler and known.sampler.weights), _corrects
+        lambda known: known.mean(known.terms.sampler and known.terms.sampler.weights), _corrects
     ),
     "correction_clipped": Metric(
-        lambda known: known.mean(known.sampler and known.sampler.truncated), _corrects
+        lambda known: known.mean(known.terms.sampler and known.terms.sampler.truncated), _corrects
     ),
     "rejected": Metric(
-        lambda known: known.mean(known.sampler and ~known.sampler.kept),
+        lambda known: known.mean(known.terms.sampler and ~known.terms.sampler.kept),
         lambda config, given: config.rejection != "none",
     ),
-    "live_rows": Metric(lambda known: known.mean(known.upstream.alive())),
+    "live_rows": Metric(lambda known: known.mean(known.terms.upstream.alive())),
     "entropy": Metric(
         lambda known: known.mean(known.scored.entropy),
         lambda config, given: needs_entropy(config),

@@ -12,11 +12,9 @@ from fastgrpo.objective.fields import surrogate_named
 
 
 def check_call(
-    config: object, call: LossCall, like: Tensor, sparsity: float, skip_zero_advantage: bool
+    config: LossConfig, call: LossCall, like: Tensor, sparsity: float, skip_zero_advantage: bool
 ) -> None:
     """Check what the loss needs from the call, and that the call gives it nothing else."""
-    if not isinstance(config, LossConfig):
-        raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
     if config.beta and call.ref_logps is None:
         raise ValueError(f"ref_logps: expected log-probs as beta is {config.beta}, got None")
     for name, value in (("correction", config.correction), ("rejection", config.rejection)):
