@@ -1,7 +1,6 @@
 """Exact fused GRPO losses from hidden states, without ever holding full-vocabulary logits."""
 
-from fastgrpo.advantages.group_advantages import group_advantages
-from fastgrpo.advantages.reinforce_plus_plus import reinforce_plus_plus
+from fastgrpo.advantages import group_advantages, reinforce_plus_plus
 from fastgrpo.advantages.reward_shaping import (
     kl_penalty,
     length_penalty,

@@ -17,17 +17,32 @@ from fastgrpo_kernels import (
     Head,
     Kept,
     Logps,
+    Marks,
     Rows,
     RowState,
     Tile,
-    TokenLoss,
+    TokenObjective,
     Tokens,
     TokenTerms,
     Upstream,
 )
-from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
+from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED, runs_on
 
 BACKENDS = ("auto", "triton", "torch")
+
+
+class AnchoredForward(Protocol):
+    """Scores of rows, and on request their exponentials or the entries that they keep."""
+
+    def __call__(
+        self,
+        rows: Rows,
+        head: Head,
+        with_entropy: bool,
+        *,
+        exps: Tensor | None = None,
+        marks: Marks | None = None,
+    ) -> Anchored: ...
 
 
 class Kernels(Protocol):
@@ -36,8 +51,10 @@ class Kernels(Protocol):
     A function that a backend does not have is None there, and the loops do without it.
     """
 
-    ROW_MAJOR_TILES: bool
-    """Whether tiles of logits are row-major (else column-major)."""
+    @property
+    def ROW_MAJOR_TILES(self) -> bool:
+        """Whether tiles of logits are row-major (else column-major)."""
+        ...
 
     def matmul(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None: ...
 
@@ -64,21 +81,30 @@ class Kernels(Protocol):
         vocab_start: int,
     ) -> None: ...
 
-    tile_exp: Callable[[Tile, RowState], Tensor] | None
-    """`tile_stats`, leaving exponentials in the tile; `tile_exp_grad` turns them into gradients."""
-    tile_exp_grad: Callable[[Tile, Tensor, Logps, Upstream], None] | None
+    @property
+    def tile_exp(self) -> Callable[[Tile, RowState], Tensor] | None:
+        """`tile_stats`, leaving exponentials in the tile for `tile_exp_grad`."""
+        ...
+
+    @property
+    def tile_exp_grad(self) -> Callable[[Tile, Tensor, Logps, Upstream], None] | None: ...
 
     # ---- logits that stay in registers -----------------------------------------------------------
 
-    linear_logps_fwd: Callable[[Rows, Head, bool], Logps] | None
-    """Scores of any rows."""
+    @property
+    def linear_logps_fwd(self) -> Callable[[Rows, Head, bool], Logps] | None:
+        """Scores of any rows."""
+        ...
 
     def has_anchored(self, rows: Rows, head: Head) -> bool:
         """Whether the next two functions take these operands."""
         ...
 
-    anchored_logps_fwd: Callable[..., Anchored] | None
-    linear_draw_fwd: Callable[[Rows, Head, bool, Draw, Kept], Logps] | None
+    @property
+    def anchored_logps_fwd(self) -> AnchoredForward | None: ...
+
+    @property
+    def linear_draw_fwd(self) -> Callable[[Rows, Head, bool, Draw, Kept], Logps] | None: ...
 
     # ---- a few entries of each row ---------------------------------------------------------------
 
@@ -94,7 +120,9 @@ class Kernels(Protocol):
 
     # ---- one number per token, per group ---------------------------------------------------------
 
-    def token_loss(self, tokens: Tokens, loss: TokenLoss, separate: bool = False) -> TokenTerms: ...
+    def token_loss(
+        self, tokens: Tokens, loss: TokenObjective, separate: bool = False
+    ) -> TokenTerms: ...
 
     def segment_reduce(self, x: Tensor, cu_seqlens: Tensor, op: str) -> Tensor: ...
 
@@ -110,20 +138,18 @@ class Kernels(Protocol):
 def resolve(device: torch.device, backend: str) -> Kernels:
     """Return the kernels of a backend on a device.
 
-    "auto" means the Triton kernels on CUDA and ROCm devices if triton can be imported, otherwise
-    torch. There is no silent replacement of a named backend: "triton" raises ValueError where it
-    cannot run.
+    "auto" means the Triton kernels where they run (`runs_on`), otherwise torch. There is no silent
+    replacement of a named backend: "triton" raises ValueError where it cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
     if backend == "torch":
         return torch_kernels
-    on_gpu = device.type == "cuda"
     if backend == "auto":
-        return fastgrpo_kernels if on_gpu and HAS_TRITON else torch_kernels
+        return fastgrpo_kernels if runs_on(device) else torch_kernels
     if not HAS_TRITON:
         raise ValueError("backend='triton' needs the triton package: pip install triton")
-    if not on_gpu and not INTERPRETED:
+    if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"backend='triton' needs tensors on a CUDA or ROCm device, got {device}; "
             "to interpret the kernels on a CPU set TRITON_INTERPRET=1 before importing fastgrpo"

@@ -9,28 +9,44 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastgrpo_kernels.runtime import HAS_TRITON
+from fastgrpo_kernels.runtime import runs_on
 
-_values_checked_on_gpu = False
+_values_checked_on_gpu: ContextVar[bool] = ContextVar("values_checked_on_gpu", default=False)
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 @contextlib.contextmanager
 def checked(enabled: bool = True) -> Iterator[None]:
-    """Within this context values are checked on GPUs too, which makes the host wait for them."""
-    global _values_checked_on_gpu
-    before, _values_checked_on_gpu = _values_checked_on_gpu, enabled
+    """Within this context values are checked on GPUs too, which makes the host wait for them.
+
+    It holds for the thread, or the asynchronous task, that enters it.
+    """
+    token = _values_checked_on_gpu.set(enabled)
     try:
         yield
     finally:
-        _values_checked_on_gpu = before
+        _values_checked_on_gpu.reset(token)
 
 
 def looks_at_values(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" or _values_checked_on_gpu
+    return tensor.device.type == "cpu" or _values_checked_on_gpu.get()
+
+
+def no_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError if a tensor carries a forward-mode tangent, which would be lost."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "fastgrpo has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad): use "
+            "backward or torch.autograd.grad"
+        )
 
 
 def tensor(
@@ -43,6 +59,11 @@ def tensor(
     """Raise ValueError unless x is a tensor of this shape, on the device of `like`, of a dtype."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":
+        raise ValueError(
+            f"{name}: expected a plain tensor, got a DTensor; gather it with "
+            "full_tensor(grad_placements=[Partial('avg')]), or its gradient is not reduced"
+        )
     if shape is not None and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
     if like is not None and x.device != like.device:
@@ -57,17 +78,26 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def finite(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    """Return a number within [low, high] as a float."""
+    """Return a number within [low, high] as a float. Losses compute in fp32: it is finite there."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    # Comparisons alone: `torch.compile` traces numbers that change, and no function of math.
+    if not is_number or not -math.inf < value < math.inf or not low <= value <= high:
         bounds = "" if low == -math.inf and high == math.inf else f" in [{low}, {high}]"
         raise ValueError(f"{name}: expected a finite number{bounds}, got {value!r}")
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{name}: expected a number that fp32 can hold, got {value!r}")
     return float(value)
 
 
 def positive(name: str, value: object) -> None:
+    """Raise ValueError unless a number and its inverse are positive and finite in fp32."""
     if finite(name, value) <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+    if not SMALLEST <= value <= 1 / SMALLEST:
+        raise ValueError(
+            f"{name}: expected a number whose inverse fp32 can hold, from {SMALLEST:.3g} to "
+            f"{1 / SMALLEST:.3g}; got {value!r}"
+        )
 
 
 def share(name: str, value: object) -> None:
@@ -81,23 +111,18 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None:
     """Check the operands of the logits: hidden (..., H), weight (V, H), bias (V,)."""
     kernels = backend == "triton"
-    if backend == "auto" and HAS_TRITON:
-        kernels = isinstance(hidden, Tensor) and hidden.is_cuda
+    if backend == "auto":
+        kernels = isinstance(hidden, Tensor) and runs_on(hidden.device)
     allowed = FLOATS[:-1] if kernels else FLOATS
     tensor("hidden", hidden, dtypes=allowed)
-    if hidden.dim() < 2:
-        raise ValueError(f"hidden: expected shape (..., H), got {tuple(hidden.shape)}")
+    if hidden.dim() < 2 or not hidden.shape[-1]:
+        raise ValueError(f"hidden: expected shape (..., H), H >= 1, got {tuple(hidden.shape)}")
     tensor("weight", weight, like=hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
         hint = " (an empty weight is a shard that was not gathered)" if not weight.numel() else ""
         raise ValueError(
             f"weight: expected shape (V, {hidden.shape[-1]}) as hidden is {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}{hint}"
-        )
-    if type(weight).__name__ == "DTensor":
-        raise ValueError(
-            "weight: expected a plain tensor, got a DTensor; gather it with "
-            "full_tensor(grad_placements=[Partial('avg')]), or its gradient is not reduced"
         )
     same = (hidden.dtype,)
     if hidden.dtype in (torch.bfloat16, torch.float16):
@@ -109,8 +134,8 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> N
 
 def transform(logit_scale: float, softcap: float | None, workspace_mb: float | None) -> None:
     finite("logit_scale", logit_scale)
-    if softcap is not None and finite("softcap", softcap) <= 0:
-        raise ValueError(f"softcap: expected a number > 0, or None for no cap; got {softcap}")
+    if softcap is not None:
+        positive("softcap", softcap)
     if workspace_mb is not None and finite("workspace_mb", workspace_mb) <= 0:
         raise ValueError(f"workspace_mb: expected a number of MiB > 0, got {workspace_mb}")
 
@@ -119,13 +144,14 @@ def temperature(value: object, shape: tuple[int, ...], like: Tensor) -> None:
     """Check a temperature: a number > 0, or a tensor () or per token whose values the op checks."""
     if isinstance(value, Tensor):
         tensor("temperature", value, shape if value.dim() else (), like=like, dtypes=FLOATS)
-    elif finite("temperature", value) <= 0:
-        raise ValueError(f"temperature: expected a number > 0, got {value}")
+    else:
+        positive("temperature", value)
 
 
 def positive_temperature(values: Tensor) -> None:
-    """Raise ValueError if a token's temperature is not finite and above zero."""
-    if looks_at_values(values) and len(bad := values[~((values > 0) & values.isfinite())]):
+    """Raise ValueError if a token's temperature, or its inverse, is not positive and finite."""
+    usable = (values >= SMALLEST) & (values <= 1 / SMALLEST)
+    if looks_at_values(values) and len(bad := values[~usable]):
         raise ValueError(
             f"temperature: expected values > 0 at unmasked tokens, got {bad[0].item()}"
         )
@@ -136,6 +162,14 @@ def token_ids(name: str, ids: Tensor, vocab: int) -> None:
     if looks_at_values(ids) and len(bad := ids[(ids < 0) | (ids >= vocab)]):
         raise ValueError(
             f"{name}: expected ids in [0, {vocab}) at unmasked tokens, got {bad[0].item()}"
+        )
+
+
+def log_probs(name: str, values: Tensor) -> None:
+    """Raise ValueError for probabilities: numbers of which none is at most 0."""
+    if looks_at_values(values) and values.numel() and bool((values > 0).all()):
+        raise ValueError(
+            f"{name}: expected log-probs at unmasked tokens, at most 0; got positive numbers only"
         )
 
 
@@ -164,12 +198,12 @@ def one_row_each(cu: Tensor) -> None:
 
 
 def sparsity(value: float, seed: object) -> None:
-    """Check the sparse backward's threshold and seed."""
+    """Check the sparse backward's threshold, and the seed of any draw."""
     if finite("sparsity", value, 0.0) >= 1 or 0 < value < 1e-6:
         raise ValueError(f"sparsity: expected 0 or a number in [1e-6, 1), got {value}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise ValueError(f"seed: expected an int, got {seed!r}")
-    if value and seed is not None and not -(2**62) <= seed < 2**62:
+    if seed is not None and not -(2**62) <= seed < 2**62:
         raise ValueError(f"seed: expected an int of 63 bits, got {seed}")
 
 

@@ -81,9 +81,10 @@ def linear_logps(
 
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value. Second derivatives
-            raise RuntimeError.
+            raise RuntimeError, forward-mode derivatives NotImplementedError.
     """
     checks.head(hidden, weight, bias, backend)
+    checks.no_forward_mode(hidden, weight, bias)
     checks.transform(logit_scale, softcap, workspace_mb)
     checks.sparsity(sparsity, seed)
     shape = tuple(hidden.shape[:-1])

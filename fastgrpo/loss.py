@@ -124,15 +124,22 @@ def grpo_loss(
                                            (these four: over the rows for which this call drew
                                            entries, not a backward of its own)
 
+    What is not finite at an unmasked token, and read by the loss, makes the loss and every gradient
+    not finite. Tokens that `skip_zero_advantage` leaves out are not read.
+
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value, and for options
-            without effect. Second derivatives raise RuntimeError.
+            without effect. Second derivatives raise RuntimeError, forward-mode derivatives
+            NotImplementedError.
     """
     config = config_of_preset(config) if isinstance(config, str) else config
     checks.head(hidden, weight, bias, backend)
+    checks.no_forward_mode(hidden, weight, bias)
     checks.transform(logit_scale, softcap, workspace_mb)
     checks.sparsity(sparsity, seed)
     one_of("backend", backend, ("auto", "triton", "torch"))
+    if not isinstance(config, LossConfig):
+        raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
     call = LossCall(
         cu_seqlens=cu_seqlens,
         advantages=advantages,
@@ -143,11 +150,11 @@ def grpo_loss(
         entropy_threshold=entropy_threshold,
         normalizer=normalizer,
         seed=seed,
-        config_key="",
+        config_key=config.key,
     )
     mask = _check_tokens(hidden, completion_ids, completion_mask, temperature, call)
     check_call(config, call, hidden, sparsity, skip_zero_advantage)
-    call = _flat(call, hidden)._replace(config_key=config.key)
+    call = _flat(call, hidden)
     operands = ops.Operands(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
         weight=weight,

@@ -352,6 +352,7 @@ def grpo_loss(
     )
     metrics = result.metrics if drawn is None else torch.cat([result.metrics, drawn])
     grads = grads._replace(hidden=spread(grads.hidden, where, n))
+    _poison(grads, result.loss)
     logps, entropy = spread(scored.logps, where, n), spread(scored.entropy, where, n)
     dtypes = (_kept(dtype) for dtype in given.dtypes())
     results = Losses(result.loss, logps, entropy, metrics, *_in_dtypes(grads, dtypes))
@@ -481,16 +482,24 @@ def _in_dtypes(grads: Grads, dtypes: Iterable[torch.dtype | None]) -> Iterable[T
     return (None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
 
 
+def _poison(grads: Grads, loss: Tensor) -> None:
+    """Make gradients not finite where the loss is not: rows without gradient never reach them."""
+    for grad in grads:
+        if grad is not None and grad.numel():
+            grad.view(-1)[:1].add_(0.0 * loss)
+
+
 def _kept(dtype: torch.dtype | None) -> torch.dtype | None:
     """Return fp32 for fp16: its gradients are rounded only after a loss scaler has scaled them."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    # Out of place, so that a second backward sees the same gradients. On a CPU, where reading the
-    # factor costs nothing, a factor of 1 saves the copy. Tensors of a tracer (subclasses) have no
-    # value to read.
-    if type(by) is Tensor and by.device.type == "cpu" and by.item() == 1:
+    # Out of place, so that a second backward sees the same gradients. In the last backward, and on
+    # a CPU, where reading the factor costs nothing, a factor of 1 saves the copy. Tensors of a
+    # tracer (subclasses) have no value to read.
+    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    if last and type(by) is Tensor and by.device.type == "cpu" and by.item() == 1:
         return grad.to(dtype)
     return (grad * by).to(dtype)
 

@@ -11,7 +11,7 @@ from fastgrpo import LossConfig, reference
 from fastgrpo.head import loops
 from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.testing import make_batch, relative_error, rms
-from fastgrpo_kernels import Head, Rows, TokenLoss, Tokens, Upstream
+from fastgrpo_kernels import Head, Rows, TokenObjective, Tokens, Upstream
 from fastgrpo_kernels.surrogates import SURROGATES
 
 # ---- the loss of a token -----------------------------------------------------------------------
@@ -22,7 +22,7 @@ N = 300  # two whole blocks of the interpreter's launch and a ragged one
 
 def loss_of(name, **options):
     """The loss of a token with this surrogate."""
-    return TokenLoss(name, parameters(name), **options)
+    return TokenObjective(name, parameters(name), **options)
 
 
 def parameters(name):

@@ -110,6 +110,31 @@ LOSS = {
     "normalizer has no effect with aggregation='token_sum'": dict(
         config="importance_sampling", normalizer=3
     ),
+    "logit_scale: expected a number that fp32 can hold, got 1e[+]39": dict(logit_scale=1e39),
+    "softcap: expected a number that fp32 can hold": dict(softcap=1e39),
+    "temperature: expected a number that fp32 can hold": dict(temperature=1e300),
+    "temperature: expected a number that fp32 can hold, got 1000": dict(temperature=10**400),
+    "temperature: expected a number whose inverse fp32 can hold": dict(temperature=1e-40),
+    "temperature: expected values > 0 .* got 1e-40": dict(
+        hidden=torch.randn(B, T, H).double(),
+        weight=torch.randn(V, H).double(),
+        temperature=torch.full((B, T), 1e-40, dtype=torch.float64),
+    ),
+    "normalizer: expected a number that fp32 can hold": dict(normalizer=1e50),
+    "normalizer: expected a number > 0, got 1e.50": dict(
+        normalizer=torch.tensor(1e50, dtype=torch.float64)
+    ),
+    "normalizer: expected a number, got a bool": dict(normalizer=torch.tensor(True)),
+    "entropy_threshold: expected a finite number, got nan": dict(
+        config=LossConfig(top_entropy_quantile=0.5), entropy_threshold=torch.tensor(torch.nan)
+    ),
+    "old_logps: expected log-probs .* got positive numbers only": dict(
+        old_logps=torch.rand(B, T) + 0.01
+    ),
+    "seed: expected an int of 63 bits, got 9": dict(config="clip_cov", seed=2**63),
+    r"hidden: expected shape \(..., H\), H >= 1": dict(
+        hidden=torch.randn(B, T, 0), weight=torch.randn(V, 0)
+    ),
 }
 PACKED = {
     r"cu_seqlens: .*from 0 to N = 6, got \[0, 2, 5\]": dict(cu_seqlens=bounds(0, 2, 5)),
@@ -157,6 +182,13 @@ def test_linear_logps(message):
 
 
 CONFIGS = {
+    "delta: expected a number that fp32 can hold, got 1e[+]40": dict(delta=1e40),
+    "epsilon_high: expected a number that fp32 can hold": dict(epsilon_high=1e39),
+    "correction_max: expected a number that fp32": dict(correction="icepop", correction_max=1e40),
+    "kl_input_clamp: expected a number that fp32": dict(beta=0.1, kl_input_clamp=1e40),
+    "cov_ratio=0.1 has no effect with kl_cov_coef=0": dict(
+        surrogate="kl_cov", kl_cov_coef=0.0, cov_ratio=0.1
+    ),
     "LossConfig has no field 'epsilon'": dict(epsilon=0.2),
     "surrogate: expected one of": dict(surrogate="ppo"),
     "ratio_level: expected one of .'token'. with surrogate='dro', got 'sequence'": dict(
@@ -252,6 +284,8 @@ def test_presets_take_overrides_and_refuse_unknown_names():
         LossConfig.preset("GRPO")
     with pytest.raises(ValueError, match="no field 'eps'"):
         LossConfig.preset("grpo", eps=0.1)
+    with pytest.raises(ValueError, match=r"pass LossConfig\(surrogate='ppo_clip'\)"):
+        LossConfig.preset("ppo_clip")
 
 
 def test_the_module_refuses_what_the_function_does_not_take():

@@ -90,3 +90,12 @@ def test_averaged_gradients_of_two_ranks_are_those_of_one(tmp_path):
     finally:
         for process in processes:
             process.kill()
+
+
+def test_what_is_no_config_and_no_size():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="config: expected a preset's name .* got None"):
+        fastgrpo.count_normalizer(mask, None)
+    config = LossConfig(aggregation="prompt_mean")
+    with pytest.raises(ValueError, match="group_size: expected a divisor .* got True"):
+        fastgrpo.count_normalizer(mask, config, group_size=True)

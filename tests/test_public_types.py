@@ -11,7 +11,13 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import fastgrpo
-from fastgrpo import FusedGRPOLoss, GRPOLoss, LossConfig, TokenLogps
+import fastgrpo_kernels
+from fastgrpo import FusedGRPOLoss, GRPOLoss, LossConfig, TokenLogps, torch_kernels
+from fastgrpo.backend import Kernels
+from fastgrpo.head.held import AnchoredExponentials, Exponentials, Held, RawLogits
+from fastgrpo.head.loops import SeparableLoss
+from fastgrpo.head.routes import Loss, _SumOfLogps
+from fastgrpo.objective.policy import Objective, PolicyLoss
 
 HIDDEN = torch.linspace(-1, 1, 2 * 3 * 4).view(2, 3, 4)
 WEIGHT = torch.linspace(-1, 1, 5 * 4).view(5, 4)
@@ -76,3 +82,12 @@ def test_wrong_calls_are_refused():
         fastgrpo.grpo_loss(HIDDEN, WEIGHT, IDS, MASK, REWARDS, temprature=1.0)  # pyrefly: ignore[unexpected-keyword]
     with pytest.raises(ValueError, match="epsilon"):
         LossConfig(epsilon=0.2)  # pyrefly: ignore[unexpected-keyword]
+
+
+def test_what_implements_a_protocol():
+    """The checker compares every member; at run time there is nothing left to see."""
+    backends: tuple[Kernels, Kernels] = (fastgrpo_kernels, torch_kernels)
+    held: tuple[type[Held], ...] = (RawLogits, Exponentials, AnchoredExponentials)
+    losses: tuple[type[SeparableLoss], ...] = (_SumOfLogps, Objective)
+    whole: type[Loss[PolicyLoss]] = Objective
+    assert len(backends) == 2 and len(held) == 3 and whole in losses

@@ -141,3 +141,10 @@ BAD = {
 def test_bad_input(message):
     with pytest.raises(ValueError, match=message):
         BAD[message]()
+
+
+@pytest.mark.parametrize("ids", [None, (), "2", [True], 2.0])
+def test_eos_token_ids_are_ids(ids):
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="eos_token_ids: expected an id or several"):
+        fastgrpo.mask_truncated_completions(mask, torch.zeros(2, 3, dtype=torch.int64), ids)

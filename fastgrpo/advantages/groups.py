@@ -9,12 +9,22 @@ from fastgrpo import checks
 from fastgrpo.backend import Kernels
 from fastgrpo_kernels import GroupStats
 
+LARGEST_REWARD = 1e15  # squares of a million of them stay far below fp32's 3e38
+
 
 def check_rewards(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:
-    """Raise ValueError unless x is fp32 of this shape, finite or NaN."""
+    """Raise ValueError unless x is fp32 of this shape, NaN or with squares that fp32 can add up."""
     checks.tensor(name, x, shape, like, (torch.float32,))
-    if checks.looks_at_values(x) and bool(x.isinf().any()):
+    if not checks.looks_at_values(x):
+        return
+    if bool(x.isinf().any()):
         raise ValueError(f"{name}: expected finite numbers, or NaN for unscored; got inf")
+    if bool((x.abs() > LARGEST_REWARD).any()):
+        largest = x.nan_to_num(0.0).abs().max().item()
+        raise ValueError(
+            f"{name}: expected numbers of at most {LARGEST_REWARD:.0e} in magnitude, got "
+            f"{largest:.3g}"
+        )
 
 
 def check_lengths(lengths: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:
@@ -26,7 +36,7 @@ def check_lengths(lengths: Tensor, shape: tuple[int, ...], like: Tensor | None =
 
 def check_ddof(ddof: object) -> None:
     """Raise ValueError unless ddof is 0 or 1."""
-    if ddof not in (0, 1):
+    if ddof not in (0, 1) or isinstance(ddof, bool):
         raise ValueError(f"ddof: expected 0 or 1, got {ddof!r}")
 
 

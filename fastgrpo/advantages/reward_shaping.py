@@ -159,8 +159,9 @@ def mask_truncated_completions(
         completion_mask,
         (torch.int64,),
     )
-    ids = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
-    if not ids or not all(isinstance(i, int) for i in ids):
+    ids = [eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids
+    several = isinstance(ids, Sequence) and len(ids) > 0 and not isinstance(ids, str)
+    if not several or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ValueError(f"eos_token_ids: expected an id or several, got {eos_token_ids!r}")
     ends = sum(completion_ids == i for i in ids) > 0
     return completion_mask & (ends & _last_token(completion_mask)).any(1, keepdim=True)

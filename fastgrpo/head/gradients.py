@@ -52,7 +52,9 @@ class Targets(NamedTuple):
     def add_to(self, dhidden: Tensor | None, rows: Rows, head: Head) -> None:
         """Add the target entries' part of dhidden (n, H)."""
         if self.coef is not None and dhidden is not None:
-            dhidden.addcmul_(self.coef[:, None], head.weight[rows.ids].to(dhidden.dtype))
+            # An id outside the vocabulary has a coefficient of 0 or NaN: any row will do.
+            ids = rows.ids.clamp(0, len(head.weight) - 1)
+            dhidden.addcmul_(self.coef[:, None], head.weight[ids].to(dhidden.dtype))
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ class GradSums:
             final,
         )
 
-    def rows(self, c: slice, kept: Tensor | None = None) -> Tensor | None:
+    def dhidden_of(self, c: slice, kept: Tensor | None = None) -> Tensor | None:
         """Return the buffer for dhidden of a chunk, or of the rows of it that are kept."""
         if self.dhidden is None or kept is None:
             return None if self.dhidden is None else self.dhidden[c]
         return self.dhidden.new_empty((len(kept), self.dhidden.shape[1]))
 
-    def store_rows(self, c: slice, kept: Tensor | None, dhidden: Tensor | None) -> None:
+    def store_dhidden(self, c: slice, kept: Tensor | None, dhidden: Tensor | None) -> None:
         """Write dhidden of the kept rows of a chunk to their places."""
         if self.dhidden is not None and kept is not None:
             self.dhidden[c].index_copy_(0, kept, dhidden)

@@ -88,6 +88,7 @@ class RawLogits:
             dz = self._gradient(tile, upstream, targets)
             sums.add_tile(dz, part, self._hidden, dhidden, targets, accumulate)
             sums.store(part.columns)
+            del tile, part, dz  # before the next slice of the weight and of the rows is made
         targets.add_to(dhidden, self._rows, self.head)
 
     def _tiles(self) -> Iterator[tuple[Tile, VocabSlice]]:
@@ -96,6 +97,7 @@ class RawLogits:
             z = self._z[:, part.columns]
             z = z if self._live is None else z.index_select(0, self._live)
             yield Tile(z, part.columns, part.bias, self._rows, self.head), part
+            del z, part
 
     def _fold(self, tile: Tile, state: RowState) -> None:
         self.plan.kernels.tile_stats(tile, state, self.with_entropy)

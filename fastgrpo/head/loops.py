@@ -36,12 +36,20 @@ from fastgrpo_kernels import Head, Logps, Rows, RowState, Tile, Upstream
 class SeparableLoss(Protocol):
     """The interface of a loss whose gradient at a row depends on no other row."""
 
-    with_entropy: bool
-    """Whether it needs the rows' entropies."""
-    entropy_gradient: bool
-    """Whether it has a gradient with respect to the entropies."""
-    may_drop_rows: bool
-    """Whether rows may turn out to have no gradient at all."""
+    @property
+    def with_entropy(self) -> bool:
+        """Whether it needs the rows' entropies."""
+        ...
+
+    @property
+    def entropy_gradient(self) -> bool:
+        """Whether it has a gradient with respect to the entropies."""
+        ...
+
+    @property
+    def may_drop_rows(self) -> bool:
+        """Whether rows may turn out to have no gradient at all."""
+        ...
 
     def upstream(self, chunk: slice, scored: Logps) -> Upstream:
         """Return the gradients with respect to the scores of a chunk of rows."""
@@ -94,9 +102,9 @@ def logps_and_grads(
             if held.worth_dropping(len(scored.logps) - len(live)):
                 kept, upstream = live, upstream[live]
                 held.keep(live)
-        dhidden = sums.rows(c, kept)
+        dhidden = sums.dhidden_of(c, kept)
         held.add_to(sums, dhidden, upstream, accumulate=c.start > 0)
-        sums.store_rows(c, kept, dhidden)
+        sums.store_dhidden(c, kept, dhidden)
     del held  # frees the buffer before `result` may convert dweight
     scored = Logps.cat(scores) if scores else Logps.empty(rows, plan.accumulator, loss.with_entropy)
     return scored, sums.result()
@@ -127,8 +135,8 @@ def logps_bwd(
             plan.kernels.matmul(z, hidden[c], part.weight.t())
             tile = Tile(z, v, part.bias, rows[c], head)
             dz = tile_gradient(tile, plan, scored[c], upstream[c], chunk_targets)
-            sums.add_tile(dz, part, hidden[c], sums.rows(c), chunk_targets, c.start > 0)
+            sums.add_tile(dz, part, hidden[c], sums.dhidden_of(c), chunk_targets, c.start > 0)
         sums.store(v)
     for c, chunk_targets in zip(parts, targets, strict=True):
-        chunk_targets.add_to(sums.rows(c), rows[c], head)
+        chunk_targets.add_to(sums.dhidden_of(c), rows[c], head)
     return sums.result()

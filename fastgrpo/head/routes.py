@@ -37,10 +37,15 @@ Result = TypeVar("Result", bound=Evaluated, covariant=True)
 class Loss(SeparableLoss, Protocol[Result]):
     """The interface of a loss: from the scores of rows to its value and gradients."""
 
-    separable: bool
-    """Whether `upstream` can be computed chunk by chunk."""
-    estimate: Tensor | None
-    """(n,) log-probs under a nearby policy, nats; they let a sparse forward draw its entries."""
+    @property
+    def separable(self) -> bool:
+        """Whether `upstream` can be computed chunk by chunk."""
+        ...
+
+    @property
+    def estimate(self) -> Tensor | None:
+        """(n,) log-probs under a nearby policy, nats: with them a sparse forward draws."""
+        ...
 
     def evaluate(self, scored: Logps) -> Result:
         """Return the loss of all rows with its gradients."""

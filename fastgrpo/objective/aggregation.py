@@ -67,6 +67,8 @@ def count_normalizer(
             "token_sum", which has no denominator.
     """
     config = LossConfig.preset(config) if isinstance(config, str) else config
+    if not isinstance(config, LossConfig):
+        raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
     masks = [completion_masks] if isinstance(completion_masks, Tensor) else list(completion_masks)
     if not masks:
         raise ValueError("completion_masks: expected at least one mask, got none")
@@ -91,7 +93,8 @@ def _count(masks: list[Tensor], config: LossConfig, group_size: int | None) -> T
         return torch.stack([mask.sum() for mask in masks]).sum()
     sequences = sum(len(mask) for mask in masks)
     if config.aggregation == "prompt_mean":
-        if not isinstance(group_size, int) or group_size < 1 or sequences % group_size:
+        is_int = isinstance(group_size, int) and not isinstance(group_size, bool)
+        if not is_int or group_size < 1 or sequences % group_size:
             raise ValueError(
                 f"group_size: expected a divisor of the {sequences} completions, got {group_size!r}"
             )

@@ -12,13 +12,15 @@ from fastgrpo.backend import Kernels
 from fastgrpo.objective.aggregation import token_weights
 from fastgrpo.objective.config import LossConfig, config_from_key
 from fastgrpo.objective.corrections import sampler_gap, sampler_weights
-from fastgrpo.objective.policy import Objective, PolicyRows
+from fastgrpo.objective.policy import Objective
 from fastgrpo.objective.segments import Sequences
+from fastgrpo.objective.terms import PolicyRows
 from fastgrpo.packing import Index
 
 
 class LossCall(NamedTuple):
-    """The arguments of a loss, as tensors of all rows, masked ones too. Ops take them flat."""
+    """The arguments of a loss: first as the user gave them, in any shape and as numbers or tensors,
+    then as the ops take them, tensors of all rows, masked ones too."""
 
     cu_seqlens: Tensor  # (B + 1,)
     advantages: Tensor  # (B,) or (N,)
@@ -50,6 +52,8 @@ class LossCall(NamedTuple):
         config = self.config
         if self.normalizer is not None:
             _check_normalizer(self.normalizer)
+        if self.entropy_threshold is not None:
+            _check_threshold(self.entropy_threshold)
         sampler = None
         if config.needs_sampler and self.old_logps is not None:
             # Over all rows in the order of their sequences, which `where` may not keep.
@@ -60,6 +64,9 @@ class LossCall(NamedTuple):
             owner.per_row(self.advantages), self.old_logps, self.ref_logps, self.sampler_logps
         )  # fmt: skip
         advantages, *logps = (None if x is None else x[where].to(dtype).contiguous() for x in given)
+        for name, x in zip(("old_logps", "ref_logps", "sampler_logps"), logps, strict=True):
+            if x is not None:
+                checks.log_probs(name, x)
         weights = token_weights(config, owner, where, self.groups, self.normalizer, dtype)
         return Objective(
             config,
@@ -72,5 +79,11 @@ class LossCall(NamedTuple):
 
 
 def _check_normalizer(value: Tensor) -> None:
-    if checks.looks_at_values(value) and not (value > 0 and value.isfinite()):
+    usable = (value >= checks.SMALLEST) & (value <= 1 / checks.SMALLEST)
+    if checks.looks_at_values(value) and not usable:
         raise ValueError(f"normalizer: expected a number > 0, got {value.item()}")
+
+
+def _check_threshold(value: Tensor) -> None:
+    if checks.looks_at_values(value) and not value.isfinite():
+        raise ValueError(f"entropy_threshold: expected a finite number, got {value.item()}")

@@ -17,6 +17,7 @@ from fastgrpo.checks import one_of
 from fastgrpo.objective.fields import LossFields
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.rules import check_fields, own_parameters
+from fastgrpo_kernels.surrogates import SURROGATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,11 @@ class LossConfig(LossFields):
     @classmethod
     def preset(cls, name: str, **overrides: object) -> LossConfig:
         """Return the loss called `name` with fields replaced: `preset("dapo", beta=0.04)`."""
+        if name in SURROGATES and name not in PRESETS:
+            raise ValueError(
+                f"config: expected a preset's name, got the surrogate's name {name!r}; pass "
+                f"LossConfig(surrogate={name!r})"
+            )
         one_of("config", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **overrides})
 

@@ -70,7 +70,7 @@ class _Comparison:
             ("the loss", actual_value, value),
             (f"the slope dL/d{moving}", actual_slope, slope),
         ):
-            close = torch.isclose(actual, wanted, rtol=_RTOL, atol=_ATOL)
+            close = torch.isclose(actual.to(wanted.dtype), wanted, rtol=_RTOL, atol=_ATOL)
             self._require(
                 ~finite | close, f"fn: expected {name} {{}} of the formula", actual, wanted
             )
@@ -86,9 +86,15 @@ class _Comparison:
         """Return the formula's loss and its gradients with respect to logp and log_ratio."""
         logp, log_ratio, *constants = self.tokens
         logp, log_ratio = logp.clone().requires_grad_(), log_ratio.clone().requires_grad_()
-        value = self.surrogate.formula(logp, log_ratio, *constants, *self.parameters.values())
+        try:
+            value = self.surrogate.formula(logp, log_ratio, *constants, *self.parameters.values())
+        except Exception as error:
+            raise ValueError(
+                f"formula: expected a loss of tensors, got {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(value, Tensor) or value.shape != logp.shape:
-            raise ValueError(f"formula: expected a tensor, one loss per token, got {value!r}")
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"formula: expected a tensor, one loss per token, got {came}")
         if not value.requires_grad:
             raise ValueError("formula: expected a loss with a gradient, got one that is detached")
         # At the level "none" there is no ratio that could move.
@@ -101,14 +107,20 @@ class _Comparison:
 
     def _run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what fn computes on tensors: loss, slope and clipped."""
+        tokens = [x.clone() for x in self.tokens]
         try:
             # Triton looks at what fn refers to as soon as it is hashed here.
-            results = torch_twin(self.surrogate.fn)(*self.tokens, *self.parameters.values())
+            results = torch_twin(self.surrogate.fn)(*tokens, *self.parameters.values())
         except Exception as error:
             raise ValueError(
                 "fn: expected arithmetic, functions of tl that torch has too, and functions under "
                 f"fastgrpo_kernels.runtime.jit, got {type(error).__name__}: {error}"
             ) from error
+        if not all(torch.equal(x, y) for x, y in zip(tokens, self.tokens, strict=True)):
+            raise ValueError(
+                "fn: expected arguments left as they are, got one that is assigned to in place: "
+                "write x = x * y for x *= y"
+            )
         results = results if isinstance(results, tuple) else (results,)
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else repr(x) for x in results]
         n = len(self.tokens[0])

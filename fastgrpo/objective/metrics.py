@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.objective.config import LossConfig, needs_entropy
-from fastgrpo.objective.corrections import SamplerWeights
-from fastgrpo_kernels import STATS, Logps, Upstream
+from fastgrpo.objective.terms import PolicyRows, Terms
+from fastgrpo_kernels import STATS, Logps
 from fastgrpo_kernels.kl_estimators import k3
 from fastgrpo_kernels.twins import torch_twin
 
@@ -24,23 +24,18 @@ class Known:
     """What is known of n rows once their loss is."""
 
     scored: Logps
-    old_logps: Tensor | None  # (n,)
-    ref_logps: Tensor | None  # (n,)
-    sampler_logps: Tensor | None  # (n,)
-    log_ratio: Tensor  # (n,) at the ratio level
-    sampler: SamplerWeights | None
-    upstream: Upstream
-    stats: Tensor  # (6,) the kernels' `STATS`
+    rows: PolicyRows
+    terms: Terms
 
     def stat(self, name: str) -> Tensor:
         """Return one of `STATS`, ()."""
-        return self.stats[STATS.index(name)]
+        return self.terms.stats[STATS.index(name)]
 
     @cached_property
     def importance(self) -> Tensor:
         """ratio * correction (n,)."""
-        ratio = self.log_ratio.clamp(max=80).exp()
-        w = ratio if self.sampler is None else ratio * self.sampler.multipliers()
+        ratio = self.terms.log_ratio.clamp(max=80).exp()
+        w = ratio if self.terms.sampler is None else ratio * self.terms.sampler.multipliers()
         return w.clamp(max=LARGEST_IMPORTANCE)
 
     def mean(self, x: Tensor | None, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -55,12 +50,14 @@ class Known:
         """Return a number that is no mean, and the number of rows."""
         return x, x.new_full((), len(self.scored.logps))
 
-    def divergence(self, other: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the k3 estimate of KL(other || policy) over the rows where `other` is a number."""
+    def divergence(
+        self, other: Tensor | None, where: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the k3 estimate of KL(other || policy), over the rows `where` (n,) bool."""
         if other is None:
             return self.mean(None)
         x = self.scored.logps - other
-        known = ~x.isnan()
+        known = torch.ones_like(x, dtype=torch.bool) if where is None else where
         return self.mean(torch_twin(k3)(torch.where(known, x, 0.0))[0], known.sum())
 
     def effective_sample_size(self) -> tuple[Tensor, Tensor]:
@@ -107,31 +104,34 @@ METRICS: dict[str, Metric] = {
     ),
     "approx_kl": Metric(
         lambda known: known.divergence(
-            known.scored.logps if known.old_logps is None else known.old_logps
+            known.scored.logps if known.rows.old_logps is None else known.rows.old_logps
         )
     ),
     "kl": Metric(
-        lambda known: known.mean(None if known.ref_logps is None else known.stat("kl")),
+        lambda known: known.mean(None if known.rows.ref_logps is None else known.stat("kl")),
         lambda config, given: given.ref_logps,
     ),
     "sampler_kl": Metric(
-        lambda known: known.divergence(known.sampler_logps),
+        lambda known: known.divergence(
+            known.rows.sampler_logps,
+            None if known.rows.sampler_logps is None else ~known.rows.sampler_logps.isnan(),
+        ),
         lambda config, given: given.sampler_logps,
     ),
     "importance_mean": Metric(lambda known: known.mean(known.importance)),
     "importance_square": Metric(lambda known: known.mean(known.importance.square())),
     "ess": Metric(lambda known: known.effective_sample_size()),
     "correction_mean": Metric(
-        lambda known: known.mean(known.sampler and known.sampler.weights), _corrects
+        lambda known: known.mean(known.terms.sampler and known.terms.sampler.weights), _corrects
     ),
     "correction_clipped": Metric(
-        lambda known: known.mean(known.sampler and known.sampler.truncated), _corrects
+        lambda known: known.mean(known.terms.sampler and known.terms.sampler.truncated), _corrects
     ),
     "rejected": Metric(
-        lambda known: known.mean(known.sampler and ~known.sampler.kept),
+        lambda known: known.mean(known.terms.sampler and ~known.terms.sampler.kept),
         lambda config, given: config.rejection != "none",
     ),
-    "live_rows": Metric(lambda known: known.mean(known.upstream.alive())),
+    "live_rows": Metric(lambda known: known.mean(known.terms.upstream.alive())),
     "entropy": Metric(
         lambda known: known.mean(known.scored.entropy),
         lambda config, given: needs_entropy(config),

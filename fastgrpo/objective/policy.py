@@ -19,24 +19,11 @@ from torch import Tensor
 from fastgrpo.backend import Kernels
 from fastgrpo.objective.config import LossConfig, needs_entropy
 from fastgrpo.objective.contexts import CONTEXTS, Population
-from fastgrpo.objective.corrections import SamplerWeights, sampler_gap, sampler_weights
+from fastgrpo.objective.corrections import sampler_gap, sampler_weights
 from fastgrpo.objective.metrics import Known, measure
 from fastgrpo.objective.segments import Segments
-from fastgrpo_kernels import Logps, TokenLoss, Tokens, Upstream
-
-
-class PolicyRows(NamedTuple):
-    """What the loss knows about its rows besides their log-probs."""
-
-    advantages: Tensor  # (n,)
-    weights: Tensor  # (n,)
-    old_logps: Tensor | None  # (n,)
-    ref_logps: Tensor | None  # (n,)
-    sampler_logps: Tensor | None  # (n,)
-    sampler: SamplerWeights | None  # what is known of it before the rows are scored
-
-    def __getitem__(self, index: slice) -> PolicyRows:  # type: ignore[override]
-        return PolicyRows(*(None if x is None else x[index] for x in self))
+from fastgrpo.objective.terms import PolicyRows, Terms
+from fastgrpo_kernels import STATS, Logps, TokenObjective, Tokens, Upstream
 
 
 def nearest(
@@ -96,28 +83,8 @@ class Objective(NamedTuple):
     def evaluate(self, scored: Logps) -> PolicyLoss:
         """Return the loss of all rows, its derivatives and its metrics."""
         terms = policy_terms(self, scored)
-        rows = self.rows
-        known = Known(
-            scored,
-            rows.old_logps,
-            rows.ref_logps,
-            rows.sampler_logps,
-            terms.log_ratio,
-            terms.sampler,
-            terms.upstream,
-            terms.stats,
-        )
-        return PolicyLoss(terms.loss.sum(), terms.upstream, measure(known))
-
-
-class Terms(NamedTuple):
-    """The loss, row by row."""
-
-    loss: Tensor  # (n,)
-    upstream: Upstream
-    stats: Tensor  # (6,) the kernels' `STATS`
-    log_ratio: Tensor  # (n,) at the ratio level
-    sampler: SamplerWeights | None
+        metrics = measure(Known(scored, self.rows, terms))
+        return PolicyLoss(terms.loss.sum(), terms.upstream, metrics)
 
 
 def policy_terms(objective: Objective, scored: Logps) -> Terms:
@@ -149,29 +116,49 @@ def policy_terms(objective: Objective, scored: Logps) -> Terms:
     tokens = Tokens(
         logps, log_ratio, rows.advantages, rows.weights, multipliers, context, rows.ref_logps
     )
-    loss, dlogps, dratio, stats = objective.kernels.token_loss(
-        tokens, _token_loss(config), separate=not plain
-    )
-    if dratio is not None:
-        dratio = _from_level(config.ratio_level, dratio, segments)
+    terms = objective.kernels.token_loss(tokens, _token_objective(config), separate=not plain)
+    loss, dlogps, stats = terms.loss, terms.dlogps, terms.stats
+    if terms.dratio is not None:
+        dratio = _from_level(config.ratio_level, terms.dratio, segments)
         dlogps = dlogps + torch.where(token_ratio == unbounded, dratio, 0.0)
     if config.surrogate == "gmpo":
-        kl, ratio, _, _, *extrema = stats
+        # Its bounds act on the tokens' log-ratios, before the kernel sees them.
         alive = rows.advantages != 0
-        below, above = (unbounded < token_ratio) & alive, (unbounded > token_ratio) & alive
-        moved = (below.sum(), above.sum())
-        stats = torch.stack([kl, ratio, *(x.to(stats.dtype) for x in moved), *extrema])
+        for name, moved in (
+            ("clip_low", unbounded < token_ratio),
+            ("clip_high", unbounded > token_ratio),
+        ):
+            stats[STATS.index(name)] = (moved & alive).sum()
     dentropy = None
     if config.entropy_coef:
         bonus = config.entropy_coef * rows.weights
         dentropy = -bonus if selected is None else -bonus * selected
         loss = loss + dentropy * entropy
-    return Terms(loss, Upstream(dlogps, dentropy), stats, log_ratio, sampler)
+    poison = _poison(config, scored, rows)
+    return Terms(loss + poison, Upstream(dlogps + poison, dentropy), stats, log_ratio, sampler)
 
 
-def _token_loss(config: LossConfig) -> TokenLoss:
+def _poison(config: LossConfig, scored: Logps, rows: PolicyRows) -> Tensor:
+    """Return 0 (n,), or NaN where something that the loss reads is not finite.
+
+    Bounds, masks and the choice between two values would make a number of it.
+    """
+    read = [scored.logps, rows.advantages]
+    if config.ratio_level != "none" or config.needs_sampler:
+        read.append(rows.old_logps)
+    if config.beta:
+        read.append(rows.ref_logps)
+    if config.needs_sampler:
+        # A NaN of the sampler says that it has no log-prob.
+        read.append(rows.sampler_logps.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+    if config.entropy_coef:
+        read.append(scored.entropy)
+    return sum(0.0 * x for x in read if x is not None)
+
+
+def _token_objective(config: LossConfig) -> TokenObjective:
     """Return the part of a config that the kernel of one token takes."""
-    return TokenLoss(
+    return TokenObjective(
         config.surrogate,
         config.parameters,
         config.kl,

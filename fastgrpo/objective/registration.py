@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
+import textwrap
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +15,9 @@ from torch import Tensor
 from fastgrpo.checks import finite, one_of
 from fastgrpo.objective.derivative_check import check_derivative
 from fastgrpo.objective.fields import LossFields
-from fastgrpo_kernels.runtime import jit
+from fastgrpo_kernels.runtime import HAS_TRITON, jit, tl
 from fastgrpo_kernels.surrogates import CONTEXT_FIELDS, RATIO_LEVELS, SLOPES, SURROGATES, Surrogate
+from fastgrpo_kernels.twins import called_by
 
 _TENSORS = ("logp", "log_ratio", "advantage", "context")
 
@@ -139,7 +142,24 @@ def _source(fn: object, own: Mapping[str, float]) -> types.FunctionType:
             f"{source.__name__} of {source.__code__.co_filename}. Write it to a module and import "
             "that"
         ) from None
+    _check_language(source)
     return source
+
+
+def _check_language(source: types.FunctionType) -> None:
+    """Raise ValueError for what Triton does not compile, in a function and in those it calls."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(source)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            raise ValueError(f"fn: expected no power (**) in {source.__name__}; write x * x for it")
+        of_tl = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if of_tl and node.value.id == "tl" and HAS_TRITON and not hasattr(tl, node.attr):
+            raise ValueError(
+                f"fn: expected functions that triton.language has in {source.__name__}, got "
+                f"tl.{node.attr}"
+            )
+    for function in called_by(source).values():
+        _check_language(getattr(function, "fn", function))
 
 
 def _check_formula(formula: object, own: Mapping[str, float]) -> None:

@@ -12,11 +12,9 @@ from fastgrpo.objective.fields import surrogate_named
 
 
 def check_call(
-    config: object, call: LossCall, like: Tensor, sparsity: float, skip_zero_advantage: bool
+    config: LossConfig, call: LossCall, like: Tensor, sparsity: float, skip_zero_advantage: bool
 ) -> None:
     """Check what the loss needs from the call, and that the call gives it nothing else."""
-    if not isinstance(config, LossConfig):
-        raise ValueError(f"config: expected a preset's name or a LossConfig, got {config!r}")
     if config.beta and call.ref_logps is None:
         raise ValueError(f"ref_logps: expected log-probs as beta is {config.beta}, got None")
     for name, value in (("correction", config.correction), ("rejection", config.rejection)):
@@ -47,8 +45,8 @@ def check_call(
     if call.entropy_threshold is not None and config.top_entropy_quantile == 1:
         raise ValueError("entropy_threshold has no effect with top_entropy_quantile=1")
     _check_scalar("normalizer", call.normalizer, like)
-    if isinstance(call.normalizer, (int, float)) and call.normalizer <= 0:
-        raise ValueError(f"normalizer: expected a number > 0, got {call.normalizer}")
+    if isinstance(call.normalizer, (int, float)):
+        checks.positive("normalizer", call.normalizer)
     if call.normalizer is not None and config.aggregation == "token_sum":
         raise ValueError("normalizer has no effect with aggregation='token_sum'")
     if config.aggregation == "fixed_length" and call.normalizer is None:
@@ -85,5 +83,7 @@ def _check_scalar(name: str, value: object, like: Tensor) -> None:
     """Check an optional number that may be a tensor ()."""
     if isinstance(value, Tensor):
         checks.tensor(name, value, (), like=like)
+        if value.dtype == torch.bool:
+            raise ValueError(f"{name}: expected a number, got a bool")
     elif value is not None:
         checks.finite(name, value)

@@ -121,6 +121,8 @@ def _check_combination(config: LossFields) -> None:
     of_some_surrogate = {name for rule in SURROGATES.values() for name in rule.fields}
     for name in sorted(of_some_surrogate - set(config.rule.fields)):
         _needs(config, name, False, f"surrogate={config.surrogate!r}")
+    if config.surrogate == "kl_cov":
+        _needs(config, "cov_ratio", config.kl_cov_coef != 0, "kl_cov_coef=0")
     for name in ("anchor", "log_ratio_clamp"):
         _needs(config, name, config.ratio_level != "none", "ratio_level='none'")
     fixed = config.aggregation == "fixed_length"

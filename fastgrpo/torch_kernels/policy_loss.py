@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import TokenLoss, Tokens, TokenTerms
+from fastgrpo_kernels import TokenObjective, Tokens, TokenTerms
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS, k3
 from fastgrpo_kernels.policy_loss import token_terms
 from fastgrpo_kernels.surrogates import SURROGATES
 from fastgrpo_kernels.twins import bounded_exp, torch_twin
 
 
-def token_loss(tokens: Tokens, loss: TokenLoss, separate: bool = False) -> TokenTerms:
+def token_loss(tokens: Tokens, loss: TokenObjective, separate: bool = False) -> TokenTerms:
     """Return the weighted loss of each token with its derivatives."""
     logps, log_ratio, advantages, weights, multipliers, context, ref_logps = tokens
     surrogate = SURROGATES[loss.surrogate]

@@ -10,7 +10,7 @@ from .linear_logps import linear_logps_fwd
 from .logits_tile import scatter_rows, tile_grad, tile_stats
 from .matmul import matmul
 from .operands import Draw, Head, Logps, Rows, RowState, Tile, Upstream
-from .policy_loss import STATS, TokenLoss, Tokens, TokenTerms, segment_reduce, token_loss
+from .policy_loss import STATS, TokenObjective, Tokens, TokenTerms, segment_reduce, token_loss
 from .sparse_entries import WORD_BITS, Kept, bag_sum, entry_logits, linear_draw_fwd, tile_draw
 
 ROW_MAJOR_TILES = True  # one program reads one row of a tile
@@ -31,7 +31,7 @@ __all__ = [
     "RowState",
     "Rows",
     "Tile",
-    "TokenLoss",
+    "TokenObjective",
     "TokenTerms",
     "Tokens",
     "Upstream",

@@ -78,7 +78,7 @@ def _tile_stats_kernel(
 
 def tile_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
     """Update `state` in place with one slice of the vocabulary; the tile is not changed."""
-    launch = _launch("tile_stats", tile)
+    launch = launch_of_tile("tile_stats", tile)
     with device_of(tile.z):
         if len(tile.z):
             _tile_stats_kernel[(len(tile.z),)](
@@ -92,7 +92,7 @@ def tile_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
             )
 
 
-def _launch(kernel: str, tile: Tile) -> Launch:
+def launch_of_tile(kernel: str, tile: Tile) -> Launch:
     """The launch entry of a kernel that reads a tile of fp32 rows with adjacent columns."""
     z = tile.z
     assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
@@ -168,7 +168,7 @@ def tile_grad(
     z = tile.z
     assert out.shape == z.shape and out.stride(1) == 1, "out: shaped like z"
     assert upstream.dentropy is None or scored.entropy is not None, "dentropy needs entropy"
-    launch = _launch("tile_grad", tile)
+    launch = launch_of_tile("tile_grad", tile)
     # Triton's interpreter truncates where hardware rounds to nearest: PyTorch rounds for it.
     target = torch.empty_like(z) if INTERPRETED and out.dtype == torch.bfloat16 else out
     with device_of(z):

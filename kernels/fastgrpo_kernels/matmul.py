@@ -8,7 +8,22 @@ from torch import Tensor
 
 def matmul(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     """out = a @ b, or out += a @ b. 16-bit operands may give fp32 results: out's dtype decides."""
-    mixed = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if a.dtype == out.dtype:
+        _multiply(out, a, b, accumulate)
+        return
+    # PyTorch's TunableOp (PYTORCH_TUNABLEOP_ENABLED=1) raises for results wider than operands.
+    tunable = torch.cuda.tunable
+    tuned = a.is_cuda and tunable.is_enabled()
+    if tuned:
+        tunable.enable(False)
+    try:
+        _multiply(out, a, b, accumulate, out_dtype=out.dtype)
+    finally:
+        if tuned:
+            tunable.enable(True)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **mixed: torch.dtype) -> None:
     if accumulate:
         torch.addmm(out, a, b, out=out, **mixed)
     else:

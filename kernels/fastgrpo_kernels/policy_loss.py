@@ -17,7 +17,7 @@ STATS = ("kl", "ratio", "clip_low", "clip_high", "ratio_min", "ratio_max")
 SEGMENT_OPS = ("sum", "max")
 
 
-class TokenLoss(NamedTuple):
+class TokenObjective(NamedTuple):
     """Configuration of a token's loss: multiplier * surrogate + beta * KL."""
 
     surrogate: str  # a key of SURROGATES
@@ -174,7 +174,7 @@ def _token_loss_kernel(
     tl.store(stats_ptr + 5, tl.max(tl.where(inside, ratio, float("-inf"))))
 
 
-def token_loss(tokens: Tokens, loss: TokenLoss, separate: bool = False) -> TokenTerms:
+def token_loss(tokens: Tokens, loss: TokenObjective, separate: bool = False) -> TokenTerms:
     """Return the weighted loss of each token with its derivatives, all fp32. Deterministic.
 
     With `separate` the derivatives with respect to logp and to log_ratio are returned apart.

@@ -218,6 +218,13 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 12: "sm_86"}.get(major, "sm_100")
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the compiled kernels run on a device: a CUDA part from 8.0 on, or a ROCm one."""
+    if not HAS_TRITON or device.type != "cuda":
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def launch_for(kernel: str, bits: int, arch: str) -> Launch:
     """The table's entry for a kernel, operand bits (0: no dot) and architecture class."""
     table = LAUNCHES[kernel]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .anchored_logps import Marks, anchored_logps_fwd, mask_words
 from .logit_math import slice_index, transform_logits
-from .logits_tile import load_logits
+from .logits_tile import launch_of_tile, load_logits
 from .operands import Draw, Head, Logps, Rows, Tile, adjacent_columns, dot_arguments, take
 from .runtime import INTERPRETED, architecture, device_of, jit, launch_for, tl
 
@@ -94,12 +94,10 @@ def _tile_draw_kernel(
 
 def tile_draw(tile: Tile, draw: Draw, kept: Kept) -> None:
     """Append the kept entries of one slice of the vocabulary to `kept`, in column order."""
-    z = tile.z
-    assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
-    launch = launch_for("tile_draw", 0, architecture(z.device))
-    with device_of(z):
-        if len(z):
-            _tile_draw_kernel[(len(z),)](
+    launch = launch_of_tile("tile_draw", tile)
+    with device_of(tile.z):
+        if len(tile.z):
+            _tile_draw_kernel[(len(tile.z),)](
                 **tile.arguments(),
                 anchor_ptr=draw.anchor,
                 column_words_ptr=draw.column_words[tile.columns],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dis
 import types
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,10 +21,18 @@ def torch_twin(fn: Callable) -> Callable:
     names that `tl` and torch share.
     """
     source = getattr(fn, "fn", fn)
-    called = (name for name in source.__code__.co_names if callable(source.__globals__.get(name)))
-    scope = {name: torch_twin(source.__globals__[name]) for name in called}
+    scope = {name: torch_twin(function) for name, function in called_by(source).items()}
     scope |= {"tl": torch, "__builtins__": builtins}
     return types.FunctionType(source.__code__, scope, source.__name__)
+
+
+def called_by(source: types.FunctionType) -> dict[str, Callable]:
+    """Return the functions of its module that a function calls, under the names it has for them."""
+    loaded = {i.argval for i in dis.get_instructions(source) if i.opname == "LOAD_GLOBAL"}
+    found = {name: source.__globals__.get(name) for name in loaded - {"tl"}}
+    return {
+        name: x for name, x in found.items() if isinstance(getattr(x, "fn", x), types.FunctionType)
+    }
 
 
 @jit

@@ -22,7 +22,7 @@ from fastgrpo.objective.config import config_from_key
 from fastgrpo.objective.contexts import CONTEXTS, Population
 from fastgrpo.objective.segments import Segments
 from fastgrpo.testing import make_batch, relative_error
-from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED, launch_for
+from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED, jit, launch_for, tl
 from fastgrpo_kernels.surrogates import CONTEXT_FIELDS, SURROGATES
 
 LOSSES = '''
@@ -443,6 +443,36 @@ def shifted(logp, log_ratio, advantage, context, step):
     return step - advantage * log_ratio, -advantage, advantage * 0.0
 
 
+def in_place(logp, log_ratio, advantage, context, step):
+    advantage *= step
+    return -advantage * log_ratio, -advantage, advantage * 0.0
+
+
+def a_power(logp, log_ratio, advantage, context, step):
+    return -advantage * log_ratio * step + 0.0 * log_ratio**2, -advantage * step, advantage * 0.0
+
+
+@jit
+def squared(x):
+    return x**2
+
+
+def a_power_further_down(logp, log_ratio, advantage, context, step):
+    return -advantage * log_ratio * step + 0.0 * squared(logp), -advantage * step, advantage * 0.0
+
+
+def of_torch_alone(logp, log_ratio, advantage, context, step):
+    zero = tl.expm1(log_ratio * 0.0)
+    return -advantage * log_ratio * step + zero, -advantage * step, advantage * 0.0
+
+
+def sigmoid(logp, log_ratio, advantage, context, step):
+    """Named like what it calls, with a slope of numbers that torch makes fp32."""
+    gate = tl.sigmoid(log_ratio * 0.0) * 2.0
+    slope = tl.where(advantage > 0.0, -1.0, 0.0)
+    return tl.where(advantage > 0.0, -log_ratio * gate, 0.0), slope, advantage * 0.0
+
+
 def around(scale):
     def inner(logp, log_ratio, advantage, context, step):
         return -advantage * log_ratio * scale, -advantage * scale, advantage * 0.0
@@ -464,6 +494,18 @@ REFUSED = {
     "fn: expected clipped to be -1, 0 or 1; got": dict(fn=wrong_side),
     r"fn: expected tensors \(loss, slope, clipped\).* got \[\(225,\), \(225,\)\]": dict(fn=no_side),
     "fn: expected arithmetic, functions of tl that torch has too": dict(fn=not_of_tl),
+    "fn: expected arguments left as they are, got one that is assigned to": dict(fn=in_place),
+    r"fn: expected no power \(\*\*\) in a_power": dict(fn=a_power),
+    r"fn: expected no power \(\*\*\) in squared": dict(fn=a_power_further_down),
+    "fn: expected functions that triton.language has in of_torch_alone, got tl.expm1": dict(
+        fn=of_torch_alone
+    ),
+    "formula: expected a loss of tensors, got NameError": dict(
+        formula=lambda logp, d, a, context, step: -a * d * undefined  # noqa: F821
+    ),
+    "formula: expected a tensor, one loss per token, got tuple": dict(
+        formula=lambda logp, d, a, context, step: (-a * d, d)
+    ),
     # With its default of 0 nothing is wrong.
     "fn: expected the loss .* step=0.1": dict(
         fn=forgotten_term, parameters={"step": 0.0},
@@ -484,7 +526,7 @@ REFUSED = {
     "formula: expected a finite loss and gradient; got inf at": dict(
         formula=lambda logp, d, a, context, step: (1e3 * d.abs()).exp()
     ),
-    "formula: expected a tensor, one loss per token, got 0": dict(formula=lambda *tensors: 0),
+    "formula: expected a tensor, one loss per token, got int": dict(formula=lambda *tensors: 0),
     "formula: expected a loss with a gradient, got one that is detached": dict(
         formula=lambda logp, d, a, context, step: -a * d.detach()
     ),
@@ -525,6 +567,17 @@ def test_refused(message):
     with mock.patch.dict(SURROGATES), torch.inference_mode():
         register_surrogate(**given)
         assert LossConfig(surrogate="mine").parameters == (0.5,)
+
+
+def test_names_that_it_shares_and_slopes_of_numbers():
+    def formula(logp, d, a, context, step):
+        return torch.where(a > 0, -d, 0.0) + 0.0 * step
+
+    with mock.patch.dict(SURROGATES):
+        register_surrogate("mine", sigmoid, formula, {"step": 0.5})
+        batch = make_batch()
+        out, dhidden, _ = fused(batch, LossConfig(surrogate="mine"), "torch")
+        assert out.loss.isfinite() and dhidden.norm() > 0
 
 
 @pytest.mark.parametrize("message, name, given", [

@@ -8,7 +8,7 @@ import torch
 import fastgrpo
 import fastgrpo_kernels
 from fastgrpo import torch_kernels
-from fastgrpo.advantages import estimators, group_advantages
+from fastgrpo.advantages import estimators, of_completions
 from fastgrpo_kernels import GroupStats, group_stats
 
 NAN = float("nan")
@@ -147,7 +147,7 @@ def test_every_estimator_on_the_kernel(estimator, monkeypatch):
         calls.append(device)
         return fastgrpo_kernels
 
-    monkeypatch.setattr(group_advantages, "resolve", kernel_only)
+    monkeypatch.setattr(of_completions, "resolve", kernel_only)
     actual, live = run()
     assert calls or estimator == "remax", "the kernel was asked"
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

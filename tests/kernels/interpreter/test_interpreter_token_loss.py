@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastgrpo import torch_kernels
-from fastgrpo_kernels import STATS, TokenLoss, Tokens, segment_reduce, token_loss
+from fastgrpo_kernels import STATS, TokenObjective, Tokens, segment_reduce, token_loss
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.surrogates import SURROGATES
 from row_oracle import HIGH, LOW, loss_of, loss_tokens, parameters
@@ -40,7 +40,7 @@ def test_every_surrogate_is_its_twin_on_every_edge(name, separate):
 @pytest.mark.parametrize("kl", KL_ESTIMATORS)
 def test_every_kl_is_its_twin(kl, gradient, clamps):
     for name, separate in (("ppo_clip", False), ("cispo", True)):
-        loss = TokenLoss(name, parameters(name), kl, gradient, 0.07, *clamps)
+        loss = TokenObjective(name, parameters(name), kl, gradient, 0.07, *clamps)
         terms = assert_same(loss_tokens(), loss, separate)
         assert (terms.dratio is not None) == separate
 
@@ -88,7 +88,7 @@ def test_overflow_is_finite_and_costs_nothing_without_advantage():
     advantages = torch.tensor([1.0, -1.0, 0.0, 0.0])
     logps, weights = torch.full((4,), -1.0), torch.full((4,), 0.25)
     tokens = Tokens(logps, log_ratio, advantages, weights, ref_logps=logps + 200)
-    options = TokenLoss("ppo_clip", (LOW, HIGH, float("inf")), beta=1e-3)
+    options = TokenObjective("ppo_clip", (LOW, HIGH, float("inf")), beta=1e-3)
     loss, dlogps, dratio, stats = token_loss(tokens, options, separate=True)
     for x in (loss, dlogps, dratio, stats):
         assert x.isfinite().all()

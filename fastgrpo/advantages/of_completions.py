@@ -88,6 +88,8 @@ def group_advantages(
             f"rewards: expected shape {shape} for estimator={estimator!r}, got "
             f"{tuple(rewards.shape)}"
         )
+    if dims == 2 and not rewards.shape[1]:
+        raise ValueError(f"rewards: expected K >= 1 rewards each, got {tuple(rewards.shape)}")
     check_rewards("rewards", rewards, tuple(rewards.shape))
     options = dict(
         ddof=ddof,
