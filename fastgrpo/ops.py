@@ -483,7 +483,7 @@ def _in_dtypes(grads: Grads, dtypes: Iterable[torch.dtype | None]) -> Iterable[T
 
 
 def _poison(grads: Grads, loss: Tensor) -> None:
-    """Make gradients not finite where the loss is not: rows without gradient never reach them."""
+    """Make the gradients non-finite if the loss is: a row without a gradient would not do it."""
     for grad in grads:
         if grad is not None and grad.numel():
             grad.view(-1)[:1].add_(0.0 * loss)

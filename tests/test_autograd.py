@@ -1,4 +1,4 @@
-"""The ops inside what users wrap them in: checkpoints, hooks, several backwards, transforms."""
+"""The ops within autograd: checkpoints, hooks, several backwards, function transforms."""
 
 from __future__ import annotations
 

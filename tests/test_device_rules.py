@@ -1,4 +1,4 @@
-"""What depends on a GPU that is not there, told by a patched device."""
+"""Choices that depend on the GPU, tested without one by patching the device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What is not finite and not masked is not finite in the loss and the gradients; -inf logits are
-columns that do not exist."""
+"""Unmasked NaN and inf show in the loss and the gradients; a logit of -inf is an absent column."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ from fastgrpo import checks
 from fastgrpo.backend import Kernels
 from fastgrpo_kernels import GroupStats
 
-LARGEST_REWARD = 1e15  # squares of a million of them stay far below fp32's 3e38
+LARGEST_REWARD = 1e15  # the sum of a million of its squares is far below fp32's 3e38
 
 
 def check_rewards(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:
-    """Raise ValueError unless x is fp32 of this shape, NaN or with squares that fp32 can add up."""
+    """Raise ValueError unless x is fp32 of this shape, NaN or at most LARGEST_REWARD in size."""
     checks.tensor(name, x, shape, like, (torch.float32,))
     if not checks.looks_at_values(x):
         return

@@ -1,4 +1,4 @@
-"""Advantages of completions, and of tokens, without a critic."""
+"""Critic-free advantages of completions, from the rewards of their groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advantages of tokens, without groups."""
+"""Critic-free advantages of tokens, without groups."""
 
 from __future__ import annotations
 

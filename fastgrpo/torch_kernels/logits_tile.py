@@ -46,7 +46,7 @@ def tile_exp_grad(tile: Tile, anchor: Tensor, scored: Logps, upstream: Upstream)
     e, dlogps = tile.z, upstream.dlogps
     slope = logit_slope(tile, dlogps)
     dz = dlogps if slope is None else dlogps * slope[..., 0]
-    # A slice of -inf has an arbitrary anchor: any scale does for its zeros, but an infinite one.
+    # A slice of -inf has an arbitrary anchor: its zeros may have any scale that is not infinite.
     log_scale = (anchor - scored.lse).clamp(max=0.0)
     rows, columns = tile_targets(tile)
     coef = -torch.expm1(e[rows, columns].log() + log_scale[rows]) * dz[rows]

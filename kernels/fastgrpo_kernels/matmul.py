@@ -11,7 +11,7 @@ def matmul(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     if a.dtype == out.dtype:
         _multiply(out, a, b, accumulate)
         return
-    # PyTorch's TunableOp (PYTORCH_TUNABLEOP_ENABLED=1) raises for results wider than operands.
+    # PyTorch's TunableOp (PYTORCH_TUNABLEOP_ENABLED=1) raises for fp32 results of 16-bit operands.
     tunable = torch.cuda.tunable
     tuned = a.is_cuda and tunable.is_enabled()
     if tuned:

@@ -219,7 +219,7 @@ def architecture(device: torch.device) -> str:
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the compiled kernels run on a device: a CUDA part from 8.0 on, or a ROCm one."""
+    """Whether compiled kernels run on a device: compute capability 8.0 or newer, or ROCm."""
     if not HAS_TRITON or device.type != "cuda":
         return False
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)

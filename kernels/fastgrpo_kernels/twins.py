@@ -27,7 +27,7 @@ def torch_twin(fn: Callable) -> Callable:
 
 
 def called_by(source: types.FunctionType) -> dict[str, Callable]:
-    """Return the functions of its module that a function calls, under the names it has for them."""
+    """Return the global functions that a function calls, under the names that it uses for them."""
     loaded = {i.argval for i in dis.get_instructions(source) if i.opname == "LOAD_GLOBAL"}
     found = {name: source.__globals__.get(name) for name in loaded - {"tl"}}
     return {
