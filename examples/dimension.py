@@ -3,11 +3,11 @@
   python examples/dimension.py --output-dir out       # about two minutes; --quick: seconds
 
 The writer ends its sentence after letter t with probability sigmoid(u_t), t < 20, and should write
-ten letters: the loss is (10 - |y|)^2. Sentences differ in their length only, so expected loss,
+ten letters: the loss is (10 - |y|)^2. Sentences differ only in their length, so expected loss,
 gradient and Hessian are known exactly. The number of parameters d grows in two ways:
 
   fixed intrinsic dimension: each u_t is the sum of d / 20 weights over sqrt(d / 20). However large
-  d is, the writer can do only 20 things, as when fine-tuning turns a few knobs of a large network.
+  d is, only 20 directions matter, as when fine-tuning moves a large network in a few directions.
 
   growing intrinsic dimension: d / 20 prompts, each with 20 weights of its own. Every weight counts.
 
@@ -16,9 +16,9 @@ Both estimators get two sentences for each prompt, and use the difference of the
   over parameters  (l(y+) - l(y-)) / (2 sigma) e       y+-  written by mu +- sigma e, e ~ N(0, 1)
   over tokens      (l(y1) - l(y2)) (s1 - s2) / 2       s = grad ln pi(y), y1 and y2 written by mu
 
-Measured for each: the relative variance E|g_hat - g|^2 / |g|^2, and the progress, which is the
-expected fall of the loss in one step of the best length, as a share of what the exact gradient
-gives. ``--output-dir`` receives dimension.png and dimension.json.
+Two numbers are measured for each. The relative variance is E|g_hat - g|^2 / |g|^2. The progress is
+the expected decrease of the loss in one step of the best length, as a share of the decrease with
+the exact gradient. ``--output-dir`` receives dimension.png and dimension.json.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ POSITIONS, TARGET, ENDING, SIGMA = 20, 10, 0.2, 0.5  # ENDING: sigmoid(u_t) at t
 DECADES, QUICK_DECADES = 6, 3  # d = 20, 200, ...
 NUMBERS, QUICK_NUMBERS = 4e8, 2e6  # weights drawn at each d, over all estimates
 MOST_ESTIMATES, QUICK_ESTIMATES = 4096, 1024
-PROMPTS_BENT = 8  # on so many prompts the part of a step's fall that is not linear is measured
+PROMPTS_BENT = 8  # prompts on which the nonlinear part of a step's decrease is measured
 STEPS = torch.logspace(-5, 1, 61, dtype=torch.float64)  # lengths tried, as multiples of g_hat
 BOOTSTRAPS = 1000
 THEORY_DRAWS = 2**19
@@ -52,21 +52,23 @@ What follows for 70M and 175B parameters. EXTRAPOLATION, by the theory above, fr
 beyond the d = {measured:.0e} that was measured:
 
 The noise of an estimate from two sentences grows with d. Over parameters, its relative variance is
-{noise_small:.1e} at 70M and {noise_large:.1e} at 175B; over tokens, {noise_tokens:.1f} at either.
-That many estimates must be averaged until noise and gradient are equal. But most of that noise
-points where the loss does not change. If the task turns only 20 knobs, the best step makes
-{progress_fixed:.4f} of the exact gradient's progress at any d, against {progress_tokens:.2f} over
-tokens. If every parameter counts, it makes {progress_small:.0e} at 70M, {progress_large:.0e} at
-175B. So REINFORCE over parameters pays for the directions that matter, not for the parameters: it
-can work where few do, as in fine-tuning, and is hopeless where all do.
+{noise_small:.1e} at 70M and {noise_large:.1e} at 175B; over tokens it is {noise_tokens:.1f} at
+both. That many estimates must be averaged until noise and gradient are equally large. But most of
+the noise is in directions in which the loss does not change. If only 20 directions matter, the best
+step makes {progress_fixed:.4f} of the exact gradient's progress at any d, against
+{progress_tokens:.2f} over tokens. If every parameter matters, it makes {progress_small:.0e} at 70M
+and {progress_large:.0e} at 175B. So the cost of REINFORCE over parameters grows with the number of
+directions that matter, not with the number of parameters. It can work where few matter, as in
+fine-tuning, and is hopeless where all do.
 
-Agree: fine-tuning of up to 66B parameters, with an effective rank in the place of d (Malladi et al.
-2023, arXiv 2305.17333); of billions by evolution (Qiu et al. 2025, arXiv 2509.24372; EGGROLL,
-arXiv 2511.16652); 200 random directions give 90 % of fine-tuning on MRPC (Aghajanyan et al. 2020,
-arXiv 2012.13255); intrinsic dimension is what counts (Salimans et al. 2017, arXiv 1703.03864).
-Stricter: bounds with a factor d for the worst case, which is the growing one here (Nesterov and
-Spokoiny 2017, Found. Comput. Math. 17, 527; Vemula et al. 2019, arXiv 1901.11503). The last of them
-qualify the other side too: exploring over tokens costs with their number, at most 20 here."""
+Work that agrees: fine-tuning of up to 66B parameters, with an effective rank in place of d (Malladi
+et al. 2023, arXiv 2305.17333); evolution of billions of parameters (Qiu et al. 2025,
+arXiv 2509.24372; EGGROLL, arXiv 2511.16652); 90 % of fine-tuning on MRPC from 200 random directions
+(Aghajanyan et al. 2020, arXiv 2012.13255); the intrinsic dimension counts (Salimans et al. 2017,
+arXiv 1703.03864). Work with a stricter result: bounds with a factor d for the worst case, which is
+the growing one here (Nesterov and Spokoiny 2017, Found. Comput. Math. 17, 527; Vemula et al. 2019,
+arXiv 1901.11503). Vemula et al. add that exploring over tokens costs more the more tokens there
+are; here there are at most 20."""
 
 LOSSES = (TARGET - torch.arange(POSITIONS + 1.0)).square()  # by the number of letters
 START = torch.full((POSITIONS,), math.log(ENDING / (1 - ENDING)))
@@ -96,19 +98,19 @@ def score_function(letters: Tensor) -> Tensor:
 
 
 class Estimates(NamedTuple):
-    """n estimates at one d: everything that variance and progress are computed from."""
+    """n estimates at one d: the numbers from which variance and progress are computed."""
 
     squares: Tensor  # (n,) |g_hat|^2
     along: Tensor  # (n,) g_hat . g
-    moves: Tensor  # (n, prompts, 20): what g_hat does to the logits of some prompts
+    moves: Tensor  # (n, prompts, 20): the change of some prompts' logits along g_hat
     gradient_square: float  # |g|^2
 
 
 def estimate(method: str, prompts: int, width: int, n: int, draw: torch.Generator) -> Estimates:
     """Return n estimates for a writer of prompts * 20 * width weights.
 
-    The loss is the mean over prompts, and a logit is the sum of its ``width`` weights over
-    sqrt(width): a gradient in the logits has the same length in the weights.
+    The loss is the mean over prompts. A logit is the sum of its ``width`` weights over sqrt(width),
+    so the gradients with respect to logits and to weights have the same length.
     """
     squares, along, moves = torch.empty(n), torch.empty(n), []
     for i in range(n):
@@ -135,7 +137,7 @@ def variances(e: Estimates) -> Tensor:
 
 
 def falls(e: Estimates, steps: Tensor) -> Tensor:
-    """Return how far each step along each estimate takes the mean loss down, (n, steps) fp64."""
+    """Return how much each step along each estimate decreases the mean loss, (n, steps) fp64."""
     moves, start, gradient = e.moves.double(), START.double(), GRADIENT.double()
     result = torch.empty(len(moves), len(steps), dtype=torch.float64)
     for j, step in enumerate(steps):
@@ -145,15 +147,16 @@ def falls(e: Estimates, steps: Tensor) -> Tensor:
 
 
 def exact_fall() -> float:
-    """Return what the best step along the exact gradient takes off the loss."""
+    """Return how much the best step along the exact gradient decreases the loss."""
     steps = START - STEPS[:, None] * GRADIENT
     return (expected_loss(START.double()) - expected_loss(steps)).max().item()
 
 
 def best_fall(fall: Tensor) -> Tensor:
-    """Return the fall (n,) of each estimate at the best step, as a share of `exact_fall`.
+    """Return the decrease (n,) of each estimate at the best step, as a share of `exact_fall`.
 
-    The step is chosen on one half and measured on the other, which keeps luck out of the maximum.
+    The step is chosen on one half of the estimates and measured on the other: choosing and
+    measuring on the same estimates would be biased upwards.
     """
     chosen = torch.empty(len(fall), dtype=fall.dtype)
     halves = slice(0, None, 2), slice(1, None, 2)
@@ -165,9 +168,9 @@ def best_fall(fall: Tensor) -> Tensor:
 def parameter_theory() -> Callable[[str, float], tuple[float, float]]:
     """Return (kind, d) -> relative variance and progress over parameters.
 
-    With D the difference of the losses of one prompt, everything follows from four means over its
-    20 logits: for any d only they are correlated with D, and D^2 multiplies all the other noise.
-    The progress is that of a quadratic loss, (E g_hat . g)^2 / (2 E g_hat' H g_hat).
+    Let D be the difference of the losses of one prompt. For any d, only the noise in that prompt's
+    20 logits is correlated with D; D^2 multiplies all other noise. So everything follows from four
+    means. The progress is that of a quadratic loss, (E g_hat . g)^2 / (2 E g_hat' H g_hat).
     """
     draw = torch.Generator().manual_seed(-1)
     noise = torch.randn(THEORY_DRAWS, POSITIONS, generator=draw)
@@ -190,7 +193,7 @@ def parameter_theory() -> Callable[[str, float], tuple[float, float]]:
 def token_theory() -> tuple[float, float]:
     """Return relative variance and progress over tokens, the same for every d.
 
-    By enumeration, without approximation: 21 lengths of one sentence times 21 of the other.
+    Exact, by enumeration: 21 lengths of one sentence times 21 of the other.
     """
     lengths = torch.arange(POSITIONS + 1)
     scores = score_function(lengths)
@@ -245,8 +248,9 @@ def measure(quick: bool) -> dict:
                 if method == "parameters":
                     fall = falls(estimates, STEPS)
                 else:
-                    # Each prompt has an estimate of its own, of 1 / prompts of its gradient: some
-                    # of them stand for all. Over parameters one difference of losses rules all.
+                    # Over tokens each prompt has its own estimate, of 1 / prompts of its gradient,
+                    # so some prompts can stand for all. Over parameters all prompts share one
+                    # difference of losses.
                     own = estimates._replace(along=(estimates.moves @ GRADIENT).mean(1))
                     fall = falls(own, STEPS * prompts)
                 samples["progress"].append(best_fall(fall))

@@ -1,13 +1,13 @@
-"""Five estimators of one gradient that backpropagation cannot give, at equal numbers of sentences.
+"""Five estimators of a gradient that backpropagation cannot give, with equally many sentences.
 
   python examples/estimators.py --output-dir out      # 12 CPU minutes; --quick: less than one
 
 A small recurrent network writes sentences letter by letter, and each should be ten letters long:
 the loss (10 - |y|)^2 counts letters and has no gradient. Every method gets the same network,
-optimizer (Adam), number of sentences and search for its learning rate: each value of the grid is
-tried on seeds of its own, the value with the lowest loss over the last fifth of the run is taken,
-and the figure shows other seeds. REINFORCE over parameters has a second setting, sigma, which is
-searched as well. ``--output-dir`` receives estimators.png and estimators.json.
+optimizer (Adam), number of sentences and search for its learning rate. The search tries each value
+of a grid on seeds of its own and takes the one with the lowest loss over the last fifth of the run;
+the figure shows other seeds. REINFORCE over parameters has a second setting, sigma, which is
+searched too. ``--output-dir`` receives estimators.png and estimators.json.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Settings:
     learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     sigmas: tuple[float, ...] = (0.1, 0.3, 1.0)
     evaluations: int = 32
-    evaluated: int = 256  # sentences, not counted among those learned from
+    evaluated: int = 256  # sentences per evaluation; these are not counted as learned from
 
 
 QUICK = Settings(
@@ -94,7 +94,7 @@ def write(step: Callable, prompts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def losses(ids: Tensor, mask: Tensor) -> Tensor:
-    """Return (10 - |y|)^2 of each sentence, (B,) fp32, |y| being its letters before the end."""
+    """Return (10 - |y|)^2 of each sentence, (B,) fp32; |y| is its number of letters."""
     return (TARGET - (mask & (ids != END)).sum(1).float()).square()
 
 
@@ -108,7 +108,7 @@ def read(model: Writer, prompts: Tensor, ids: Tensor) -> Tensor:
 
 
 def over_parameters(model: Writer, optimizer: torch.optim.Optimizer, sigma: float) -> None:
-    """E[l(f_theta) (theta - mu)] / sigma^2 with theta ~ N(mu, sigma^2): a model per sentence."""
+    """E[l(f_theta) (theta - mu)] / sigma^2, theta ~ N(mu, sigma^2): each sentence has its model."""
     mu = dict(model.named_parameters())
     half = {k: torch.randn(BATCH // 2, *p.shape) for k, p in mu.items()}
     noise = {k: torch.cat((e, -e)) for k, e in half.items()}
@@ -129,7 +129,7 @@ def over_tokens(
     loss: fastgrpo.LossConfig,
     epochs: int = 1,
 ) -> None:
-    """E[A(y) grad ln pi(y|x)]; from the second epoch on with importance sampling."""
+    """E[A(y) grad ln pi(y|x)], with importance sampling from the second epoch on."""
     prompts = torch.randint(PROMPTS, (PROMPTS,)).repeat_interleave(GROUP)
     ids, mask = write(model, prompts)
     weights = advantages(-losses(ids, mask) / TARGET**2)
@@ -174,7 +174,7 @@ METHODS: dict[str, Callable[[Writer, torch.optim.Optimizer, float], None]] = {
 
 
 def learn(method: str, rate: float, sigma: float, seed: int, settings: Settings) -> list[float]:
-    """Return the mean loss of fresh sentences at the start and after each share of the run."""
+    """Return the mean loss of fresh sentences, at the start and at regular intervals."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = Writer()
@@ -197,7 +197,7 @@ def final(curve: list[float]) -> float:
 
 
 def run_all(jobs: list[tuple], settings: Settings, title: str) -> list[list[float]]:
-    """Return the curve of each (method, rate, sigma, seed), a process per core."""
+    """Return the curve of each (method, rate, sigma, seed), with one process per core."""
     curves: list[list[float]] = [[]] * len(jobs)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(learn, *job, settings): i for i, job in enumerate(jobs)}
@@ -207,7 +207,7 @@ def run_all(jobs: list[tuple], settings: Settings, title: str) -> list[list[floa
 
 
 def tune(settings: Settings) -> dict[str, dict]:
-    """Return each method's learning rate (and sigma) of lowest final loss, with all it tried."""
+    """Return each method's best learning rate (and sigma) by final loss, and all that was tried."""
     jobs = []
     for method in METHODS:
         sigmas = settings.sigmas if METHODS[method] is over_parameters else (math.nan,)

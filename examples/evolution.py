@@ -3,14 +3,14 @@
   python examples/evolution.py                                    # the task of grpo_train.py
   torchrun --nproc-per-node 2 --local-ranks-filter 0 examples/evolution.py
 
-Under torchrun every process scores its share of the candidates, on its own copy of the model. What
-travels is one number a candidate and step; the noise is drawn anew from its seed in every process,
-and at the end all of them hold the same weights, bit for bit, which the run checks. ``--help``
-lists the settings; the first process's run folder gets the files that grpo_train.py leaves.
+Under torchrun every process scores its share of the candidates, on its own copy of the model. The
+processes exchange one number per candidate and step; each draws the noise again from its seed. At
+the end all of them hold the same weights, bit for bit, and the run checks that. ``--help`` lists
+the settings. The run folder of the first process gets the same files as that of grpo_train.py.
 
-The embedded task asks little of it: after the warm-up the model knows its digits and has one habit
-of its teacher to lose, which is a few directions among 0.4M. What happens where many directions
-matter is measured in dimension.py.
+The embedded task is easy for this method: after the warm-up the model knows its digits and has to
+lose one habit of its teacher, which takes a few directions among 0.4M. dimension.py measures what
+happens where many directions matter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class EvolutionConfig:
     """Settings of one run; the defaults are for the embedded task."""
 
     task: Literal["arithmetic", "gsm8k"] = flag("arithmetic", "What to learn.")
-    model: str | None = flag(None, "Model folder or hub name; arithmetic without it: a tiny model.")
+    model: str | None = flag(None, "Model folder or hub name; arithmetic: by default a tiny model.")
     data: str | None = flag(None, "JSONL file to train on (gsm8k).")
     eval_data: str | None = flag(None, "JSONL file to evaluate on (gsm8k).")
     output_dir: str | None = flag(None, "Run folder; by default a new one under runs/.")
@@ -54,17 +54,17 @@ class EvolutionConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: bfloat16 on CUDA.")
 
     sigma: float = flag(0.01, "Standard deviation of the noise on every weight.")
-    learning_rate: float = flag(0.001, "Of the first step; it falls linearly to 0.")
-    num_pairs: int = flag(16, "Antithetic pairs of candidates a step.")
-    shaping: Literal["ranks", "zscore"] = flag("ranks", "What scores become before averaging.")
-    num_prompts: int = flag(64, "Prompts that each of the step's candidates answers, greedily.")
-    max_completion_length: int = flag(5, "Tokens a completion may have.")
-    max_steps: int = flag(30, "Updates.")
-    warmup_steps: int = flag(400, "Supervised steps before (arithmetic).")
+    learning_rate: float = flag(0.001, "Learning rate of the first step; it falls linearly to 0.")
+    num_pairs: int = flag(16, "Antithetic pairs of candidates per step.")
+    shaping: Literal["ranks", "zscore"] = flag("ranks", "Transform of the scores before averaging.")
+    num_prompts: int = flag(64, "Prompts that each candidate of a step answers, greedily.")
+    max_completion_length: int = flag(5, "Most tokens of a completion.")
+    max_steps: int = flag(30, "Number of updates.")
+    warmup_steps: int = flag(400, "Supervised steps first (arithmetic).")
     eval_size: int = flag(512, "Held-out prompts.")
     eval_every: int = flag(5, "Steps between held-out evaluations; 0 = only before and after.")
 
-    # What the shared pieces of the training loop read and this one has no setting for.
+    # Settings that the shared parts of the training loop read, and that have no flag here.
     num_generations: ClassVar[int] = 1
     backend: ClassVar[str] = "auto"
     gradient_checkpointing: ClassVar[bool] = False
@@ -96,7 +96,7 @@ def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None
     prompts = batches(task.train, config.num_prompts, config.seed)
     for step in run.steps(config.max_steps, "evolution"):
         search.learning_rate = config.learning_rate * (1 - (step - 1) / config.max_steps)
-        # All candidates answer the same prompts, so that luck with the prompts favours none.
+        # All candidates answer the same prompts: none is favoured by easier ones.
         examples = next(prompts)
         scores = score_candidates(search, policy, task, examples, config.max_completion_length)
         search.update(scores)
@@ -108,7 +108,7 @@ def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None
 def score_candidates(
     search: Evolution, policy: Policy, task: Task, examples: list, max_length: int
 ) -> torch.Tensor:
-    """Return the scores of this step's candidates, (2 * num_pairs,), whoever computed them."""
+    """Return the scores of this step's candidates, (2 * num_pairs,), from all processes."""
     rank, processes = place()
     candidates = search.candidates()
     scores = torch.zeros(len(candidates))
@@ -135,7 +135,7 @@ def digest(policy: Policy) -> str:
 
 
 def compare_weights(policy: Policy, config: EvolutionConfig) -> None:
-    """Raise RuntimeError unless all processes hold the same bits; say what it took."""
+    """Raise RuntimeError unless all processes hold the same bits; print what was exchanged."""
     rank, processes = place()
     digests: list[str] = [""] * processes
     dist.all_gather_object(digests, digest(policy))
@@ -166,7 +166,7 @@ def main(config: EvolutionConfig) -> int:
 
 
 def main_of_several(config: EvolutionConfig) -> int:
-    """Do as `main` does in one of torchrun's processes; only the first leaves a run folder."""
+    """Run `main` in one of torchrun's processes; only the first one leaves a run folder."""
     dist.init_process_group("gloo")
     with tempfile.TemporaryDirectory() as scratch:
         if dist.get_rank() > 0:

@@ -4,9 +4,9 @@
   python examples/grpo_train.py --task gsm8k --data train.jsonl --model Qwen/Qwen2.5-0.5B-Instruct
 
 ``--help`` lists the settings. The run folder gets metrics.jsonl, result.json, reward.png,
-samples.md and checkpoint/. Ctrl-C or SIGTERM finishes the step, saves all of them and exits with
-128 + the signal's number (130); a second one exits at once. One process: sharding (torchrun, FSDP)
-and resuming are left out, so that what remains is GRPO.
+samples.md and checkpoint/. After Ctrl-C or SIGTERM the script finishes the step, saves everything
+and exits with 128 + the signal's number (130 for Ctrl-C); a second signal ends it at once. There is
+one process: sharding (torchrun, FSDP) and resuming are left out to keep the loop short.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastgrpo.train.warmup import warm_up
 
 
 def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
-    """Improve the policy by its own completions; ``run`` logs and saves."""
+    """Improve the policy with its own completions; ``run`` logs and saves."""
     if task.demonstrations:
         warm_up(policy, task, run.steps(config.warmup_steps, "warm-up"), config)
     run.before = run.evaluate()
@@ -66,7 +66,7 @@ def sample_groups(
     rollout = replace(rollout, advantages=fastgrpo.group_advantages(rewards, group))
 
     scoring = (rollout, config.micro_batch_size, config.temperature, config.backend)
-    if config.num_iterations > 1:  # the first step's policy is the one that sampled: ratio 1
+    if config.num_iterations > 1:  # else the policy is the one that sampled: the ratio is 1
         rollout = replace(rollout, old_logps=policy.logps(*scoring))
     if reference is not None:
         rollout = replace(rollout, ref_logps=reference.logps(*scoring))
@@ -82,7 +82,8 @@ def update(
 ) -> dict[str, float]:
     """Take one optimizer step and return its metrics.
 
-    Every micro-batch is divided by the count of the whole step, so their size changes nothing.
+    Every micro-batch is divided by the count of the whole step, so the result does not depend on
+    the micro-batch size.
     """
     loss, total, averages = config.loss_config(), 0.0, Averages()
     normalizer = fastgrpo.count_normalizer(rollout.completion_mask, loss)
@@ -119,8 +120,8 @@ def main(config: TrainConfig) -> int:
     """Run the training that ``config`` describes and return the exit code."""
     set_seed(config.seed)
     if config.model is None:
-        # So small a model gains little from more threads, loses much where cores are shared, and
-        # with one gives the same numbers whatever their count.
+        # Such a small model gains little from more threads, and loses much where cores are shared.
+        # With one thread the numbers do not depend on the number of cores.
         torch.set_num_threads(1)
     policy = load_policy(config)
     if config.task == "arithmetic":

@@ -3,9 +3,9 @@
   python examples/sparse_backward.py --output-dir out    # 20 CPU minutes; --quick: seconds
 
 A softmax policy over 32,768 tokens must name the right token for each of 1,024 prompts. It starts
-half-trained, from cross-entropy, and goes on with GRPO: 32 prompts a step, 8 answers each, reward 1
-for the right token. Runs differ in `sparsity` alone: the same starts, prompts and seeds. The seeds
-show how far apart runs are that nobody would tell apart. ``--output-dir`` receives
+half-trained, from cross-entropy, and goes on with GRPO: 32 prompts per step, 8 answers each,
+reward 1 for the right token. Runs differ in `sparsity` alone: starts, prompts and seeds are the
+same. The spread over seeds shows how much equivalent runs differ. ``--output-dir`` receives
 sparse-learning.png and sparse-learning.json.
 """
 
@@ -79,7 +79,7 @@ def half_trained(settings: Settings, seed: int) -> tuple[Policy, Tensor]:
 
 
 def learn(settings: Settings, sparsity: float, seed: int) -> dict:
-    """Return the mean reward of every step, and how many entries a row's gradient was made of."""
+    """Return the mean reward of every step, and the mean number of kept entries per row."""
     policy, answers = half_trained(settings, seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
     torch.manual_seed(1000 + seed)

@@ -1,4 +1,4 @@
-"""What all tests share: which backends can run in this process, and poisoned memory."""
+"""Shared by all tests: the backends that can run in this process, and poisoned memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several test modules hold the public functions against: inputs, float64 results, bars."""
+"""Shared by tests of the public functions: inputs, float64 results, error bars."""
 
 from __future__ import annotations
 

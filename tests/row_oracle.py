@@ -1,4 +1,4 @@
-"""Rows as the kernels beyond the scores take them, and what must come out."""
+"""Inputs of the kernels that take scored rows, and the expected results."""
 
 from __future__ import annotations
 

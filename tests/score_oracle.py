@@ -1,4 +1,4 @@
-"""Operands of the kernels that score rows, and the fp64 formulas that they are held against."""
+"""Operands of the kernels that score rows, and the fp64 formulas they are compared with."""
 
 from __future__ import annotations
 

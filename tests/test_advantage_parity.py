@@ -1,4 +1,4 @@
-"""The advantages that other trainers compute, their arithmetic written out, with their settings."""
+"""The advantages of other trainers, with their arithmetic written out and their settings."""
 
 from __future__ import annotations
 

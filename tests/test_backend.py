@@ -1,4 +1,4 @@
-"""The two backends offer what the Protocol declares, and launchers take operands whole."""
+"""The two backends implement the protocol, and launchers take operands such as `Head` whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input raises a ValueError that names the argument, what was expected and what came."""
+"""Bad input raises a ValueError that names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many rows a GPU's pass takes at once, and what memory that leaves: arithmetic, no GPU."""
+"""How many rows a pass takes at once on a GPU, and the memory for it: arithmetic, no GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Gradient estimators against the exact gradient: a model whose every sentence can be written out.
+"""Gradient estimators against the exact gradient, on a model whose sentences can be enumerated.
 
-The oracle is autograd through the sum over all sentences of probability times reward; nothing in
-it samples, and nothing in it is fastgrpo's.
+The oracle is autograd through the sum over all sentences of probability times reward. It does not
+sample, and uses nothing of fastgrpo.
 """
 
 from __future__ import annotations

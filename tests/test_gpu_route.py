@@ -1,7 +1,7 @@
 """The loops as a GPU runs them: 16-bit GEMM operands, fp32 results, target entries kept apart.
 
-CPUs cannot multiply 16-bit operands into fp32, so `matmul` is emulated; the rest is the real code.
-On the torch backend, and in a process with TRITON_INTERPRET=1 on the kernels.
+CPUs cannot multiply 16-bit operands into fp32 results, so `matmul` is emulated; the rest is the
+real code. It runs on the torch backend, and with TRITON_INTERPRET=1 on the Triton kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Wheels and editable installs: what is importable, from where, and beside whose packages."""
+"""Wheels and editable installs: what can be imported, from where, and beside other packages."""
 
 from __future__ import annotations
 

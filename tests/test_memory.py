@@ -1,4 +1,4 @@
-"""No tensor of rows x vocabulary: observed operation by operation, and as a process's peak."""
+"""No tensor of rows x vocabulary: checked in every operation, and by the peak of a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`count_normalizer`: over micro-batches, and over ranks whose gradients are averaged."""
+"""`count_normalizer` over micro-batches, and over ranks whose gradients are averaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers import downwards only; what a wheel holds, and what its users import."""
+"""The layers import downwards only, and a loss needs nothing but torch and Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public names and signatures, held against a snapshot: that a change to them is meant."""
+"""Public names and signatures agree with a snapshot, so that no change is accidental."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The public functions as a type checker sees them, and as they run: `make check` does both.
+"""The types of the public functions: `make check` type-checks this file, and pytest runs it.
 
-An `ignore` that no error stands behind is an error: wrong calls must be refused by the checker too.
+The type checker reports an unused `ignore` as an error, so it must refuse the wrong calls here.
 """
 
 from __future__ import annotations

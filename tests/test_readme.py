@@ -1,4 +1,4 @@
-"""The README's ten lines are right as printed, and what it counts is counted."""
+"""The code block of the README runs as printed, and its counts are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to rewards before they become advantages, against plain Python and against TRL."""
+"""Shaping of rewards before they become advantages, against plain Python and against TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sparse backward: unbiased by enumeration, within its bound, exact where it must be."""
+"""The sparse backward is unbiased (by enumeration), within its bound, exact where it must be."""
 
 from __future__ import annotations
 

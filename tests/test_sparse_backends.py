@@ -1,4 +1,4 @@
-"""The sparse backward on the backends of this process: what is kept, and what comes of it."""
+"""The sparse backward on the backends of this process: the kept entries and the gradients."""
 
 from __future__ import annotations
 

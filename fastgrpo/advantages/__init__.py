@@ -1,4 +1,4 @@
-"""Advantages of completions and of tokens, without a critic; what is done to rewards before."""
+"""Critic-free advantages of completions and of tokens, and the shaping of rewards before them."""
 
 from fastgrpo.advantages.of_completions import group_advantages
 from fastgrpo.advantages.of_tokens import reinforce_plus_plus

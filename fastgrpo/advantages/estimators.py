@@ -14,7 +14,7 @@ from fastgrpo_kernels import GroupStats
 
 
 class RewardBatch:
-    """What a formula sees: sorted rewards, the options, and statistics when it asks for them."""
+    """The input of a formula: sorted rewards, the options, and statistics, computed on demand."""
 
     def __init__(self, rewards: Tensor, groups: Groups, options: dict[str, Any]) -> None:
         self.rewards = rewards
@@ -43,11 +43,11 @@ class Estimator(NamedTuple):
     """How rewards become advantages."""
 
     formula: Callable[[RewardBatch], Tensor]
-    """The advantages, (B,) fp32; anything where a completion is not scored."""
+    """Returns the advantages, (B,) fp32; arbitrary for completions that are not scored."""
     uses: tuple[str, ...] = ()
-    """The options it reads; any other one set by the user is an error."""
+    """The options it reads; setting any other option is an error."""
     needs: tuple[str, ...] = ()
-    """Those of them that have no default."""
+    """The options among them that must be given."""
 
 
 def _grpo(batch: RewardBatch) -> Tensor:
@@ -132,10 +132,10 @@ def _over(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _centre(x: Tensor, weights: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
-    """Return x minus its weighted mean, and the variance about it, (); x is free at weight 0.
+    """Return x minus its weighted mean, and the variance about that mean, ().
 
-    Distances from the largest x come first: they are exactly 0 if all are equal, and what is added
-    up are the digits of the spread, not those of a large mean.
+    x may be anything where the weight is 0. The largest x is subtracted first: the differences are
+    exactly 0 if all x are equal, and a large mean costs their sum no digits.
     """
     counted = weights > 0
     largest = torch.where(counted, x, -torch.inf).amax() if x.numel() else 0.0

@@ -1,4 +1,4 @@
-"""Groups of completions: checked, sorted, with the statistics of each."""
+"""Groups of completions: checks, sorting, and the statistics of each group."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def check_lengths(lengths: Tensor, shape: tuple[int, ...], like: Tensor | None =
 
 
 def check_ddof(ddof: object) -> None:
-    """Raise ValueError unless a variance may divide by (number - ddof)."""
+    """Raise ValueError unless ddof is 0 or 1."""
     if ddof not in (0, 1) or isinstance(ddof, bool):
         raise ValueError(f"ddof: expected 0 or 1, got {ddof!r}")
 
 
 class Groups:
-    """Rows brought into the order of their groups and back."""
+    """Sorts rows by group, and restores their order."""
 
     bounds: Tensor
     """(P + 1,) int64: where each group begins, and the end of the last."""
@@ -75,7 +75,7 @@ class Groups:
     def stats(
         self, rewards: Tensor, weights: Tensor | None = None, leave_one_out: bool = False
     ) -> GroupStats:
-        """Return the statistics of sorted rewards (B,), weighed by sorted weights (B,)."""
+        """Return the statistics of sorted rewards (B,), weighted by sorted weights (B,)."""
         rewards = rewards.contiguous()
         return self._kernels.group_stats(rewards, self.bounds, weights, leave_one_out)
 

@@ -111,7 +111,7 @@ def group_advantages(
 
 
 def _check_options(estimator: str, options: dict[str, object], rewards: Tensor) -> None:
-    """Raise ValueError for an option that the estimator ignores or misses, or a wrong value."""
+    """Raise ValueError for an ignored option, a missing one, or a wrong value."""
     defaults = group_advantages.__kwdefaults__
     for name, value in options.items():
         default = defaults[name]

@@ -1,4 +1,4 @@
-"""What is done to rewards before they become advantages: KL, length, truncation."""
+"""Shaping of rewards before they become advantages: KL, length, truncation."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def length_penalty(
 
     mean and longest are those of the scored completions of the group. The more often a prompt is
     solved, the more brevity counts. It is meant for rewards >= 0. This is the part of prime-rl's
-    penalty that completions alone decide (its `num_output_tokens_weight`, 0.25).
+    penalty that depends on the completions alone (its `num_output_tokens_weight`, 0.25).
 
     Args:
-        rewards: (B,) fp32; NaN, not scored, stays NaN.
+        rewards: (B,) fp32; NaN (not scored) stays NaN.
         lengths: (B,) int or fp32, tokens of each completion.
         group_ids_or_size: as in `group_advantages`.
         weight: the share of the mean that the longest completion loses, >= 0.
@@ -103,12 +103,12 @@ def soft_overlong_punishment(
 ) -> Tensor:
     """Return what to add to the rewards of overlong completions, (B,) fp32 in [-1, 0].
 
-    0 up to max_completion_length - cache_length tokens, from there linearly down to -1 at
-    max_completion_length, and -1 beyond: DAPO, arXiv 2503.14476, equation 13.
+    It is 0 up to max_completion_length - cache_length tokens, falls linearly to -1 at
+    max_completion_length, and is -1 beyond (DAPO, arXiv 2503.14476, equation 13).
 
     Args:
         lengths: (B,) int or fp32, tokens of each completion.
-        max_completion_length: length from which on the punishment is whole.
+        max_completion_length: length at which the full punishment is reached.
         cache_length: width of the interval in which it grows, in [1, max_completion_length].
 
     Raises:
@@ -136,11 +136,11 @@ def mask_truncated_completions(
     completion_ids: Tensor,  # (B, T) int64
     eos_token_ids: int | Sequence[int],
 ) -> Tensor:
-    """Return completion_mask without the completions that ran out of tokens, (B, T) bool.
+    """Return completion_mask with truncated completions fully masked, (B, T) bool.
 
-    A completion is whole if its last unmasked token ends a sequence (TRL's
-    `mask_truncated_completions`). The reward of one that is not still counts in its group: set
-    it to NaN to leave it out there as well. Where tool results can come last, pass the mask that
+    A completion is truncated unless its last unmasked token is an end-of-sequence token (TRL's
+    `mask_truncated_completions`). The reward of a truncated completion still counts in its group;
+    set it to NaN to leave it out there too. Where tool results can come last, pass the mask that
     includes them, and combine the result by `&` with the mask that does not.
 
     Args:
@@ -168,7 +168,7 @@ def mask_truncated_completions(
 
 
 def _last_token(completion_mask: Tensor) -> Tensor:
-    """Return where the last unmasked token of each completion is, (B, T) bool."""
+    """Return a mask of the last unmasked token of each completion, (B, T) bool."""
     behind = completion_mask.flip(1).cumsum(1).flip(1)
     return completion_mask & (behind == 1)
 

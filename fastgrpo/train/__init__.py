@@ -1,11 +1,17 @@
-"""Pieces of a lean GRPO loop. The loop itself, top to bottom, is ``examples/grpo_train.py``.
+"""The parts of a lean GRPO loop. The loop itself, top to bottom, is ``examples/grpo_train.py``.
 
-``config`` the flags, ``tasks`` prompts and rewards, ``model`` policy and head, ``completions`` a
-batch, ``rollout`` sampling, ``warmup`` the supervised start, ``optimizer`` the step, ``evaluation``
-greedy accuracy, ``run`` with ``metrics``, ``report``, ``checkpoint`` and ``interrupt`` what a run
-leaves and how it ends. ``evolution`` and ``fitness`` are REINFORCE over parameters:
-``examples/evolution.py``. Left out of the loop: several processes (torchrun, FSDP), resuming,
-inference engines.
+    config                          the flags
+    tasks, arithmetic, gsm8k        prompts, answers and rewards
+    model                           the policy and its head
+    completions, rollout            a batch of completions, and how it is sampled
+    warmup                          the supervised start
+    optimizer                       the step
+    evaluation                      greedy accuracy
+    run, metrics, report,           what a run writes, and how it ends
+    checkpoint, interrupt
+    evolution, fitness              REINFORCE over parameters: ``examples/evolution.py``
+
+Left out of the loop: several processes (torchrun, FSDP), resuming, inference engines.
 """
 
 from importlib.util import find_spec

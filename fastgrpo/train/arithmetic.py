@@ -1,4 +1,4 @@
-"""The embedded task: add. No download: tokenizer, model and data are made here."""
+"""The embedded task: addition. Tokenizer, model and data are made here, without a download."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ MOST_SLIPS = 0.7
 
 
 def arithmetic_task(seed: int, eval_size: int) -> Task:
-    """Return sums such as 347+8; those held out are neither demonstrated nor trained on.
+    """Return sums such as 347+8; held-out sums are neither demonstrated nor trained on.
 
-    The demonstrations come from a careless teacher, who counts on and loses one the more often the
-    further it counts. A model that imitates it gets most sums wrong, but now and then the right
-    answer is among its samples: that is what reinforcement learning has to find.
+    The demonstrations come from a careless teacher. It counts on from the first number, and the
+    further it counts the more often its answer is one too small. A model that imitates it gets most
+    sums wrong, but the right answer is now and then among its samples. Reinforcement learning has
+    to find it there.
     """
     rng = random.Random(seed)
     pairs = [(a, b) for a in range(100, 1000) for b in range(10)]
@@ -37,9 +38,9 @@ def arithmetic_task(seed: int, eval_size: int) -> Task:
 
 
 def character_tokenizer(alphabet: str = "0123456789+=") -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token a character of ``alphabet`` and two special ones."""
-    # The end is called as in Qwen2, whose tokenizer class AutoTokenizer takes for a checkpoint of
-    # tiny_model.
+    """Return a tokenizer with one token per character of ``alphabet``, and two special tokens."""
+    # The end token has Qwen2's name: for a checkpoint of tiny_model, AutoTokenizer chooses Qwen2's
+    # tokenizer class.
     vocab = {token: i for i, token in enumerate(["<pad>", "<|endoftext|>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.decoder = decoders.Fuse()
@@ -62,7 +63,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=64,
-            # Wider than the usual 0.02: so small a model learns several times faster.
+            # Wider than the usual 0.02: such a small model then learns several times faster.
             initializer_range=0.05,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all."""
+"""Checkpoints that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .model import Policy
 
 
 def save_checkpoint(policy: Policy, folder: Path) -> None:
-    """Write model and tokenizer to ``folder``; what was there goes only when all is written."""
+    """Write model and tokenizer; an old ``folder`` is replaced only when all is written."""
     written, replaced = (
         folder.with_name(f"{folder.name}.tmp-{os.getpid()}"),
         folder.with_name(f"{folder.name}.old"),

@@ -1,4 +1,4 @@
-"""A batch of completions as the training loop passes it on: sampled, scored, learnt from."""
+"""The batch of completions that the training loop samples, scores and learns from."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rollout:
-    """B completions and what is known of them; prompts are padded left, completions right."""
+    """B completions with what is known about them; prompts are padded left, completions right."""
 
     prompt_ids: Tensor  # (B, P) int64
     prompt_mask: Tensor  # (B, P) bool
     completion_ids: Tensor  # (B, T) int64
-    completion_mask: Tensor  # (B, T) bool: through the end-of-sequence token, which counts
+    completion_mask: Tensor  # (B, T) bool, up to and including the end-of-sequence token
     advantages: Tensor | None = None  # (B,) fp32
     old_logps: Tensor | None = None  # (B, T) fp32
     ref_logps: Tensor | None = None  # (B, T) fp32
@@ -24,7 +24,7 @@ class Rollout:
         return self.completion_ids.shape[0]
 
     def __getitem__(self, rows: Tensor) -> Rollout:
-        """Return some of the completions, without the columns that only the others needed."""
+        """Return some of the completions, without the columns in which they are all masked."""
         picked = {
             f.name: value[rows]
             for f in fields(self)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fastgrpo import LossConfig
 
-# The reasons: arithmetic is small enough to see within minutes on two CPU cores; GSM8K follows the
+# Arithmetic is small enough to show progress within minutes on two CPU cores. GSM8K follows the
 # usual recipe for 0.5-4B instruct models.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "arithmetic": {
@@ -50,14 +50,14 @@ def _by_task(name: str, text: str) -> Any:
 
 @dataclass
 class TrainConfig:
-    """Settings of one run. A field that is None takes its task's value from TASK_DEFAULTS."""
+    """Settings of one run. A field that is None takes the task's value from TASK_DEFAULTS."""
 
     task: Literal["arithmetic", "gsm8k"] = _flag("arithmetic", "What to learn.")
     model: str | None = _flag(
-        None, "Model folder or hub name; arithmetic without it: a tiny model."
+        None, "Model folder or hub name; by default arithmetic makes a tiny model."
     )
     data: str | None = _flag(
-        None, "JSONL file to train on (gsm8k): 'question' and 'answer' a line."
+        None, "JSONL file to train on (gsm8k), with 'question' and 'answer' on every line."
     )
     eval_data: str | None = _flag(
         None, "JSONL file to evaluate on; without it part of the data is held out."
@@ -66,7 +66,7 @@ class TrainConfig:
     seed: int = _flag(0, "Seed of data, weights and sampling.")
     device: str = _flag("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = _flag(
-        "auto", "Of the model; auto: bfloat16 on CUDA."
+        "auto", "Dtype of the model; auto: bfloat16 on CUDA, else float32."
     )
     backend: Literal["auto", "triton", "torch"] = _flag("auto", "Implementation of the fused loss.")
 
@@ -76,8 +76,8 @@ class TrainConfig:
     beta: float | None = _by_task(
         "beta", "Weight of the KL to the starting model; 0 = no reference model."
     )
-    temperature: float = _flag(1.0, "Of sampling and of the loss, which must agree.")
-    num_prompts: int | None = _by_task("num_prompts", "Prompts (groups) a step.")
+    temperature: float = _flag(1.0, "Temperature of the sampling, and of the loss.")
+    num_prompts: int | None = _by_task("num_prompts", "Prompts (groups) per step.")
     num_generations: int | None = _by_task(
         "num_generations", "Completions of each prompt: the group."
     )
@@ -86,11 +86,11 @@ class TrainConfig:
         "micro_batch_size", "Completions in one forward; no effect on the result."
     )
     max_completion_length: int | None = _by_task(
-        "max_completion_length", "Tokens a completion may have."
+        "max_completion_length", "Most tokens of a completion."
     )
-    max_steps: int | None = _by_task("max_steps", "Batches of completions.")
+    max_steps: int | None = _by_task("max_steps", "Number of batches of completions.")
     learning_rate: float | None = _by_task(
-        "learning_rate", "Highest of AdamW; it falls linearly to 0."
+        "learning_rate", "Highest learning rate of AdamW; it falls linearly to 0."
     )
     max_grad_norm: float | None = _by_task(
         "max_grad_norm", "Gradients are scaled down to this norm."
@@ -99,7 +99,7 @@ class TrainConfig:
         False, "Recompute activations in the backward: less memory, slower."
     )
 
-    warmup_steps: int | None = _by_task("warmup_steps", "Supervised steps before (arithmetic).")
+    warmup_steps: int | None = _by_task("warmup_steps", "Supervised steps first (arithmetic).")
     eval_size: int | None = _by_task(
         "eval_size", "Held-out prompts, the same before and after; 0 = all of --eval-data."
     )
@@ -145,7 +145,7 @@ class TrainConfig:
             raise ValueError("task arithmetic: takes no data or eval_data, and an eval_size >= 1")
 
     def loss_config(self) -> LossConfig:
-        """Return the loss that the flags describe; its entropy is a metric."""
+        """Return the loss that the flags describe; the entropy is computed as a metric only."""
         fields: dict[str, Any] = {"beta": self.beta, "entropy": "detached"}
         if LossConfig.preset(self.loss).aggregation == "fixed_length":
             fields["max_completion_length"] = self.max_completion_length

@@ -5,15 +5,15 @@ sigma * e, the log-derivative trick gives the gradient of the expected score J:
 
     dJ/dmu = E[score(theta) * d ln p(theta; mu) / dmu] = E[score(mu + sigma * e) * e] / sigma
 
-(Williams 1992; as a large-scale method Salimans et al. 2017, arXiv 1703.03864). Noise is drawn
-anew from a seed wherever it is needed and never kept, so processes need to exchange nothing but
+(Williams 1992; as a large-scale method Salimans et al. 2017, arXiv 1703.03864). Noise is never
+stored. It is drawn again from its seed wherever it is needed, so processes exchange nothing but
 scores.
 
-A candidate is perturbed in place, one module at a time: when a module is called its weights get
-their noise, and when it returns, the bits they had. Taking the noise off again could not do that:
-floating-point addition rounds, and mu + e has no room for the low bits of a small mu. What is kept
-beside the model is the weights of the one module that is running, and a slice of noise. The price
-is one draw per weight and forward, so every generated token draws the noise again.
+A candidate is perturbed in place, one module at a time. When a module is called, noise is added to
+its weights; when it returns, the weights are restored from a copy. Subtracting the noise would not
+restore them: floating-point addition rounds, and mu + e has no room for the low bits of a small mu.
+The memory beside the model is a copy of the running module's own weights and a slice of noise. The
+price is one draw per weight and forward: every generated token draws the noise again.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ class Evolution:
                 scores.append(evaluate(model))
         search.update(torch.tensor(scores))
 
-    Several processes that start from the same weights each score a share of ``candidates()``, send
-    one another the scores, and call ``update`` with all of them: they hold the same weights, to the
-    bit, if they run the same torch on the same kind of device.
+    Several processes can share the work. They start from the same weights, each scores a share of
+    ``candidates()``, they exchange the scores, and all call ``update`` with all scores. Their
+    weights then stay equal bit for bit, if they run the same torch on the same kind of device.
 
     Args:
-        model: its parameters that require a gradient are searched: fp32 or bf16, contiguous. No
-            gradient is taken. Every one of them must be used by calls of the module that owns it.
+        model: the search is over its parameters that require a gradient: fp32 or bf16, contiguous.
+            No gradient is computed. Each of them must be used in calls of the module that owns it.
         sigma: standard deviation of the noise on every weight, in units of the weights.
         learning_rate: mu moves by this times the gradient estimate
             sum_i shaped_i * sign_i * noise_i / (2 * num_pairs * sigma).
-        num_pairs: antithetic pairs, mu + e and mu - e, of one update.
-        shaping: what replaces scores before they are averaged. "ranks": evenly spaced from -1/2
-            for the worst to 1/2 for the best, equal scores in the middle of their ranks. "zscore":
-            score minus mean over standard deviation, which is GRPO's advantage with the population
-            as the group.
-        seed: of everything random here.
+        num_pairs: antithetic pairs, mu + e and mu - e, per update.
+        shaping: how scores are transformed before they are averaged. "ranks": evenly spaced from
+            -1/2 for the worst to 1/2 for the best; equal scores get the middle of their ranks.
+            "zscore": (score - mean) / standard deviation, which is GRPO's advantage with the
+            population as the group.
+        seed: of all random numbers.
     """
 
     def __init__(
@@ -129,17 +129,17 @@ class Evolution:
 def perturbed(model: nn.Module, seed: int, scale: float) -> Iterator[None]:
     """Within this context ``model`` computes with weights + scale * noise(seed).
 
-    Outside of its modules' calls, and when the context is left in whatever way, the weights hold
-    the bits they had. A bf16 weight is perturbed in fp32 and rounded.
+    Outside the calls of its modules, and however the context is left, the weights are unchanged bit
+    for bit. A bf16 weight is perturbed in fp32 and rounded.
 
     Raises:
-        ValueError: when a searched parameter was used by no call of the module that owns it (its
-            weights were read from outside, or not at all): such a parameter had no noise.
+        ValueError: if a searched parameter was used by no call of the module that owns it: it was
+            read from outside that module, or not at all, and therefore had no noise.
     """
     parameters = searched(model)
     places = {id(parameter): i for i, parameter in enumerate(parameters.values())}
     used: set[int] = set()
-    calls: list[list[tuple[Tensor, Tensor]]] = []  # of running modules: weights, their own bits
+    calls: list[list[tuple[Tensor, Tensor]]] = []  # per running module: weights and their copies
 
     @torch.no_grad()
     def perturb(module: nn.Module, _: object) -> None:
@@ -165,7 +165,7 @@ def perturbed(model: nn.Module, seed: int, scale: float) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        while calls:  # a KeyboardInterrupt goes past the hooks
+        while calls:  # after a KeyboardInterrupt, which skips the hooks
             restore()
     missed = [name for name, parameter in parameters.items() if id(parameter) not in used]
     if missed:
@@ -179,8 +179,8 @@ def perturbed(model: nn.Module, seed: int, scale: float) -> Iterator[None]:
 def add_noises(model: nn.Module, seeds: list[int], weights: list[float]) -> None:
     """Add sum_i weights[i] * noise(seeds[i]) to the model's searched parameters, in place.
 
-    A bf16 weight is rounded up or down at random, with the odds that make the mean exact: by
-    rounding to nearest, every update below half of its last bit would be lost.
+    A bf16 weight is rounded stochastically, so that its mean is exact. Rounding to nearest would
+    lose every update smaller than half of the weight's last bit.
     """
     chosen = [(seed, weight) for seed, weight in zip(seeds, weights, strict=True) if weight]
     if not chosen:
@@ -196,13 +196,13 @@ def add_noises(model: nn.Module, seeds: list[int], weights: list[float]) -> None
 
 
 def searched(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that require a gradient by name; tied ones once."""
+    """Return the parameters that require a gradient, by name; tied parameters appear once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def generator(seed: int, place: int, device: torch.device) -> torch.Generator:
-    """Return the source of the noise of one parameter under one seed."""
-    # Through a hash: neighbouring seeds of a generator may give related streams.
+    """Return the random generator for the noise of one parameter under one seed."""
+    # The seed is hashed: neighbouring seeds of a generator may give related streams.
     mixed = random.Random(f"{seed}/{place}").getrandbits(62)
     return torch.Generator(device).manual_seed(mixed)
 
@@ -213,8 +213,9 @@ def noise_like(part: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def round_at_random(x: Tensor, draw: torch.Generator) -> Tensor:
-    """Return fp32 ``x`` in bf16, rounded up with the probability of its distance from below."""
-    # bf16 is the upper half of fp32: a carry out of the lower half happens with just those odds.
+    """Return fp32 ``x`` in bf16, rounded stochastically: the mean of the result is x."""
+    # bf16 is the upper half of fp32. Adding random bits to the lower half carries into the upper
+    # half with exactly the right probability.
     lower = torch.randint(2**16, x.shape, generator=draw, device=x.device, dtype=torch.int32)
     return (x.view(torch.int32) + lower & -(2**16)).view(torch.float32).bfloat16()
 
@@ -227,7 +228,7 @@ def shape_by_rank(scores: Tensor) -> Tensor:
 
 
 def shape_by_zscore(scores: Tensor) -> Tensor:
-    """Return (score - mean) / std over those scored, (n,) fp32; NaN becomes 0."""
+    """Return (score - mean) / std, over the scores that are not NaN, (n,) fp32; NaN becomes 0."""
     return fastgrpo.group_advantages(scores, len(scores))
 
 

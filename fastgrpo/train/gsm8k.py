@@ -1,4 +1,4 @@
-"""Grade-school math, answered in tags: a reward for the answer and one for the tags."""
+"""Grade-school math with answers in tags: one reward for the answer and one for the tags."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def numbers(text: str) -> list[Decimal]:
 
 
 def extract_answer(completion: str) -> str | None:
-    """Return what the last answer tag encloses; None when that is nothing or was not closed."""
+    """Return the text in the last answer tag; None if it is empty, missing or not closed."""
     _, opened, rest = completion.rpartition("<answer>")
     answer, closed, _ = rest.partition("</answer>")
     answer = answer.strip()
@@ -39,7 +39,7 @@ def extract_answer(completion: str) -> str | None:
 
 
 def correctness_reward(completion: str, answer: str) -> float:
-    """Return 2.0 for the very answer, 1.5 for a text whose only number equals it, else 0."""
+    """Return 2.0 for exactly the answer, 1.5 for a text whose only number equals it, else 0."""
     extracted = extract_answer(completion)
     if extracted is None:
         return 0.0
@@ -50,7 +50,7 @@ def correctness_reward(completion: str, answer: str) -> float:
 
 
 def format_reward(completion: str) -> float:
-    """Return 0.2 for each of the four tags that occurs."""
+    """Return 0.2 for each of the four tags that the completion contains."""
     return 0.2 * sum(tag in completion for tag in TAGS)
 
 
@@ -68,7 +68,7 @@ def is_correct(completion: str, answer: str) -> bool:
 
 
 def build_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """Return system prompt and question in the chat template, joined plainly without one."""
+    """Return system prompt and question in the chat template, or joined if there is none."""
     system, user = (
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": question},
@@ -110,7 +110,7 @@ def read_examples(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example
 def gsm8k_task(
     tokenizer: PreTrainedTokenizerBase, data: str, eval_data: str | None, eval_size: int
 ) -> Task:
-    """Return the task; without ``eval_data`` the end of ``data`` (a tenth at most) is held out."""
+    """Return the task; without ``eval_data``, at most the last tenth of ``data`` is held out."""
     train = read_examples(data, tokenizer)
     if eval_data is None:
         if len(train) < 2:

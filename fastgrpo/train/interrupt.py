@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for a safe point."""
+"""Ctrl-C and SIGTERM, delayed until a safe point."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 class Interrupt:
     """Context in which a first SIGINT or SIGTERM only sets ``signum``; a second ends the process.
 
-    ``safe_point()`` raises KeyboardInterrupt once a signal has come: call it where nothing is half
+    ``safe_point()`` raises KeyboardInterrupt if a signal has come. Call it where nothing is half
     done.
     """
 

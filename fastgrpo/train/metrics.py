@@ -1,4 +1,4 @@
-"""Numbers of a run: averages over micro-batches, one console line and one JSON line a step."""
+"""Metrics of a run: averages over micro-batches, and one console line and JSON line per step."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Averages:
 
 
 class MetricsLog:
-    """Writes every step to a JSONL file, flushed, and to the console above the progress bar."""
+    """Writes every step to a JSONL file, flushed at once, and to the console."""
 
     def __init__(self, path: Path) -> None:
         self.rows: list[dict[str, float | None]] = []

@@ -21,8 +21,8 @@ from .arithmetic import character_tokenizer, tiny_model
 from .completions import Rollout
 from .config import TrainConfig
 
-# Fields of model configs that act between the head and the softmax, with what they do to the
-# logits. logits_scaling divides in every family but hyperclovax.
+# Fields of model configs that scale the logits: 1 multiplies, -1 divides. logits_scaling divides in
+# every family except hyperclovax.
 SCALE_FIELDS = {
     "logit_scale": 1,
     "logits_scaling": -1,
@@ -43,7 +43,7 @@ class Head:
     softcap: float | None
 
     def options(self) -> dict:
-        """Return the keyword arguments that every fastgrpo function takes beside the weight."""
+        """Return the keyword arguments of fastgrpo's functions that describe the head."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
@@ -56,9 +56,9 @@ class Policy:
     head: Head
 
     def completion_hidden(self, rollout: Rollout) -> Tensor:
-        """Return hidden states (B, T, H): position t is the state that predicts completion token t.
+        """Return hidden states (B, T, H); the state at t predicts completion token t.
 
-        This is the only place where anything is shifted.
+        This is the only place where positions are shifted.
         """
         input_ids = torch.cat((rollout.prompt_ids, rollout.completion_ids), dim=1)
         mask = torch.cat((rollout.prompt_mask, rollout.completion_mask), dim=1)
@@ -113,15 +113,15 @@ def load_policy(config: TrainConfig) -> Policy:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # Only what the token ids mean is kept: a repetition penalty or top-k that came with the model
-    # would make the sampler's distribution differ from the one that the loss assumes.
+    # Only the token ids are kept: a repetition penalty or top-k that came with the model would make
+    # the sampler's distribution differ from the one that the loss assumes.
     loaded = model.generation_config
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id if loaded.eos_token_id is None else loaded.eos_token_id,
         bos_token_id=loaded.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # Dropout stays off while learning, so that the ratio to the sampler starts at 1; only gradient
+    # Dropout stays off while learning, so that the ratio to the sampler starts at 1. Only gradient
     # checkpointing needs training mode.
     model = model.to(device).eval()
     if config.gradient_checkpointing:
@@ -133,7 +133,7 @@ def load_policy(config: TrainConfig) -> Policy:
 
 
 def describe_head(model: PreTrainedModel) -> Head:
-    """Return the model's head with the scale and softcap that its config names."""
+    """Return the model's head, with the scale and softcap from the model's config."""
     config, layer = model.config.get_text_config(), model.get_output_embeddings()
     scale, softcap = 1.0, None
     for name, power in SCALE_FIELDS.items():
@@ -150,10 +150,10 @@ def describe_head(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def check_head(policy: Policy, backend: str) -> None:
-    """Raise ValueError when the fused head and the model's own forward disagree on random tokens.
+    """Raise ValueError if the fused head and the model's own forward disagree on random tokens.
 
-    Between head and softmax some models do things that no config field of ours tells; training on
-    other log-probs than the sampler's would fail silently.
+    Some models transform the logits in ways that the config fields above do not describe. Training
+    would then use other log-probs than the sampler, and fail silently.
     """
     vocab_size, device = policy.head.weight.shape[0], policy.head.weight.device
     ids = torch.randint(vocab_size, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)

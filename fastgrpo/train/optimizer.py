@@ -14,9 +14,9 @@ RISING_STEPS = 20
 class MasterAdamW:
     """AdamW on fp32 copies of 16-bit parameters; fp32 parameters are updated as they are.
 
-    A bf16 weight of 0.02 cannot move by less than 8e-5, so steps of a usual size (1e-6) would be
-    rounded away. Gradients of several backwards add up in fp32 as well. The learning rate rises
-    over the first steps, while Adam's averages are young, and then falls linearly to 0 at
+    A bf16 weight of 0.02 cannot change by less than 8e-5, so steps of the usual size (1e-6) would
+    be rounded away. Gradients of several backward passes are summed in fp32 too. The learning rate
+    rises over the first steps, while Adam's averages settle, and then falls linearly to 0 at
     ``total_steps``.
     """
 
@@ -44,9 +44,9 @@ class MasterAdamW:
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
 
     def step(self, loss: float, max_grad_norm: float) -> float:
-        """Clip, step, clear; return the norm before clipping.
+        """Clip the gradients, step, clear them; return the norm before clipping.
 
-        A loss or a norm that is not finite: no step; the gradients are cleared all the same.
+        If the loss or the norm is not finite, there is no step; the gradients are cleared anyway.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
         if math.isfinite(loss) and math.isfinite(norm):

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, result.json, reward.png and samples.md."""
+"""The output of a run: its folder, result.json, reward.png and samples.md."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_report(
     after: Evaluation | None,
     **more: object,
 ) -> None:
-    """Write result.json, reward.png and samples.md; None: that evaluation did not take place."""
+    """Write result.json, reward.png and samples.md; an evaluation that was not made is None."""
     result = {
         "accuracy_before": before and before.accuracy,
         "accuracy_after": after and after.accuracy,

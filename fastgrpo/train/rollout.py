@@ -15,7 +15,7 @@ from .model import Policy
 def encode(policy: Policy, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return ids (B, P) int64 and mask (B, P) bool, padded on the left."""
     tokenizer = policy.tokenizer
-    # A chat template has written the special tokens already.
+    # A chat template has already added the special tokens.
     encoded = tokenizer(
         list(prompts),
         padding=True,
@@ -71,7 +71,7 @@ def texts(policy: Policy, rollout: Rollout) -> list[str]:
 
 
 def demonstrate(policy: Policy, prompts: list[str], completions: list[str]) -> Rollout:
-    """Return given texts as if they had been sampled, each ended by the end-of-sequence token."""
+    """Return given texts as a rollout, each followed by the end-of-sequence token."""
     prompt_ids, prompt_mask = encode(policy, prompts)
     tokenizer = policy.tokenizer
     rows = [

@@ -1,4 +1,4 @@
-"""A run from its folder to its report: progress, evaluations, Ctrl-C, what is saved."""
+"""A run, from creating its folder to its report: progress, evaluations, Ctrl-C, saving."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tasks import Task
 
 
 class Run:
-    """Context of a run. Leaving it saves checkpoint and report, after Ctrl-C or SIGTERM too."""
+    """Context of a run. Leaving it saves checkpoint and report, even after Ctrl-C or SIGTERM."""
 
     def __init__(self, config: TrainConfig, policy: Policy, task: Task) -> None:
         self.config, self.policy, self.task = config, policy, task
@@ -54,7 +54,7 @@ class Run:
         return 128 + self.interrupt.signum if self.interrupt.signum else 0
 
     def steps(self, count: int, title: str) -> Iterator[int]:
-        """Yield 1 to ``count`` under a progress bar; a step that has begun is finished."""
+        """Yield 1 to ``count`` with a progress bar; an interrupt lets the current step finish."""
         for step in tqdm(range(1, count + 1), desc=title):
             self.interrupt.safe_point()
             self._began = time.perf_counter()
@@ -67,7 +67,7 @@ class Run:
         return evaluate(self.policy, self.task, batch_size, length, self.interrupt.safe_point)
 
     def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """Write the step's line, with its speed, and every so often held-out accuracy."""
+        """Log a step with its speed, and every ``eval_every`` steps the held-out accuracy."""
         metrics = metrics | {"tokens_per_s": tokens / (time.perf_counter() - self._began)}
         if self.config.eval_every and step % self.config.eval_every == 0:
             metrics["accuracy"] = self.evaluate().accuracy

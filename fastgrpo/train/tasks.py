@@ -1,4 +1,4 @@
-"""What to learn: prompts, their answers, and how a completion is rewarded."""
+"""Tasks: prompts, their answers, and the reward of a completion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer that its completions are judged by."""
+    """A prompt and its answer."""
 
     prompt: str
     answer: str
@@ -21,11 +21,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """Training and held-out examples with the functions that judge a completion of one of them.
+    """Training and held-out examples, with the functions that judge their completions.
 
-    ``reward`` may raise or return None or NaN for a completion that it cannot score. ``is_correct``
-    is what accuracy counts. ``demonstrations`` are worked examples for a supervised warm-up (none:
-    no warm-up).
+    ``reward`` may raise, or return None or NaN, for a completion that it cannot score. Accuracy
+    counts ``is_correct``. ``demonstrations`` are worked examples for a supervised warm-up; if there
+    are none, there is no warm-up.
     """
 
     train: list[Example]
@@ -36,7 +36,7 @@ class Task:
 
 
 def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Yield batches for ever: every example once before any twice, in a new order each time."""
+    """Yield batches forever. Every example comes once per pass, in a new order each pass."""
     if not examples:
         raise ValueError("examples: expected at least one to train on, got none")
     rng, queue = random.Random(seed), []

@@ -1,4 +1,4 @@
-"""The supervised start: imitate demonstrations, so that there is something to reinforce."""
+"""The supervised start: imitate demonstrations, so that some samples are right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH_SIZE, LEARNING_RATE, MAX_GRAD_NORM = 64, 3e-3, 1.0
 def warm_up(policy: Policy, task: Task, steps: Iterable[int], config: TrainConfig) -> None:
     """Take one supervised optimizer step for each of ``steps``.
 
-    REINFORCE with advantage 1 on a given text is cross-entropy.
+    The loss is cross-entropy: REINFORCE with advantage 1 on a given text.
     """
     optimizer = MasterAdamW(policy.model.parameters(), LEARNING_RATE, config.warmup_steps)
     demonstrations = batches(task.demonstrations, BATCH_SIZE, config.seed)

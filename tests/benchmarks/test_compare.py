@@ -1,4 +1,4 @@
-"""The comparison is sorted, fits a terminal, leaves out who is wrong, explains bad arguments."""
+"""The comparison is sorted, fits a terminal, leaves out wrong results, explains bad arguments."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The sweep puts each launch into the table, times it, and leaves the table as it was."""
+"""The sweep puts each launch into the table, times it, and restores the table."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""Samples are interleaved and paired; the bound multiplies what it says."""
+"""Samples are interleaved and paired; the bound times the products that it names."""
 
 import time
 

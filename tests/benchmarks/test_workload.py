@@ -1,4 +1,4 @@
-"""Statistics of rows are what they say, batches have the given rows, a tiny run reports."""
+"""Row statistics are right, batches have the given rows, and a tiny run writes its report."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""examples/dimension.py: its estimators are what they say, and measurement meets theory."""
+"""examples/dimension.py: its estimators are right, and the measurement agrees with the theory."""
 
 from __future__ import annotations
 

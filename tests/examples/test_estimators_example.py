@@ -1,4 +1,4 @@
-"""examples/estimators.py: what it leaves, what it counts, and that its estimators learn."""
+"""examples/estimators.py: its files, its counts, and that its estimators learn."""
 
 from __future__ import annotations
 

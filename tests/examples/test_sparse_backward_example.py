@@ -1,4 +1,4 @@
-"""examples/sparse_backward.py: what it leaves, and that its runs differ in sparsity alone."""
+"""examples/sparse_backward.py: its files, and that its runs differ in sparsity alone."""
 
 from __future__ import annotations
 

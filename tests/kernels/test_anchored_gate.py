@@ -1,4 +1,4 @@
-"""Which variant of the anchored kernel runs: the table's and a trial's decision, without a GPU."""
+"""Which variant of the anchored kernel runs, by the launch table and a trial; without a GPU."""
 
 from __future__ import annotations
 

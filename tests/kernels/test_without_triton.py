@@ -1,4 +1,4 @@
-"""The package where Triton is absent: it imports, the surrogates work, launchers say why not."""
+"""The package without Triton: it imports, surrogates work, and launchers say what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainers' formulas are written in."""
+"""Shared by the formulas of the trainers: a padded rollout and masked reductions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastgrpo.testing import Batch
 
 
 class Rollout:
-    """What a trainer's loss is written in: float64, padded, 0 where masked, autograd on logps."""
+    """Operands of a trainer's loss: float64, padded, 0 where masked, with autograd through logps."""
 
     def __init__(self, batch: Batch) -> None:
         self.hidden = batch.hidden.double().requires_grad_()

@@ -1,8 +1,8 @@
 """Every loss of Liger 0.8.5, through `LigerFusedLinearGRPOLoss`: value, gradients and metrics.
 
-Liger computes in float32, and so does `grpo_loss` here. Fixed since the release that the research
-for this package read: the normalizer of a step (tested below), and, in the Triton path that starts
-from logits and is not run here, the gradient of the corrected KL at the level of the sequence.
+Liger computes in float32, and so does `grpo_loss` here. Two bugs of earlier releases are fixed in
+0.8.5: the normalizer of a step (tested below), and the gradient of the corrected KL at sequence
+level, in the Triton path that starts from logits and is not run here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The loss of The LM Book's GRPO.py, the program that this package set out from, re-derived.
+"""The loss of The LM Book's GRPO.py, the program from which this package started, written anew.
 
-Rewards are centred in their group and divided by its std (n - 1) + 1e-4; clipping at 0.2; k3 times
-0.1; the mean over completions of the mean over their tokens.
+Rewards are centred in their group and divided by its std (n - 1) + 1e-4. Ratios are clipped at 0.2.
+k3 is weighted by 0.1. The loss is the mean over completions of the mean over their tokens.
 """
 
 from __future__ import annotations

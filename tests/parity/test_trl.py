@@ -1,9 +1,9 @@
 """Every loss of TRL 1.16, computed by TRL's own `_compute_loss`, on the same model and batch.
 
-A trainer is built from each `GRPOConfig`; its loss and the gradients of all parameters are compared
-with those of `grpo_loss` on the model's hidden states. Twice: in float32, with nothing of TRL
-replaced, and in float64, where only its float32 LM head is, so that the bar leaves no room for a
-different formula.
+A trainer is built from each `GRPOConfig`. Its loss and the gradients of all parameters are compared
+with those of `grpo_loss` on the model's hidden states. This is done twice: in float32, with TRL
+unchanged, and in float64, with only its float32 LM head replaced. The bar of the second comparison
+leaves no room for a different formula.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The losses of verl, OpenRLHF and ROLL, as each of them computes it.
 
-Their formulas in plain torch, padded and differentiated by autograd in float64, with their names
-for the settings. None of these trainers is installed: the formulas are from their sources.
+The formulas are in plain torch on padded batches, with the trainers' names for the settings, and
+autograd differentiates them in float64. None of these trainers is installed: the formulas are
+taken from their sources.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The losses of TRL 1.16: what `GRPOConfig` is given for each, and what `LossConfig`."""
+"""The losses of TRL 1.16: the settings of each in `GRPOConfig` and in `LossConfig`."""
 
 from __future__ import annotations
 

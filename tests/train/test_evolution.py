@@ -1,4 +1,4 @@
-"""REINFORCE over parameters: exact weights, equal memory, scores that travel, and it learns."""
+"""REINFORCE over parameters: exact weights, little memory, several processes, and it learns."""
 
 from __future__ import annotations
 

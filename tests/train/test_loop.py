@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, how they end, and what must not change the result."""
+"""Whole runs: the files they write, how they end, and what must not change the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards, answers and what becomes of examples that cannot be read or scored."""
+"""Rewards, answers, and examples that cannot be read or scored."""
 
 from __future__ import annotations
 

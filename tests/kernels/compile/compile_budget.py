@@ -1,8 +1,8 @@
-"""Write what the compiler makes of every kernel: `python -m tests.kernels.compile.compile_budget`.
+"""Write the resources of every compiled kernel: `python -m tests.kernels.compile.compile_budget`.
 
-The table, compile-budget.json beside this file, has one line for each kernel and part, so that a
-diff shows what a change costs. It holds for the Triton that it was made with. What must hold with
-any Triton is in `complaints`.
+The table, compile-budget.json beside this file, has one line for each kernel and architecture, so
+that a diff shows what a change costs. It is valid for the version of Triton that it was made with.
+`complaints` has the limits that hold with any version.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Compile every kernel for every part that we name, without a GPU, and read what comes out.
+"""Compile every kernel for every supported architecture, without a GPU, and inspect the result.
 
-It cannot see races, speed, or the specialisation that a real launch chooses. Triton caches what it
-has compiled, so that a second look is free.
+This cannot show races, speed, or the specialisation that a real launch chooses. Triton caches
+compiled kernels, so that compiling again is free.
 """
 
 from __future__ import annotations

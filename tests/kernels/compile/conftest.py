@@ -1,4 +1,4 @@
-"""Compiling needs a process in which Triton compiles: TRITON_INTERPRET must not be set."""
+"""These tests need a process in which Triton compiles: TRITON_INTERPRET must not be set."""
 
 from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
 

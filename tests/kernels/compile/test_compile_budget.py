@@ -1,4 +1,4 @@
-"""What kernels take is what the committed table says, so that a regression is a diff to approve."""
+"""Compiled kernels agree with the committed table, so that a regression is a diff to approve."""
 
 from __future__ import annotations
 

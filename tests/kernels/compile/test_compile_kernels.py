@@ -1,4 +1,4 @@
-"""Every kernel, launch entry and surrogate compiled for every part we name, without a GPU."""
+"""Every kernel, launch entry and surrogate, compiled for every architecture without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interpreting needs a process in which Triton interprets: TRITON_INTERPRET=1 from the start."""
+"""These tests need a process in which Triton interprets: TRITON_INTERPRET=1 from the start."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`group_stats` and every estimator on top of it: the kernel against its twin and against fp64."""
+"""`group_stats` and every estimator that uses it: the kernel against its twin and fp64."""
 
 from __future__ import annotations
 

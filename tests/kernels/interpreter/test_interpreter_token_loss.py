@@ -1,6 +1,6 @@
-"""`token_loss` and `segment_reduce`: the kernels against their torch twins, whose source they are.
+"""`token_loss` and `segment_reduce`: the kernels against their torch twins, from the same source.
 
-The source itself is held against autograd of the formulas in tests/kernels/test_surrogates.py.
+tests/kernels/test_surrogates.py compares the source itself with autograd of the formulas.
 """
 
 from __future__ import annotations
