@@ -9,7 +9,7 @@ from fastgrpo.testing import Batch
 
 
 class Rollout:
-    """Operands of a trainer's loss: float64, padded, 0 where masked, with autograd through logps."""
+    """Operands of a trainer's loss: float64, padded with 0, with autograd through logps."""
 
     def __init__(self, batch: Batch) -> None:
         self.hidden = batch.hidden.double().requires_grad_()
