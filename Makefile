@@ -24,7 +24,7 @@ wait $$interpreter || failed=1; \
 echo "TRITON_INTERPRET=1:"; cat $$log; rm $$log; test -z "$$failed"
 endef
 
-train: $(VENV)/.train  ## embedded default: about four minutes on two cores
+train: $(VENV)/.train  ## embedded default: a few minutes on two cores
 	$(RUN) examples/grpo_train.py
 
 check: $(VENV)/.check  ## under a minute: style, types, the core of the tests

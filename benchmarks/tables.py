@@ -252,7 +252,7 @@ def _caption(path: Path, record: Row, folder: str) -> str:
     installed = ", ".join(f"{name} {versions[name]}" for name in names)
     return (
         f"{record['device']}, {record['threads']} threads, {installed}; "
-        f"record {_link(path, folder)}."
+        f"commit {record['commit'][:7]}, record {_link(path, folder)}."
     )
 
 

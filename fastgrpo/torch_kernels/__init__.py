@@ -1,4 +1,4 @@
-"""The torch backend, for CPUs: each file has the name of its file of Triton kernels.
+"""The torch backend, for CPUs. A file with a twin of Triton launchers has the name of theirs.
 
 Names, signatures and results are those of `fastgrpo_kernels`. Tiles may have any strides, and
 float64 is supported. The caller handles everything vocabulary-sized in tiles
