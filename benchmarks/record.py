@@ -136,10 +136,10 @@ def cuda_stages(available: list[providers.Provider], record: Record, quick: bool
     The order: tests, numerics of every mode, the loss, launch variants, the modes that the targets
     are about, and then the others, as long as there is time.
     """
-    device = torch.device("cuda")
+    device, log = torch.device("cuda"), record.path.with_suffix(".tests.log")
     own = [p for p in available if p.name in ("fastgrpo triton", "fastgrpo sparse")]
     stages: list[Stage] = [
-        ("tests", "gpu tests", 60, partial(gpu_tests, timeout=0.2 * record.budget))
+        ("tests", "gpu tests", 60, partial(gpu_tests, log, timeout=0.2 * record.budget))
     ]
     rounds, seconds = (5, 2.0) if quick else (30, 4.0)
 
@@ -192,17 +192,30 @@ def cuda_stages(available: list[providers.Provider], record: Record, quick: bool
     return stages
 
 
-def gpu_tests(timeout: float) -> list[dict[str, Any]]:
-    """Run the tests that need a GPU; return how they ended."""
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--no-header"]
-    try:
-        done = subprocess.run(
-            command, cwd=environment.ROOT, capture_output=True, text=True, timeout=timeout
+def gpu_tests(
+    log: Path, timeout: float, options: tuple[str, ...] = ("tests/gpu",)
+) -> list[dict[str, Any]]:
+    """Run the tests that need a GPU; return how they ended, with the end of what they printed.
+
+    The output goes to `log` as it comes, so that a run which is cut off leaves what it has shown.
+    Nothing outside tests/gpu is collected: an import that fails elsewhere says nothing about it.
+    """
+    command = [sys.executable, "-m", "pytest", *options, "-v", "--no-header"]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        running = subprocess.Popen(
+            command, cwd=environment.ROOT, stdout=output, stderr=subprocess.STDOUT
         )
-    except subprocess.TimeoutExpired:
-        return [{"command": " ".join(command[1:]), "failure": f"did not finish in {timeout:.0f} s"}]
-    tail = done.stdout.strip().splitlines()[-20:]
-    return [{"command": " ".join(command[1:]), "exit_code": done.returncode, "tail": tail}]
+        try:
+            ended = {"exit_code": running.wait(timeout)}
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+            ended = {"failure": f"did not finish in {timeout:.0f} s"}
+    printed = log.read_text(errors="replace").strip()
+    counts = {word: printed.count(f" {word} ") for word in ("PASSED", "FAILED", "ERROR")}
+    tail = printed.splitlines()[-20:]
+    return [{"command": " ".join(command[1:]), **ended, "counts": counts, "tail": tail}]
 
 
 def emulates_16_bit_gemms() -> bool:

@@ -17,6 +17,7 @@ from fastgrpo_kernels.surrogates import SURROGATES
 # ---- the loss of a token -----------------------------------------------------------------------
 
 LOW, HIGH = 0.2, 0.28
+EDGES = torch.tensor([1 - LOW, 1 + HIGH, 1.1, 3.0, 1.0])  # of ratios
 N = 300  # two whole blocks of the interpreter's launch and a ragged one
 
 
@@ -36,7 +37,7 @@ def parameters(name):
 def loss_tokens() -> Tokens:
     """Tokens at, around and far from every clip edge, with both signs of advantage and 0."""
     g = torch.Generator().manual_seed(0)
-    edges = torch.tensor([1 - LOW, 1 + HIGH, 1.1, 3.0, 1.0]).log()
+    edges = EDGES.log()
     log_ratio = torch.cat([edges, edges + 1e-4, edges - 1e-4, edges + 0.1, edges - 0.1])
     log_ratio = torch.cat([log_ratio.repeat(10), torch.randn(N - 250, generator=g)])
     logps = -3 * torch.rand(N, generator=g) - 1.2
@@ -47,6 +48,13 @@ def loss_tokens() -> Tokens:
     context = torch.rand(N, generator=g).round()
     ref_logps = logps + 0.5 * torch.randn(N, generator=g)
     return Tokens(logps, log_ratio, advantages, weights, multipliers, context, ref_logps)
+
+
+def off_the_edges(tokens: Tokens) -> Tokens:
+    """Return the tokens whose ratio is not on an edge, but for 1, which no loss bounds."""
+    clear = (tokens.log_ratio[:, None] != EDGES[EDGES != 1].log()).all(1)
+    assert 0.7 * N < clear.sum() < N
+    return Tokens(*(x[clear] for x in tokens))
 
 
 # ---- kept entries ------------------------------------------------------------------------------

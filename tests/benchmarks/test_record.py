@@ -95,6 +95,28 @@ def test_cuda_stages_cover_every_head_and_mode(tmp_path):
     assert any(label == f"{LARGE_SHAPE.label} loss" for label in labels)
 
 
+@pytest.mark.parametrize("finishes", [True, False])
+def test_gpu_tests_leave_what_they_have_shown(tmp_path, finishes):
+    """A run that is cut off has its output and its counts in the record and beside it."""
+    module = tmp_path / "test_it.py"
+    module.write_text(
+        "import time\n"
+        "def test_first(): pass\n"
+        "def test_second(): assert False\n"
+        f"def test_third(): time.sleep({0 if finishes else 60})\n"
+    )
+    log = tmp_path / "record.tests.log"
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    options = (str(module), "-c", str(tmp_path / "pytest.ini"))
+    (row,) = record.gpu_tests(log, timeout=60 if finishes else 8, options=options)
+    assert row["counts"] == {"PASSED": 1 + finishes, "FAILED": 1, "ERROR": 0}
+    assert "test_second FAILED" in log.read_text() and row["tail"]
+    if finishes:
+        assert row["exit_code"] == 1
+    else:
+        assert row["failure"] == "did not finish in 8 s"
+
+
 def test_newest_record_of_each_kind(tmp_path):
     for name, date, gpu in (
         ("a", "2026-01-02T00:00:00+00:00", None),

@@ -103,17 +103,28 @@ def test_every_preset(name):
         assert relative_error(actual.cpu(), wanted) <= 1e-4
 
 
+def assert_same_as_the_twin(loss, separate):
+    # On an edge itself a GPU's exp, which is not correctly rounded, may take either branch.
+    tokens = row_oracle.off_the_edges(row_oracle.loss_tokens())
+    wanted = torch_kernels.token_loss(tokens, loss, separate)
+    for x, y in zip(token_loss(moved(tokens), loss, separate), wanted, strict=True):
+        if y is not None:
+            torch.testing.assert_close(x.cpu(), y, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("name", SURROGATES)
 def test_every_surrogate_is_its_twin(name, separate):
-    tokens = row_oracle.loss_tokens()
-    for kl in KL_ESTIMATORS:
-        for gradient in KL_GRADIENTS:
-            loss = row_oracle.loss_of(name, kl=kl, kl_gradient=gradient, beta=0.07)
-            wanted = torch_kernels.token_loss(tokens, loss, separate)
-            for x, y in zip(token_loss(moved(tokens), loss, separate), wanted, strict=True):
-                if y is not None:
-                    torch.testing.assert_close(x.cpu(), y, rtol=1e-5, atol=1e-5)
+    assert_same_as_the_twin(row_oracle.loss_of(name, beta=0.07), separate)
+
+
+@pytest.mark.parametrize("gradient", KL_GRADIENTS)
+@pytest.mark.parametrize("kl", KL_ESTIMATORS)
+def test_every_kl_is_its_twin(kl, gradient):
+    """With one surrogate: all of them would be 500 kernels to compile."""
+    for separate in (False, True):
+        loss = row_oracle.loss_of("ppo_clip", kl=kl, kl_gradient=gradient, beta=0.07)
+        assert_same_as_the_twin(loss, separate)
 
 
 def test_segments():
