@@ -235,7 +235,7 @@ def _anchored_logps_kernel(
         partial_ptrs = partials_ptr + tile_v.to(tl.int64) * N + rows
         tl.store(partial_ptrs, tl.sum(e, 1), mask=inside)
         if WITH_ENTROPY:
-            tl.store(partial_ptrs + tiles_v.to(tl.int64) * N, tl.sum(e * t, 1), mask=inside)
+            tl.store(partial_ptrs + tl.cast(tiles_v, tl.int64) * N, tl.sum(e * t, 1), mask=inside)
         if exps is not None:
             if SOFTCAP:
                 # Recomputed from t: keeping the slope until here would take too many registers.

@@ -38,6 +38,7 @@ def room_for(n, vocab):
         (70, 1009, 72),  # no dimension a multiple of its block, V prime, more tiles than programs
         (3, 517, 128),  # the last tile holds 5 columns; H is whole blocks
         (2, 7, 16),  # everything below one block
+        (2, 1, 8),  # a vocabulary of one entry
         (3, 1024, 48),  # whole tiles of the vocabulary
     ],
 )
