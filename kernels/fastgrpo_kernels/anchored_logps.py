@@ -311,7 +311,8 @@ def _finish_anchored_kernel(
             s = tl.load(partial_ptrs, mask=mask, other=0.0)
             d = tl.load(partial_ptrs + tl.cast(T, tl.int64) * N, mask=mask, other=0.0)
             surprise -= tl.sum(d * LN2 + s * log_scale[None, :], 0)
-        entropy = tl.exp(log_scale) * surprise - tl.exp(logps) * logps
+        # total + own is exp(-log_scale), without the rounding of a log_scale of tens of nats.
+        entropy = surprise / (total + own) - tl.exp(logps) * logps
         trusted &= entropy == entropy
         tl.store(entropy_ptr + rows, tl.maximum(entropy, 0.0), mask=inside)
     tl.store(logps_ptr + rows, logps, mask=inside)

@@ -50,6 +50,14 @@ def test_shapes_and_dtypes(n, vocab, hidden_size, dtype):
     assert (result.scored.logps <= 0).all() and not result.redone.any()
 
 
+def test_the_entropy_of_a_large_vocabulary():
+    """Flat logits, an entropy of 10 nats: it multiplies whatever error the normalizer has."""
+    rows, head = problem(16, 50_021, 64, torch.bfloat16, spread=1.0)
+    result = anchored_logps_fwd(rows, head, True)
+    assert_accurate(result.scored, oracle(rows, head))
+    assert not result.redone.any()
+
+
 @pytest.mark.parametrize("with_exps", [False, True], ids=["scores", "exps"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_logit_transform(transform, with_exps):
