@@ -1,0 +1,351 @@
+"""Every launcher with what makes Triton specialise: 1, multiples of 16, views, None, nothing.
+
+A case is a name and a function that launches. Values do not matter, because nothing computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+
+from fastgrpo_kernels import (
+    Draw,
+    Head,
+    Kept,
+    Logps,
+    Marks,
+    Rows,
+    RowState,
+    Tile,
+    TokenObjective,
+    Tokens,
+    Upstream,
+    anchored_logps,
+    anchored_logps_fwd,
+    bag_sum,
+    entry_logits,
+    group_stats,
+    has_anchored,
+    linear_draw_fwd,
+    linear_logps_fwd,
+    mask_words,
+    scatter_rows,
+    segment_reduce,
+    tile_draw,
+    tile_grad,
+    tile_stats,
+    token_loss,
+)
+from fastgrpo_kernels.runtime import ANCHORED_SMALL_H, LAUNCHES
+from fastgrpo_kernels.surrogates import SURROGATES
+
+Case = tuple[str, Callable[[], None]]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+HOST = torch.device("cpu")
+ONE_COLUMN = "V=1"  # in the names of the cases whose vocabulary has one entry
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def view(rows: int, columns: int, dtype: torch.dtype, cut: int) -> torch.Tensor:
+    """Rows without their first `cut` numbers: an address and a stride that are odd if `cut` is."""
+    return torch.zeros(rows, columns + cut, dtype=dtype)[:, cut:]
+
+
+def operands(n, vocab, hidden_size, dtype=BF16, *, weight=None, options=False, cut=0):
+    """Rows and a head with every option, or with none."""
+    rows = Rows(view(n, hidden_size, dtype, cut), integers(n, dtype=torch.int64))
+    head = Head(view(vocab, hidden_size, weight or dtype, cut))
+    if options:
+        rows = rows._replace(inv_temperature=torch.ones(n))
+        head = head._replace(bias=torch.zeros(vocab, dtype=head.weight.dtype))
+        head = head._replace(logit_scale=0.5, softcap=30.0)
+    return rows, head
+
+
+def slots(n: int, k: int) -> Kept:
+    return Kept(integers(n, k), torch.zeros(n, k), integers(n))
+
+
+def draw_of(n: int, vocab: int) -> Draw:
+    return Draw(torch.zeros(n), integers(vocab), integers(n))
+
+
+def named(launcher: str, **shape: object) -> str:
+    return " ".join([launcher, *(f"{k}={str(v).split('.')[-1]}" for k, v in shape.items())])
+
+
+def linear() -> Iterator[Case]:
+    shapes = [
+        dict(n=5, V=5003, H=200, dtype=BF16),
+        dict(n=128, V=4096, H=256, dtype=BF16),
+        dict(n=7, V=33, H=64, dtype=FP16, cut=3),
+        dict(n=7, V=33, H=64, dtype=FP32),
+        dict(n=7, V=33, H=40, dtype=FP32, cut=1),
+        dict(n=7, V=33, H=64, dtype=BF16, weight=FP32),
+        dict(n=3, V=16, H=1, dtype=BF16),
+        dict(n=1, V=1, H=64, dtype=BF16),
+        dict(n=1, V=1, H=1, dtype=FP32),
+        dict(n=0, V=16, H=16, dtype=BF16),
+    ]
+    for shape in shapes:
+        for options in (False, True):
+            yield named("linear_logps", **shape, options=options), partial(
+                run_linear, **shape, options=options
+            )  # fmt: skip
+    yield "linear_logps tf32", run_tf32
+    yield "linear_logps transposed", run_transposed
+
+
+def run_linear(n, V, H, options, **kinds):
+    linear_logps_fwd(*operands(n, V, H, options=options, **kinds), with_entropy=options)
+
+
+def run_tf32():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    run_linear(7, 33, 64, False, dtype=FP32)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def run_transposed():
+    rows, head = operands(16, 32, 64)
+    rows, head = rows._replace(hidden=torch.zeros(64, 16).T), Head(torch.zeros(64, 32).T)
+    linear_logps_fwd(rows, head, False)
+
+
+def anchored(arch: str) -> Iterator[Case]:
+    """Where the part has the kernel: every mode of one shape, some modes of others."""
+    runs = modes(arch)
+    one, moved = dict(n=300, V=5003, H=72, dtype=BF16), dict(n=9, V=600, H=64, dtype=BF16, cut=8)
+    yield from anchored_cases(one, runs, (False, True))
+    yield from anchored_cases(dict(n=1, V=1, H=8, dtype=BF16), runs, (True,))
+    scores = [run for run in runs if run in (run_scores, run_specialised)]
+    yield from anchored_cases(moved, scores, (False,))
+    yield from anchored_cases(dict(n=0, V=16, H=16, dtype=BF16), scores, (True,))
+    if runs:
+        large = dict(n=16, V=4096, H=ANCHORED_SMALL_H + 8, dtype=FP16)
+        yield from anchored_cases(large, [run_exps, run_marks], (True,))
+        yield "anchored moved hidden", run_moved_hidden
+    if run_specialised in runs:
+        yield "anchored trial", partial(run_trial, arch)
+
+
+def anchored_thoroughly(arch: str) -> Iterator[Case]:
+    """The modes of the other shapes."""
+    yield from anchored_cases(dict(n=1, V=256, H=8, dtype=FP16), modes(arch), (False, True))
+    for rest in (dict(n=9, V=600, H=64, cut=8), dict(n=300, V=4096, H=ANCHORED_SMALL_H)):
+        yield from anchored_cases(rest | dict(dtype=BF16), modes(arch), (False, True))
+
+
+def modes(arch: str) -> list[Callable]:
+    if (16, arch) not in LAUNCHES["anchored_logps"]:
+        return []
+    specialised = (16, arch) in LAUNCHES["anchored_logps_small_h"]
+    return [run_scores, run_exps, run_marks, run_draw, *[run_specialised] * specialised]
+
+
+def anchored_cases(shape: dict, runs: list[Callable], options: Iterable[bool]) -> Iterator[Case]:
+    for run in runs:
+        for chosen in options:
+            name = named(f"anchored {run.__name__[4:]}", **shape, options=chosen)
+            yield name, partial(run, **shape, options=chosen)
+
+
+def anchored_operands(n, V, H, options, **kinds):
+    rows, head = operands(n, V, H, options=options, **kinds)
+    assert has_anchored(rows, head)
+    return rows, head
+
+
+def run_scores(n, V, H, options, **kinds):
+    anchored_logps._REFUSED[HOST] = "so that the flattened variant runs"
+    anchored_logps_fwd(*anchored_operands(n, V, H, options, **kinds), options)
+
+
+def run_specialised(n, V, H, options, **kinds):
+    anchored_logps._REFUSED[HOST] = ""
+    anchored_logps_fwd(*anchored_operands(n, V, H, options, **kinds), options)
+
+
+def run_exps(n, V, H, options, **kinds):
+    exps = torch.zeros(n, -(-V // 8) * 8, dtype=BF16)[:, :V]
+    anchored_logps_fwd(*anchored_operands(n, V, H, options, **kinds), options, exps=exps)
+
+
+def run_marks(n, V, H, options, **kinds):
+    marks = Marks(draw_of(n, V), integers(n, mask_words(V)))
+    anchored_logps_fwd(*anchored_operands(n, V, H, options, **kinds), options, marks=marks)
+
+
+def run_draw(n, V, H, options, **kinds):
+    rows, head = anchored_operands(n, V, H, options, **kinds)
+    linear_draw_fwd(rows, head, options, draw_of(n, V), slots(n, 5 if options else 1))
+
+
+def run_moved_hidden():
+    """TMA cannot address these rows: they are copied."""
+    rows, head = operands(9, 600, 64)
+    anchored_logps_fwd(rows._replace(hidden=view(9, 64, BF16, 3)), head, False)
+
+
+def run_trial(arch):
+    """What a first use runs, whole: both variants, of which one is specialised."""
+    for kernel in ("anchored_logps", "anchored_logps_small_h"):
+        launch = LAUNCHES[kernel][16, arch]
+        _, ir = anchored_logps._trial(launch, HOST)
+        assert ("ttg.warp_specialize" in ir) == launch.blocks["WARP_SPECIALIZE"]
+
+
+def tiles() -> Iterator[Case]:
+    shapes = [
+        dict(n=5, V=5003, start=8192, cut=0),
+        dict(n=16, V=4096, start=0, cut=3),
+        dict(n=2, V=16, start=16, cut=0),
+        dict(n=1, V=1, start=0, cut=0),
+        dict(n=3, V=1, start=1, cut=7),
+        dict(n=0, V=16, start=0, cut=0),
+    ]
+    for shape in shapes:
+        for options in (False, True):
+            for run in (run_tile_stats, run_tile_grad, run_tile_draw):
+                name = named(run.__name__[4:], **shape, options=options)
+                yield name, partial(run, **shape, options=options)
+
+
+def tile_of(n, V, start, cut, options):
+    rows, head = operands(n, V, 1, options=options)
+    return Tile(view(n, V, FP32, cut), slice(start, start + V), head.bias, rows, head)
+
+
+def run_tile_stats(n, options, **shape):
+    tile = tile_of(n, options=options, **shape)
+    tile_stats(tile, RowState.start(tile.rows, FP32), with_entropy=options)
+
+
+def run_tile_grad(n, V, options, **shape):
+    """In place; or with every option, into a tile of 16 bits."""
+    tile, row = tile_of(n, V, options=options, **shape), torch.zeros(n)
+    if options:
+        out = torch.zeros(n, V, dtype=BF16)
+        tile_grad(tile, Logps(row, row, row), Upstream(row, row), out, torch.zeros(n))
+    else:
+        tile_grad(tile, Logps(row, row), Upstream(row), tile.z, None)
+
+
+def run_tile_draw(n, V, start, options, **shape):
+    tile = tile_of(n, V, start, options=options, **shape)
+    tile_draw(tile, draw_of(n, start + V), slots(n, 3 if options else 1))
+
+
+def scatters() -> Iterator[Case]:
+    shapes = [
+        dict(n=7, V=5003, H=200, dtype=BF16),
+        dict(n=16, V=4096, H=256, dtype=FP32),
+        dict(n=5, V=9, H=33, dtype=BF16, cut=3),
+        dict(n=1, V=1, H=1, dtype=FP32),  # the gradient of a bias has one column
+        dict(n=7, V=100, H=1, dtype=FP32),
+        dict(n=0, V=16, H=16, dtype=FP32),
+    ]
+    for shape in shapes:
+        yield named("scatter_rows", **shape), partial(run_scatter, **shape)
+
+
+def run_scatter(n, V, H, dtype, cut=0):
+    ids, acc = integers(n, dtype=torch.int64), view(V, H, FP32, cut)
+    scatter_rows(acc, ids, ids, torch.zeros(n), view(n, H, dtype, cut), 0)
+
+
+def entries() -> Iterator[Case]:
+    shapes = [
+        dict(n=5, V=5003, H=200, K=11, dtype=BF16),
+        dict(n=16, V=4096, H=256, K=1, dtype=FP32),
+        dict(n=3, V=64, H=64, K=16, dtype=BF16, cut=5),
+        dict(n=1, V=1, H=1, K=1, dtype=BF16),
+        dict(n=0, V=16, H=16, K=4, dtype=BF16),
+    ]
+    for shape in shapes:
+        for options in (False, True):
+            yield named("entry_logits", **shape, options=options), partial(
+                run_entries, **shape, options=options
+            )  # fmt: skip
+    bags = [
+        dict(B=23, M=57, H=72, E=100, out=FP32, table=BF16),
+        dict(B=16, M=16, H=1, E=32, out=FP32, table=FP32),
+        dict(B=9, M=8, H=33, E=17, out=BF16, table=BF16, cut=3),
+        dict(B=1, M=1, H=1, E=1, out=BF16, table=BF16),
+        dict(B=4, M=0, H=16, E=0, out=FP32, table=FP32),
+        dict(B=0, M=4, H=16, E=0, out=FP32, table=FP32),
+    ]
+    for shape in bags:
+        yield named("bag_sum", **shape), partial(run_bags, **shape)
+
+
+def run_entries(n, V, H, K, options, **kinds):
+    rows, head = operands(n, V, H, options=options, **kinds)
+    entry_logits(rows, head, integers(n, K), integers(n) if options else None, torch.zeros(n, K))
+
+
+def run_bags(B, M, H, E, out, table, cut=0):
+    index, bounds = integers(E, dtype=torch.int64), integers(B + 1, dtype=torch.int64)
+    bag_sum(view(B, H, out, cut), view(M, H, table, cut), index, torch.zeros(E), bounds)
+
+
+def token_losses() -> Iterator[Case]:
+    kls = [("k3", "value"), ("k1", "importance"), ("abs", "score_function")]
+    for i, name in enumerate(SURROGATES):
+        kl, gradient = kls[i % len(kls)]
+        yield named("token_loss", n=100, surrogate=name), partial(
+            run_token_loss, 100, name, kl, gradient, beta=0.5 * (i % 3), separate=i % 2 == 1
+        )  # fmt: skip
+    # A parameter of 1 and a whole number must not become constants of a kernel of their own kind.
+    for n in (0, 1, 512):
+        yield named("token_loss", n=n), partial(
+            run_token_loss, n, "ppo_clip", "k2", "straight_through", 1, True, parameter=1, clamp=2
+        )  # fmt: skip
+
+
+def run_token_loss(n, name, kl, gradient, beta, separate, parameter=0.2, clamp=float("inf")):
+    rule = SURROGATES[name]
+    optional = (separate, rule.context is not None, beta != 0)
+    tokens = Tokens(*[torch.zeros(n)] * 4, *(torch.zeros(n) if x else None for x in optional))
+    parameters = tuple(parameter for _ in rule.parameters)
+    objective = TokenObjective(name, parameters, kl, gradient, beta, clamp, clamp)
+    token_loss(tokens, objective, separate)
+
+
+def segments() -> Iterator[Case]:
+    for dtype in (torch.int32, torch.int64):
+        for op in ("sum", "max"):
+            for cut in (0, 1):
+                name = named("segment_reduce", dtype=dtype, op=op, cut=cut)
+                yield name, partial(run_segments, dtype, op, cut)
+    yield "segment_reduce of nothing", lambda: segment_reduce(torch.zeros(0), integers(1), "sum")
+    for weighted in (False, True):
+        for leave_one_out in (False, True):
+            name = named("group_stats", weighted=weighted, leave_one_out=leave_one_out)
+            yield name, partial(run_groups, [0, 4, 4, 9], weighted, leave_one_out)
+    yield "group_stats B=1", partial(run_groups, [0, 1], False, False)
+    yield "group_stats B=0", partial(run_groups, [0], False, False)
+
+
+def run_segments(dtype, op, cut):
+    bounds = torch.tensor([0] * cut + [0, 3, 3, 10], dtype=dtype)[cut:]
+    segment_reduce(torch.zeros(10 + cut)[cut:], bounds, op)
+
+
+def run_groups(bounds, weighted, leave_one_out):
+    rewards = torch.zeros(bounds[-1])
+    group_stats(rewards, torch.tensor(bounds), rewards if weighted else None, leave_one_out)
+
+
+def usual(arch: str) -> Iterator[Case]:
+    """Every case on one part; on the others the longest form of each, with every option."""
+    yield from anchored(arch)
+    for family in (linear, tiles, scatters, entries, token_losses, segments):
+        for name, run in family():
+            if arch == "sm_90" or "options=False" not in name:
+                yield name, run
