@@ -135,6 +135,7 @@ class Linear(NamedTuple):
     entropy_gradient: bool = False
     with_entropy: bool = True
     may_drop_rows: bool = True
+    magnitude: Tensor | None = None
 
     def upstream(self, chunk, scored):
         return Upstream(self.dlogps[chunk])

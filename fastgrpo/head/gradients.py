@@ -11,6 +11,11 @@ from torch import Tensor
 from fastgrpo.head.plan import Needs, Plan, VocabSlice
 from fastgrpo_kernels import Head, Logps, Rows, Upstream
 
+# fp16 holds numbers up to 2^16. An entry of a tile is at most dL/dlogp plus 4 dL/dentropy, times
+# dz/dz0: p |log p + entropy| is below 4 with up to a million entries.
+FP16_KNOWN = 13  # the largest factor of a row becomes 2^12 to 2^13 where all of them are known
+FP16_EXPECTED = -2  # 2^-3 to 2^-2 where they are known up to the ratio
+
 
 class Grads(NamedTuple):
     """The gradients; None for one that is not needed."""
@@ -18,6 +23,63 @@ class Grads(NamedTuple):
     hidden: Tensor | None  # (n, H) accumulation dtype
     weight: Tensor | None  # (V, H) weight's dtype; fp32 for fp16
     bias: Tensor | None  # (V,) accumulation dtype
+
+
+class Scaling(NamedTuple):
+    """A power of two that brings the gradients of a pass into the range of its fp16 tiles.
+
+    A loss divides by its number of tokens. A probability times that dL/dlogp is soon below what
+    fp16 holds, 6e-8. Gradients are linear in dL/dlogp: `lifted` multiplies it before any tile is
+    rounded, and `restored` divides the fp32 sums at the end. Neither rounds anything itself. The
+    factors are tensors, so the host does not wait for them.
+    """
+
+    up: Tensor | None = None  # () fp32; None: 1, where tiles have the range of fp32
+    down: Tensor | None = None  # () fp32: its inverse
+
+    @classmethod
+    def known(cls, rows: Rows, head: Head, plan: Plan, upstream: Upstream) -> Scaling:
+        """Return the scaling for given upstream gradients, with which no tile overflows."""
+        if not plan.fp16_tiles:
+            return cls()
+        largest = upstream.dlogps.abs()
+        if upstream.dentropy is not None:
+            largest = torch.maximum(largest, 4 * upstream.dentropy.abs())
+        return cls._of(largest * rows.slope(head), FP16_KNOWN)
+
+    @classmethod
+    def expected(cls, rows: Rows, head: Head, magnitude: Tensor) -> Scaling:
+        """Return the scaling for rows that are not scored yet, from |dL/dlogp| at a ratio of 1.
+
+        A sum over several chunks has one factor, chosen before the first. Two things are lost
+        against `known`. Entries beyond 2^18 times the largest magnitude overflow, and gradients are
+        not finite: that takes a ratio of 12 nats without a clip. And entries below 2e-7 of the
+        largest magnitude become 0, which shows only if it is far above that of most rows.
+        """
+        return cls._of(magnitude * rows.slope(head), FP16_EXPECTED)
+
+    @classmethod
+    def _of(cls, sizes: Tensor, exponent: int) -> Scaling:
+        """Return the factor that brings the largest size to half of 2^exponent or more."""
+        # What is not finite spoils its own row in any case, and must not spoil the others.
+        largest = sizes.abs().nan_to_num(0.0, 0.0, 0.0).amax()
+        power = (exponent - torch.frexp(largest).exponent).clamp(-100, 100)
+        # Made of its bits: no exp2 has to be exact.
+        return cls(*(((x + 127) << 23).view(torch.float32) for x in (power, -power)))
+
+    def lifted(self, upstream: Upstream) -> Upstream:
+        """Return upstream gradients as the tiles are made of."""
+        if self.up is None:
+            return upstream
+        return Upstream(*(None if x is None else x * self.up for x in upstream))
+
+    def restored(self, grads: Grads) -> Grads:
+        """Undo `lifted` in the gradients, in place."""
+        if self.down is not None:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(self.down)
+        return grads
 
 
 class Targets(NamedTuple):

@@ -21,7 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from fastgrpo.head.gradients import Grads, GradSums, Targets
+from torch import Tensor
+
+from fastgrpo.head.gradients import Grads, GradSums, Scaling, Targets
 from fastgrpo.head.held import (
     AnchoredExponentials,
     Exponentials,
@@ -49,6 +51,11 @@ class SeparableLoss(Protocol):
     @property
     def may_drop_rows(self) -> bool:
         """Whether rows may turn out to have no gradient at all."""
+        ...
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """|dL/dlogp| (n,) of each row if its ratio is 1, about; None: about 1."""
         ...
 
     def upstream(self, chunk: slice, scored: Logps) -> Upstream:
@@ -91,12 +98,18 @@ def logps_and_grads(
     """Score rows, and compute the gradients of the loss while their logits are at hand: 6NVH."""
     n = len(rows.ids)
     held = _held(rows, head, plan, needs, loss)
-    sums = GradSums.of(rows, head, plan, needs, whole=n > held.size)
-    scores = []
+    several = n > held.size
+    sums = GradSums.of(rows, head, plan, needs, whole=several)
+    scaling, scores = Scaling(), []
+    if several and plan.fp16_tiles and loss.magnitude is not None:
+        scaling = Scaling.expected(rows, head, loss.magnitude[:n])
     for c in chunks(n, held.size):
         scored = held.score(rows[c])
         scores.append(scored)
         upstream, kept = loss.upstream(c, scored), None
+        if not several:
+            scaling = Scaling.known(rows, head, plan, upstream)
+        upstream = scaling.lifted(upstream)
         if not plan.sync_stalls or (loss.may_drop_rows and held.worth_a_wait):
             live = upstream.live()
             if held.worth_dropping(len(scored.logps) - len(live)):
@@ -107,7 +120,7 @@ def logps_and_grads(
         sums.store_dhidden(c, kept, dhidden)
     del held  # frees the buffer before `result` may convert dweight
     scored = Logps.cat(scores) if scores else Logps.empty(rows, plan.accumulator, loss.with_entropy)
-    return scored, sums.result()
+    return scored, scaling.restored(sums.result())
 
 
 def _held(rows: Rows, head: Head, plan: Plan, needs: Needs, loss: SeparableLoss) -> Held:
@@ -125,7 +138,8 @@ def logps_bwd(
     sums = GradSums.of(rows, head, plan, needs, whole=False)
     if not len(rows.ids):
         return sums.result()
-    hidden = rows.hidden.to(plan.operand)
+    scaling = Scaling.known(rows, head, plan, upstream)
+    upstream, hidden = scaling.lifted(upstream), rows.hidden.to(plan.operand)
     parts = list(chunks(len(rows.ids), plan.slice_rows))
     targets = [Targets.of(rows[c], plan) for c in parts]
     for part in plan.slices(head, plan.slice_width):
@@ -139,4 +153,4 @@ def logps_bwd(
         sums.store(v)
     for c, chunk_targets in zip(parts, targets, strict=True):
         chunk_targets.add_to(sums.dhidden_of(c), rows[c], head)
-    return sums.result()
+    return scaling.restored(sums.result())

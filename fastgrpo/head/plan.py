@@ -104,6 +104,11 @@ class Plan(NamedTuple):
         """Whether the GEMMs turn 16-bit operands into fp32 results."""
         return self.operand != self.accumulator
 
+    @property
+    def fp16_tiles(self) -> bool:
+        """Whether gradient tiles have the range of fp16, which `Scaling` brings them into."""
+        return self.operand == torch.float16
+
     def one_pass(self, n: int, head: Head, needs: Needs) -> bool:
         """Whether `logps_and_grads` keeps within the memory promise.
 

@@ -92,6 +92,7 @@ class _SumOfLogps(NamedTuple):
     with_entropy: bool
     entropy_gradient: bool = False
     may_drop_rows: bool = False
+    magnitude: Tensor | None = None
 
     def upstream(self, chunk: slice, scored: Logps) -> Upstream:
         return Upstream(torch.ones_like(scored.logps))

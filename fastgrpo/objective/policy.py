@@ -75,6 +75,11 @@ class Objective(NamedTuple):
         rows = self.rows
         return nearest(rows.old_logps, rows.sampler_logps, rows.ref_logps)
 
+    @property
+    def magnitude(self) -> Tensor:
+        config, rows = self.config, self.rows
+        return rows.weights * (rows.advantages.abs() + config.beta + abs(config.entropy_coef))
+
     def upstream(self, chunk: slice, scored: Logps) -> Upstream:
         """Return the gradients of a chunk of the rows, where the loss is separable."""
         part = self._replace(rows=self.rows[chunk], segments=None)
