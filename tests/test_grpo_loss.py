@@ -58,6 +58,13 @@ def test_on_policy_and_per_token_advantages(backend, preset):
     assert_close(batch._replace(advantages=per_token), config, backend=backend)
 
 
+@pytest.mark.parametrize("vocab, hidden_size", [(1, 24), (53, 1), (1, 1)])
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+def test_one_entry_and_one_column(backend, preset, vocab, hidden_size):
+    batch = make_batch(vocab=vocab, hidden_size=hidden_size)
+    assert_close(batch, config_of(preset, beta=0.1, entropy_coef=0.1), backend=backend)
+
+
 @pytest.mark.parametrize("off_policy", [1e-4, 3e-4, 0.2, 0.3, 3.0, 60.0])
 @pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "cispo"])
 def test_around_the_clip_edges_and_far_beyond(backend, preset, off_policy):

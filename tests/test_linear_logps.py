@@ -108,6 +108,21 @@ def test_no_rows_and_one_row(backend, shape):
     assert hidden.numel() or weight.grad.eq(0).all()
 
 
+@pytest.mark.parametrize("vocab, hidden_size", [(1, 24), (53, 1), (1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_one_entry_and_one_column(backend, dtype, vocab, hidden_size):
+    hidden, weight, ids, _ = operands(dtype, vocab=vocab, hidden_size=hidden_size)
+    upstream, upstream_entropy = torch.randn((2, *ids.shape))
+    *scores, grads = exact(hidden, weight, ids, {}, upstream, upstream_entropy)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    out = fastgrpo.linear_logps(*leaves, ids, entropy="differentiable", backend=backend)
+    torch.autograd.backward([out.logps, out.entropy], [upstream, upstream_entropy])
+    for actual, wanted in zip(out, scores, strict=True):
+        assert (actual - wanted).abs().max() <= 2e-5
+    for leaf, wanted in zip(leaves, grads.values(), strict=True):
+        assert relative_error(leaf.grad, wanted) <= GRADIENT_BARS[dtype]
+
+
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_extreme_logits_stay_finite_and_right(backend, offset):
     hidden, weight, ids, _ = operands(logit_std=1.0)

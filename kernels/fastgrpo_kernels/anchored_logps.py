@@ -235,7 +235,7 @@ def _anchored_logps_kernel(
         partial_ptrs = partials_ptr + tile_v.to(tl.int64) * N + rows
         tl.store(partial_ptrs, tl.sum(e, 1), mask=inside)
         if WITH_ENTROPY:
-            tl.store(partial_ptrs + tiles_v.to(tl.int64) * N, tl.sum(e * t, 1), mask=inside)
+            tl.store(partial_ptrs + tl.cast(tiles_v, tl.int64) * N, tl.sum(e * t, 1), mask=inside)
         if exps is not None:
             if SOFTCAP:
                 # Recomputed from t: keeping the slope until here would take too many registers.
@@ -311,7 +311,8 @@ def _finish_anchored_kernel(
             s = tl.load(partial_ptrs, mask=mask, other=0.0)
             d = tl.load(partial_ptrs + tl.cast(T, tl.int64) * N, mask=mask, other=0.0)
             surprise -= tl.sum(d * LN2 + s * log_scale[None, :], 0)
-        entropy = tl.exp(log_scale) * surprise - tl.exp(logps) * logps
+        # total + own is exp(-log_scale), without the rounding of a log_scale of tens of nats.
+        entropy = surprise / (total + own) - tl.exp(logps) * logps
         trusted &= entropy == entropy
         tl.store(entropy_ptr + rows, tl.maximum(entropy, 0.0), mask=inside)
     tl.store(logps_ptr + rows, logps, mask=inside)

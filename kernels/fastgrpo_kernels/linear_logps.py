@@ -159,7 +159,8 @@ def _linear_logps_kernel(
         m, s, d = merge_stats(m, s, d, m2, s2, d2)
 
     partials_ptr += split.to(tl.int64) * N + places
-    stride_stat = tl.cdiv(V, SPLIT_V).to(tl.int64) * N
+    # `tl.cast`, as a V of 1 is a constant, and so is what is computed from it.
+    stride_stat = tl.cast(tl.cdiv(V, SPLIT_V), tl.int64) * N
     tl.store(partials_ptr, m, mask=inside)
     tl.store(partials_ptr + stride_stat, s, mask=inside)
     tl.store(partials_ptr + 2 * stride_stat, target, mask=inside)
@@ -187,7 +188,7 @@ def _merge_splits_kernel(
     places, rows, count = _listed_rows(tl.program_id(0), index_ptr, count_ptr, N, BLOCK_N)
     inside = places < count
     splits = tl.cdiv(V, SPLIT_V)
-    stride_stat = splits.to(tl.int64) * N
+    stride_stat = tl.cast(splits, tl.int64) * N
     partials_ptr += places
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)

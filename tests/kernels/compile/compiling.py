@@ -292,6 +292,34 @@ VARIANTS = {
     "anchored-draw-plain": _anchored(draw=True),
 }
 
+# A launch turns a size or stride of 1 into a constant. What can be 1 together: a vocabulary of one
+# entry, and where the launch takes any hidden size, one column.
+ONE_ENTRY = ("V", "Vs", "stride_z", "stride_out")
+ONE_COLUMN = ("H", "stride_hidden", "stride_weight", "stride_acc", "stride_rows", "stride_table")
+SIZES_OF_ONE = {
+    "linear-bf16": ONE_ENTRY,
+    "linear-fp32": ONE_ENTRY,
+    "linear-ragged": ONE_ENTRY + ONE_COLUMN,
+    "linear-fp32-ragged": ONE_ENTRY + ONE_COLUMN,
+    "merge": ONE_ENTRY,
+    "exps": ONE_ENTRY + ONE_COLUMN,
+    "anchored-options": ONE_ENTRY,
+    "anchor_rows": ONE_ENTRY,
+    "tile_stats": ONE_ENTRY,
+    "tile_grad-bf16": ONE_ENTRY,
+    "scatter_rows": ONE_ENTRY + ONE_COLUMN,
+    "bag_sum": ONE_COLUMN,
+}
+
+
+def with_sizes_of_one(name: str) -> Case:
+    """Return a case as a launch with sizes of 1 specialises it."""
+    case = (CASES | VARIANTS)[name]
+    arguments = zip(case.kernel.arg_names, case.arguments, strict=False)  # block sizes come last
+    return case._replace(
+        arguments=[1 if x in SIZES_OF_ONE[name] else kind for x, kind in arguments]
+    )
+
 
 def compile_case(case: Case, launch: Launch, part: Part) -> Any:
     """Return the case compiled with a launch that need not be the table's."""

@@ -11,11 +11,13 @@ from tests.kernels.compile.compile_budget import PAIRS, complaints
 from tests.kernels.compile.compiling import (
     CASES,
     PARTS,
+    SIZES_OF_ONE,
     VARIANTS,
     assembly,
     compile_case,
     compiled,
     usage,
+    with_sizes_of_one,
 )
 
 
@@ -44,6 +46,17 @@ def test_rows_are_addressed_in_64_bits():
     ir = compiled("linear-bf16", "sm_90").asm["ttir"]
     for stride in ("stride_hidden", "stride_weight"):
         assert re.search(rf"%{stride}\w*\b.*i64", ir), stride
+
+
+@pytest.mark.parametrize("part", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("name", SIZES_OF_ONE)
+def test_sizes_of_one_compile(name, part):
+    """A constant has no `.to`: V = 1 did not compile."""
+    case = with_sizes_of_one(name)
+    assert 1 in case.arguments
+    if part in case.parts:
+        launch = launch_for(case.launch, case.bits, PARTS[part].arch)
+        assert assembly(compile_case(case, launch, PARTS[part]))
 
 
 def test_a_spill_would_be_seen():

@@ -38,6 +38,7 @@ def room_for(n, vocab):
         (70, 1009, 72),  # no dimension a multiple of its block, V prime, more tiles than programs
         (3, 517, 128),  # the last tile holds 5 columns; H is whole blocks
         (2, 7, 16),  # everything below one block
+        (2, 1, 8),  # a vocabulary of one entry
         (3, 1024, 48),  # whole tiles of the vocabulary
     ],
 )
@@ -47,6 +48,14 @@ def test_shapes_and_dtypes(n, vocab, hidden_size, dtype):
     result = anchored_logps_fwd(rows, head, True)
     assert_accurate(result.scored, oracle(rows, head))
     assert (result.scored.logps <= 0).all() and not result.redone.any()
+
+
+def test_the_entropy_of_a_large_vocabulary():
+    """Flat logits, an entropy of 10 nats: it multiplies whatever error the normalizer has."""
+    rows, head = problem(16, 50_021, 64, torch.bfloat16, spread=1.0)
+    result = anchored_logps_fwd(rows, head, True)
+    assert_accurate(result.scored, oracle(rows, head))
+    assert not result.redone.any()
 
 
 @pytest.mark.parametrize("with_exps", [False, True], ids=["scores", "exps"])

@@ -21,6 +21,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
         (70, 1009, 72),  # no dimension a multiple of its block, V prime, two splits
         (3, 517, 128),  # the last split holds 5 columns; H is whole blocks
         (2, 7, 16),  # everything below one block
+        (2, 1, 40),  # one entry
+        (2, 601, 1),  # one column
     ],
 )
 def test_shapes_and_dtypes(n, vocab, hidden_size, dtype):
