@@ -46,7 +46,6 @@ from fastgrpo_kernels.surrogates import SURROGATES
 Case = tuple[str, Callable[[], None]]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HOST = torch.device("cpu")
-ONE_COLUMN = "V=1"  # in the names of the cases whose vocabulary has one entry
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
