@@ -1,7 +1,7 @@
 """Compile every kernel for every supported architecture, without a GPU, and inspect the result.
 
-This cannot show races, speed, or the specialisation that a real launch chooses. Triton caches
-compiled kernels, so that compiling again is free.
+This cannot show races, speed, or the specialisation that a launch chooses: tests/kernels/launch has
+the last. Triton caches compiled kernels, so that compiling again is free.
 """
 
 from __future__ import annotations

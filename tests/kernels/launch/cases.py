@@ -5,6 +5,8 @@ A case is a name and a function that launches. Values do not matter, because not
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -44,7 +46,6 @@ from fastgrpo_kernels.surrogates import SURROGATES
 Case = tuple[str, Callable[[], None]]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HOST = torch.device("cpu")
-ONE_COLUMN = "V=1"  # in the names of the cases whose vocabulary has one entry
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -75,8 +76,16 @@ def draw_of(n: int, vocab: int) -> Draw:
     return Draw(torch.zeros(n), integers(vocab), integers(n))
 
 
-def named(launcher: str, **shape: object) -> str:
-    return " ".join([launcher, *(f"{k}={str(v).split('.')[-1]}" for k, v in shape.items())])
+def each(launcher: str, run: Callable, shapes: Iterable[dict]) -> Iterator[Case]:
+    """A case for each set of keyword arguments of `run`."""
+    for shape in shapes:
+        words = (f"{name}={str(value).removeprefix('torch.')}" for name, value in shape.items())
+        yield " ".join([launcher, *words]), partial(run, **shape)
+
+
+def both(shapes: Iterable[dict]) -> list[dict]:
+    """The shapes without options and with them."""
+    return [shape | {"options": options} for shape in shapes for options in (False, True)]
 
 
 def linear() -> Iterator[Case]:
@@ -92,11 +101,7 @@ def linear() -> Iterator[Case]:
         dict(n=1, V=1, H=1, dtype=FP32),
         dict(n=0, V=16, H=16, dtype=BF16),
     ]
-    for shape in shapes:
-        for options in (False, True):
-            yield named("linear_logps", **shape, options=options), partial(
-                run_linear, **shape, options=options
-            )  # fmt: skip
+    yield from each("linear_logps", run_linear, both(shapes))
     yield "linear_logps tf32", run_tf32
     yield "linear_logps transposed", run_transposed
 
@@ -120,25 +125,31 @@ def run_transposed():
 def anchored(arch: str) -> Iterator[Case]:
     """Where the part has the kernel: every mode of one shape, some modes of others."""
     runs = modes(arch)
-    one, moved = dict(n=300, V=5003, H=72, dtype=BF16), dict(n=9, V=600, H=64, dtype=BF16, cut=8)
-    yield from anchored_cases(one, runs, (False, True))
-    yield from anchored_cases(dict(n=1, V=1, H=8, dtype=BF16), runs, (True,))
     scores = [run for run in runs if run in (run_scores, run_specialised)]
-    yield from anchored_cases(moved, scores, (False,))
-    yield from anchored_cases(dict(n=0, V=16, H=16, dtype=BF16), scores, (True,))
+    yield from in_modes(runs, both([dict(n=300, V=5003, H=72, dtype=BF16)]))
+    # The scores alone and the marks alone are part of these.
+    longest = [run for run in runs if run not in (run_scores, run_marks)]
+    yield from in_modes(longest, [dict(n=1, V=1, H=8, dtype=BF16, options=True)])
+    yield from in_modes(scores, [dict(n=9, V=600, H=64, dtype=BF16, cut=8, options=False)])
+    yield from in_modes(scores, [dict(n=0, V=16, H=16, dtype=BF16, options=True)])
     if runs:
-        large = dict(n=16, V=4096, H=ANCHORED_SMALL_H + 8, dtype=FP16)
-        yield from anchored_cases(large, [run_exps, run_marks], (True,))
+        large = dict(n=16, V=4096, H=ANCHORED_SMALL_H + 8, dtype=FP16, options=True)
+        yield from in_modes([run_exps, run_marks], [large])
         yield "anchored moved hidden", run_moved_hidden
     if run_specialised in runs:
         yield "anchored trial", partial(run_trial, arch)
 
 
 def anchored_thoroughly(arch: str) -> Iterator[Case]:
-    """The modes of the other shapes."""
-    yield from anchored_cases(dict(n=1, V=256, H=8, dtype=FP16), modes(arch), (False, True))
-    for rest in (dict(n=9, V=600, H=64, cut=8), dict(n=300, V=4096, H=ANCHORED_SMALL_H)):
-        yield from anchored_cases(rest | dict(dtype=BF16), modes(arch), (False, True))
+    """Every mode of every shape."""
+    shapes = [
+        dict(n=300, V=5003, H=72, dtype=BF16),
+        dict(n=1, V=256, H=8, dtype=FP16),
+        dict(n=1, V=1, H=8, dtype=BF16),
+        dict(n=9, V=600, H=64, dtype=BF16, cut=8),
+        dict(n=300, V=4096, H=ANCHORED_SMALL_H, dtype=BF16),
+    ]
+    yield from in_modes(modes(arch), both(shapes))
 
 
 def modes(arch: str) -> list[Callable]:
@@ -148,11 +159,9 @@ def modes(arch: str) -> list[Callable]:
     return [run_scores, run_exps, run_marks, run_draw, *[run_specialised] * specialised]
 
 
-def anchored_cases(shape: dict, runs: list[Callable], options: Iterable[bool]) -> Iterator[Case]:
+def in_modes(runs: list[Callable], shapes: list[dict]) -> Iterator[Case]:
     for run in runs:
-        for chosen in options:
-            name = named(f"anchored {run.__name__[4:]}", **shape, options=chosen)
-            yield name, partial(run, **shape, options=chosen)
+        yield from each(f"anchored {run.__name__[4:]}", run, shapes)
 
 
 def anchored_operands(n, V, H, options, **kinds):
@@ -209,11 +218,8 @@ def tiles() -> Iterator[Case]:
         dict(n=3, V=1, start=1, cut=7),
         dict(n=0, V=16, start=0, cut=0),
     ]
-    for shape in shapes:
-        for options in (False, True):
-            for run in (run_tile_stats, run_tile_grad, run_tile_draw):
-                name = named(run.__name__[4:], **shape, options=options)
-                yield name, partial(run, **shape, options=options)
+    for run in (run_tile_stats, run_tile_grad, run_tile_draw):
+        yield from each(run.__name__[4:], run, both(shapes))
 
 
 def tile_of(n, V, start, cut, options):
@@ -250,8 +256,7 @@ def scatters() -> Iterator[Case]:
         dict(n=7, V=100, H=1, dtype=FP32),
         dict(n=0, V=16, H=16, dtype=FP32),
     ]
-    for shape in shapes:
-        yield named("scatter_rows", **shape), partial(run_scatter, **shape)
+    yield from each("scatter_rows", run_scatter, shapes)
 
 
 def run_scatter(n, V, H, dtype, cut=0):
@@ -267,11 +272,7 @@ def entries() -> Iterator[Case]:
         dict(n=1, V=1, H=1, K=1, dtype=BF16),
         dict(n=0, V=16, H=16, K=4, dtype=BF16),
     ]
-    for shape in shapes:
-        for options in (False, True):
-            yield named("entry_logits", **shape, options=options), partial(
-                run_entries, **shape, options=options
-            )  # fmt: skip
+    yield from each("entry_logits", run_entries, both(shapes))
     bags = [
         dict(B=23, M=57, H=72, E=100, out=FP32, table=BF16),
         dict(B=16, M=16, H=1, E=32, out=FP32, table=FP32),
@@ -280,8 +281,7 @@ def entries() -> Iterator[Case]:
         dict(B=4, M=0, H=16, E=0, out=FP32, table=FP32),
         dict(B=0, M=4, H=16, E=0, out=FP32, table=FP32),
     ]
-    for shape in bags:
-        yield named("bag_sum", **shape), partial(run_bags, **shape)
+    yield from each("bag_sum", run_bags, bags)
 
 
 def run_entries(n, V, H, K, options, **kinds):
@@ -295,39 +295,39 @@ def run_bags(B, M, H, E, out, table, cut=0):
 
 
 def token_losses() -> Iterator[Case]:
+    loss = dict(name="ppo_clip", kl=("k2", "straight_through"), separate=True)
+    # Whole numbers: Triton makes a 1 a constant, and passes the others as integers.
+    whole = loss | dict(beta=1, parameter=1, clamp=2)
+    yield from each("token_loss", run_token_loss, [{"n": n} | whole for n in (0, 1, 512)])
+    yield from each("token_loss", run_token_loss, [dict(n=100, beta=0.5) | loss])
+
+
+def surrogates() -> Iterator[Case]:
     kls = [("k3", "value"), ("k1", "importance"), ("abs", "score_function")]
-    for i, name in enumerate(SURROGATES):
-        kl, gradient = kls[i % len(kls)]
-        yield named("token_loss", n=100, surrogate=name), partial(
-            run_token_loss, 100, name, kl, gradient, beta=0.5 * (i % 3), separate=i % 2 == 1
-        )  # fmt: skip
-    # A parameter of 1 and a whole number must not become constants of a kernel of their own kind.
-    for n in (0, 1, 512):
-        yield named("token_loss", n=n), partial(
-            run_token_loss, n, "ppo_clip", "k2", "straight_through", 1, True, parameter=1, clamp=2
-        )  # fmt: skip
+    losses = [
+        dict(n=100, name=name, kl=kls[i % 3], beta=0.5 * (i % 3), separate=i % 2 == 1)
+        for i, name in enumerate(SURROGATES)
+    ]
+    yield from each("token_loss", run_token_loss, losses)
 
 
-def run_token_loss(n, name, kl, gradient, beta, separate, parameter=0.2, clamp=float("inf")):
+def run_token_loss(n, name, kl, beta, separate, parameter=0.2, clamp=math.inf):
     rule = SURROGATES[name]
     optional = (separate, rule.context is not None, beta != 0)
     tokens = Tokens(*[torch.zeros(n)] * 4, *(torch.zeros(n) if x else None for x in optional))
     parameters = tuple(parameter for _ in rule.parameters)
-    objective = TokenObjective(name, parameters, kl, gradient, beta, clamp, clamp)
+    objective = TokenObjective(name, parameters, *kl, beta, clamp, clamp)
     token_loss(tokens, objective, separate)
 
 
 def segments() -> Iterator[Case]:
-    for dtype in (torch.int32, torch.int64):
-        for op in ("sum", "max"):
-            for cut in (0, 1):
-                name = named("segment_reduce", dtype=dtype, op=op, cut=cut)
-                yield name, partial(run_segments, dtype, op, cut)
-    yield "segment_reduce of nothing", lambda: segment_reduce(torch.zeros(0), integers(1), "sum")
-    for weighted in (False, True):
-        for leave_one_out in (False, True):
-            name = named("group_stats", weighted=weighted, leave_one_out=leave_one_out)
-            yield name, partial(run_groups, [0, 4, 4, 9], weighted, leave_one_out)
+    ways = itertools.product((torch.int32, torch.int64), ("sum", "max"), (0, 1))
+    segmented = [dict(dtype=dtype, op=op, cut=cut) for dtype, op, cut in ways]
+    yield from each("segment_reduce", run_segments, segmented)
+    yield "segment_reduce n=0", lambda: segment_reduce(torch.zeros(0), integers(1), "sum")
+    ways = itertools.product((False, True), (False, True))
+    groups = [dict(weighted=weighted, leave_one_out=others) for weighted, others in ways]
+    yield from each("group_stats", partial(run_groups, [0, 4, 4, 9]), groups)
     yield "group_stats B=1", partial(run_groups, [0, 1], False, False)
     yield "group_stats B=0", partial(run_groups, [0], False, False)
 
@@ -344,8 +344,10 @@ def run_groups(bounds, weighted, leave_one_out):
 
 def usual(arch: str) -> Iterator[Case]:
     """Every case on one part; on the others the longest form of each, with every option."""
-    yield from anchored(arch)
-    for family in (linear, tiles, scatters, entries, token_losses, segments):
-        for name, run in family():
-            if arch == "sm_90" or "options=False" not in name:
-                yield name, run
+    whole = arch == "sm_90"
+    families = [linear, tiles, scatters, entries, token_losses, segments]
+    if whole:
+        families.append(surrogates)
+    for name, run in itertools.chain(anchored(arch), *(family() for family in families)):
+        if whole or "options=False" not in name:
+            yield name, run

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from fastgrpo_kernels.runtime import LAUNCHES
-from tests.kernels.launch.cases import ONE_COLUMN
 from tests.kernels.launch.planted import DESCRIPTORS, GRID
 from tests.kernels.launch.stand_in import PARTS, build, report_of, start
 
@@ -81,31 +80,18 @@ def of_family(lines: list[dict], family: str) -> list[dict]:
     return [x for x in lines if x["family"] == family]
 
 
-@pytest.mark.parametrize(
-    "columns",
-    [
-        "several",
-        pytest.param(
-            "one",
-            marks=pytest.mark.xfail(
-                strict=True, reason="linear_logps and anchored_logps do not compile for V = 1"
-            ),
-        ),
-    ],
-)
 @pytest.mark.parametrize("part", PARTS)
-def test_every_case_launches(reports, part, columns):
+def test_every_case_launches(reports, part):
     lines = of_family(reports[part], "usual")
-    chosen = [x for x in lines if (ONE_COLUMN in x["case"].split()) == (columns == "one")]
-    assert chosen
-    assert not failures(chosen)
+    assert len(lines) > 50
+    assert not failures(lines)
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_launch_entry_is_launched(reports, part):
     """A kernel or an entry without a case is one too few."""
-    lines = [x for x in of_family(reports[part], "usual") if not x["error"]]
-    launched = {entry for x in lines for entry in x["entries"]}
+    lines = of_family(reports[part], "usual")
+    launched = {entry for x in lines if not x["error"] for entry in x["entries"]}
     has_anchored = (16, part) in LAUNCHES["anchored_logps"]
     wanted = {
         f"{kernel} {bits} {arch}"
@@ -117,8 +103,9 @@ def test_every_launch_entry_is_launched(reports, part):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_nothing_is_launched_for_no_rows(reports, part):
-    lines = [x for x in of_family(reports[part], "usual") if {"n=0", "B=0"} & {*x["case"].split()}]
+def test_nothing_is_launched_for_nothing(reports, part):
+    empty = {"n=0", "B=0", "E=0"}
+    lines = [x for x in of_family(reports[part], "usual") if empty & {*x["case"].split()}]
     assert len(lines) > 5
     assert not [x["case"] for x in lines if x["kernels"]]
 
