@@ -112,15 +112,21 @@ def test_no_rows_and_one_row(backend, shape):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_one_entry_and_one_column(backend, dtype, vocab, hidden_size):
     hidden, weight, ids, _ = operands(dtype, vocab=vocab, hidden_size=hidden_size)
-    upstream, upstream_entropy = torch.randn((2, *ids.shape))
+    g = torch.Generator().manual_seed(0)
+    upstream, upstream_entropy = torch.randn((2, *ids.shape), generator=g)
     *scores, grads = exact(hidden, weight, ids, {}, upstream, upstream_entropy)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     out = fastgrpo.linear_logps(*leaves, ids, entropy="differentiable", backend=backend)
     torch.autograd.backward([out.logps, out.entropy], [upstream, upstream_entropy])
     for actual, wanted in zip(out, scores, strict=True):
         assert (actual - wanted).abs().max() <= 2e-5
-    for leaf, wanted in zip(leaves, grads.values(), strict=True):
-        assert relative_error(leaf.grad, wanted) <= GRADIENT_BARS[dtype]
+    # The gradient of a certain token is 0. Its error is as large as that of any other token: it is
+    # measured on the gradient of the target's logit alone.
+    target = (hidden.double() * weight.double()[ids]).sum(-1)
+    sizes = torch.autograd.grad((target * upstream).sum(), leaves)
+    for leaf, wanted, size in zip(leaves, grads.values(), sizes, strict=True):
+        scale = wanted if wanted.any() else size
+        assert (leaf.grad - wanted).norm() <= GRADIENT_BARS[dtype] * scale.double().norm()
 
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
