@@ -47,15 +47,15 @@ def clipping(path: Path) -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     ratio = torch.linspace(0.4, 1.8, 141)
     for axes, advantage in zip(figure.subplots(1, 2), (1.0, -1.0), strict=True):
-        # A head of two tokens whose logits say nothing: every log-prob is -ln 2.
+        # A head of four tokens whose logits say nothing: every log-prob is -ln 4.
         losses = [
             fastgrpo.grpo_loss(
                 torch.zeros(1, 1, 1),
-                torch.zeros(2, 1),
+                torch.zeros(4, 1),
                 torch.zeros(1, 1, dtype=torch.int64),
                 torch.ones(1, 1, dtype=torch.bool),
                 torch.tensor([advantage]),
-                old_logps=(-math.log(2) - r.log()).view(1, 1),
+                old_logps=(-math.log(4) - r.log()).view(1, 1),
                 config="ppo",
             ).loss
             for r in ratio
