@@ -29,8 +29,8 @@ from .runtime import (
     LAUNCHES,
     Launch,
     architecture,
-    device_of,
     jit,
+    launch,
     launch_for,
     multiprocessors,
     tl,
@@ -360,8 +360,8 @@ def anchored_logps_fwd(
     if not _addressable(rows.hidden):
         rows = rows._replace(hidden=rows.hidden.clone(memory_format=torch.contiguous_format))
     n, vocab_size = len(rows.ids), len(head.weight)
-    launch = _launch(rows.hidden, scores_only=exps is None and marks is None)
-    tiles = -(-vocab_size // launch.blocks["BLOCK_V"])
+    entry = _launch(rows.hidden, scores_only=exps is None and marks is None)
+    tiles = -(-vocab_size // entry.blocks["BLOCK_V"])
     at_once = max(1, PARTIALS_BYTES // (4 * (1 + with_entropy) * tiles))
 
     def new(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -380,14 +380,14 @@ def anchored_logps_fwd(
     for start in range(0, n, at_once):
         c = slice(start, start + at_once)
         stored, marked = (None if x is None else x[c] for x in (store, marks))
-        _score(launch, rows[c], head, stored, marked, result[c])
+        _score(entry, rows[c], head, stored, marked, result[c])
     if store is not exps:
         exps.copy_(store)
     return result
 
 
 def _score(
-    launch: Launch,
+    entry: Launch,
     rows: Rows,
     head: Head,
     exps: Tensor | None,
@@ -402,38 +402,52 @@ def _score(
         launch_for(name, 0, architecture(device))
         for name in ("anchor_rows", "finish_anchored", "list_rows")
     )
-    with device_of(rows.hidden):
-        _anchor_rows_kernel[(-(-n // first.blocks["BLOCK_N"]),)](
-            **logit_arguments(rows, head),
-            target_ptr=target,
-            anchor_ptr=anchor if marks is None else None,
-            headroom=HEADROOM,
-            **first.kwargs(),
-        )
-        with_entropy = result.scored.entropy is not None
-        partials, _ = _sum_tiles(launch, rows, head, anchor, with_entropy, exps, marks)
-        _finish_anchored_kernel[(-(-n // finish.blocks["BLOCK_N"]),)](
-            partials_ptr=partials,
-            target_ptr=target,
-            anchor_ptr=anchor,
-            logps_ptr=result.scored.logps,
-            lse_ptr=result.scored.lse,
-            entropy_ptr=result.scored.entropy,
-            log_scale_ptr=result.log_scale,
-            redone_ptr=result.redone,
-            N=n,
-            T=partials.shape[1],
-            **finish.kwargs(),
-        )
-        some = RowList(*(torch.empty(k, dtype=torch.int32, device=device) for k in (n, 1)))
-        _list_rows_kernel[(1,)](result.redone, *some, n, **listing.kwargs())
-        score_rows(rows, head, result.scored, some)
-        if exps is not None:
-            exps_of_rows(rows, head, result.scored.lse, exps, some)
+    launch(
+        _anchor_rows_kernel,
+        (-(-n // first.blocks["BLOCK_N"]),),
+        first,
+        device,
+        **logit_arguments(rows, head),
+        target_ptr=target,
+        anchor_ptr=anchor if marks is None else None,
+        headroom=HEADROOM,
+    )
+    with_entropy = result.scored.entropy is not None
+    partials, _ = _sum_tiles(entry, rows, head, anchor, with_entropy, exps, marks)
+    launch(
+        _finish_anchored_kernel,
+        (-(-n // finish.blocks["BLOCK_N"]),),
+        finish,
+        device,
+        partials_ptr=partials,
+        target_ptr=target,
+        anchor_ptr=anchor,
+        logps_ptr=result.scored.logps,
+        lse_ptr=result.scored.lse,
+        entropy_ptr=result.scored.entropy,
+        log_scale_ptr=result.log_scale,
+        redone_ptr=result.redone,
+        N=n,
+        T=partials.shape[1],
+    )
+    some = RowList(*(torch.empty(k, dtype=torch.int32, device=device) for k in (n, 1)))
+    launch(
+        _list_rows_kernel,
+        (1,),
+        listing,
+        device,
+        marked_ptr=result.redone,
+        index_ptr=some.index,
+        count_ptr=some.count,
+        N=n,
+    )
+    score_rows(rows, head, result.scored, some)
+    if exps is not None:
+        exps_of_rows(rows, head, result.scored.lse, exps, some)
 
 
 def _sum_tiles(
-    launch: Launch,
+    entry: Launch,
     rows: Rows,
     head: Head,
     anchor: Tensor,
@@ -444,12 +458,12 @@ def _sum_tiles(
     """Return the partial sums (1 or 2, tiles, n), and the kernel that made them."""
     hidden, device = rows.hidden, rows.hidden.device
     n, vocab_size = len(rows.ids), len(head.weight)
-    block_n, block_v, block_h = (launch.blocks[x] for x in ("BLOCK_N", "BLOCK_V", "BLOCK_H"))
+    block_n, block_v, block_h = (entry.blocks[x] for x in ("BLOCK_N", "BLOCK_V", "BLOCK_H"))
     tiles = -(-vocab_size // block_v)
     draw, mask = (None, None) if marks is None else marks
     assert mask is None or mask.shape[1] * WORD >= tiles * block_v, "mask: whole tiles"
     partials = torch.empty((1 + with_entropy, tiles, n), dtype=torch.float32, device=device)
-    specialised = launch.blocks["WARP_SPECIALIZE"]
+    specialised = entry.blocks["WARP_SPECIALIZE"]
     programs = min(-(-n // block_n) * tiles, multiprocessors(device))
 
     def run() -> Any:
@@ -457,7 +471,11 @@ def _sum_tiles(
             triton.set_allocator(
                 lambda size, *_: torch.empty(size, dtype=torch.int8, device=device)
             )
-        return _anchored_logps_kernel[(programs,)](
+        return launch(
+            _anchored_logps_kernel,
+            (programs,),
+            entry,
+            device,
             hidden=hidden
             if specialised
             else TensorDescriptor.from_tensor(hidden, [block_n, block_h]),
@@ -484,7 +502,6 @@ def _sum_tiles(
             SOFTCAP=head.softcap != 0.0,
             WITH_ENTROPY=with_entropy,
             UPCAST=INTERPRETED,
-            **launch.kwargs(),
         )
 
     # Descriptors made on the device need an allocator. It is set in a copy of the context, so
@@ -506,7 +523,7 @@ def _launch(hidden: Tensor, scores_only: bool) -> Launch:
         return flattened
     device = hidden.device
     if device not in _REFUSED:
-        _REFUSED[device] = refusal(lambda launch: _trial(launch, device), specialised, flattened)
+        _REFUSED[device] = refusal(lambda entry: _trial(entry, device), specialised, flattened)
         if _REFUSED[device]:
             warnings.warn(
                 f"fastgrpo: no warp specialisation on {device}, {_REFUSED[device]}; the slower"
@@ -537,7 +554,7 @@ def refusal(
     return ""
 
 
-def _trial(launch: Launch, device: torch.device) -> tuple[Tensor, str]:
+def _trial(entry: Launch, device: torch.device) -> tuple[Tensor, str]:
     """The sums of a problem with several tiles per multiprocessor, and the kernel's TTGIR."""
     n, vocab_size, hidden_size = 300, 50_000, 512
     g = torch.Generator(device).manual_seed(0)
@@ -547,8 +564,7 @@ def _trial(launch: Launch, device: torch.device) -> tuple[Tensor, str]:
     )
     ids = torch.randint(vocab_size, (n,), generator=g, device=device)
     anchor = torch.full((n,), 60.0, device=device)
-    with device_of(hidden):
-        partials, kernel = _sum_tiles(
-            launch, Rows(hidden, ids), Head(weight, None, hidden_size**-0.5), anchor, True
-        )
+    partials, kernel = _sum_tiles(
+        entry, Rows(hidden, ids), Head(weight, None, hidden_size**-0.5), anchor, True
+    )
     return partials.sum(1), kernel.asm["ttgir"]

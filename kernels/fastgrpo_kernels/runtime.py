@@ -7,12 +7,12 @@ the package still imports, `surrogates` serves the torch backend, and launchers 
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 try:
     import triton
@@ -238,9 +238,56 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Make the tensor's device the current one: Triton launches there, not where the data is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+class LaunchError(RuntimeError):
+    """A kernel that cannot be launched. Nothing of it has run, and the device is as it was."""
+
+
+# What the driver says of a kernel that it cannot load or start. Everything else that it says may be
+# the late news of an earlier kernel, after which the device cannot be used.
+_REFUSALS = (
+    "invalid argument",
+    "device kernel image is invalid",
+    "no kernel image is available for execution on the device",
+    "PTX JIT compiler library not found",
+    "a PTX JIT compilation failed",
+    "the provided PTX was compiled with an unsupported toolchain",
+    "too many resources requested for launch",
+    "Failed to create tensor map descriptor",
+)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], entry: Launch, device: torch.device, /, **arguments: Any
+) -> Any:
+    """Launch a kernel on a device with the settings of an entry; return what Triton returns.
+
+    A grid without programs launches nothing. Raises LaunchError for what fails before the device
+    runs: a compiler, a missing tool, too few resources. Errors of the device pass unchanged.
+    """
+    if 0 in grid:
+        return None
+    try:
+        # Triton launches on the current device, not where the data is.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return kernel[grid](**arguments, **entry.kwargs())
+    except Exception as error:
+        if INTERPRETED or not _before_the_device(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise LaunchError(f"{kernel.fn.__name__} cannot be launched: {reason}") from error
+
+
+def _before_the_device(error: Exception) -> bool:
+    """Whether an error of a launch came from the host, before the kernel could run."""
+    # Triton's own errors, its C compiler's, and files: a cache that cannot be written, no ptxas.
+    if isinstance(error, (triton.TritonError, subprocess.CalledProcessError, OSError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error)
+    if said.startswith("Triton Error"):
+        return any(refusal in said for refusal in _REFUSALS)
+    return "PassManager::run failed" in said or "Failed to find C compiler" in said
 
 
 def dot_precision(bits: int) -> str:

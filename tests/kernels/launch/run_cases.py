@@ -28,7 +28,7 @@ def record_entries() -> list[str]:
     taken, kwargs = [], Launch.kwargs
 
     def recorded(launch: Launch) -> dict:
-        taken.append(names[id(launch)])
+        taken.append(names.get(id(launch), "planted"))
         return kwargs(launch)
 
     Launch.kwargs = recorded

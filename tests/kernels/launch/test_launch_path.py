@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastgrpo_kernels.runtime import LAUNCHES
-from tests.kernels.launch.planted import DESCRIPTORS, GRID
+from tests.kernels.launch.planted import DESCRIPTORS, GRID, RESOURCES
 from tests.kernels.launch.stand_in import PARTS, build, report_of, start
 
 # Only the anchored path launches these, and not every part has it.
@@ -112,11 +112,13 @@ def test_nothing_is_launched_for_nothing(reports, part):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_what_is_planted_is_refused(reports, part):
-    """A bad descriptor where the part has any, and a grid beyond the limit; by the right rule."""
+    """By the right rule; what an honest driver says before it runs anything is a LaunchError."""
     lines = of_family(reports[part], "planted")
     has_descriptors = (16, part) in LAUNCHES["anchored_logps"]
-    assert [x["case"] for x in lines] == [GRID, *(DESCRIPTORS if has_descriptors else ())]
+    expected = [GRID, RESOURCES, *(DESCRIPTORS if has_descriptors else ())]
+    assert [x["case"] for x in lines] == expected
     assert not [x for x in lines if x["case"] not in x["error"]]
+    assert all(x["error"].startswith("LaunchError: ") for x in lines if x["case"] != GRID)
 
 
 @pytest.mark.slow
