@@ -7,6 +7,7 @@ the package still imports, `surrogates` serves the torch backend, and launchers 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -191,38 +192,62 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
 }
 
 
+def switch(name: str, default: bool) -> bool:
+    """Whether an environment variable is "1", and not "0"; the default where it is not set."""
+    value = os.environ.get(name, str(int(default)))
+    if value not in ("0", "1"):
+        raise ValueError(f"{name}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def obstacle(device: torch.device) -> str:
+    """Why no kernel runs on a device; "" where they run.
+
+    They run on ROCm and from compute capability 8.0 on, and interpreted anywhere.
+    """
+    if not HAS_TRITON:
+        return (
+            "the Triton kernels need the triton package (pip install triton); backend='torch' does"
+            " not"
+        )
+    if INTERPRETED:
+        return ""
+    if device.type != "cuda":
+        return (
+            f"the Triton kernels need tensors on a CUDA or ROCm device, got {device}; to interpret"
+            " them on a CPU set TRITON_INTERPRET=1 before importing fastgrpo"
+        )
+    if torch.version.hip:
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the Triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
+    if major == 10 and _triton_version() < (3, 7):
+        # A product of tiles is wrong in some configurations: Triton's issue 9871.
+        return f"compute capability {major}.{minor} needs Triton 3.7, got {triton.__version__}"
+    return ""
+
+
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 def architecture(device: torch.device) -> str:
     """Architecture class of a device: "sm_80", "sm_86", "sm_90", "sm_100", "hip", "interpreter".
 
     "sm_86" stands for every part whose blocks have 99 KiB of shared memory: 8.6, 8.9 and 12.x.
     Raises RuntimeError where no kernel can run.
     """
-    if not HAS_TRITON:
-        raise RuntimeError("the Triton kernels need the package `triton`; backend='torch' does not")
+    if reason := obstacle(device):
+        raise RuntimeError(reason)
     if INTERPRETED:
         return "interpreter"
-    if device.type != "cuda":
-        raise RuntimeError(
-            f"the Triton kernels got a tensor on {device}: they run on CUDA or ROCm devices, or"
-            " anywhere when TRITON_INTERPRET=1 is set before the first import"
-        )
     if torch.version.hip:
         return "hip"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise RuntimeError(
-            f"the Triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
-        )
     if major == 8:
         return "sm_80" if minor == 0 else "sm_86"
     return {9: "sm_90", 12: "sm_86"}.get(major, "sm_100")
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether compiled kernels run on a device: compute capability 8.0 or newer, or ROCm."""
-    if not HAS_TRITON or device.type != "cuda":
-        return False
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def launch_for(kernel: str, bits: int, arch: str) -> Launch:
