@@ -7,6 +7,7 @@ the package still imports, `surrogates` serves the torch backend, and launchers 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,17 @@ try:
 except ImportError:
     triton = tl = None
     HAS_TRITON = INTERPRETED = False
+
+
+def switch(name: str, default: bool) -> bool:
+    """Whether an environment variable, read now, turns something on: 1 does, 0 does not.
+
+    `default` is what an unset one means. Raises ValueError for any other value.
+    """
+    value = os.environ.get(name)
+    if value not in (None, "0", "1"):
+        raise ValueError(f"{name}: expected 0 or 1, or no such variable, got {value!r}")
+    return default if value is None else value == "1"
 
 
 def jit(fn: Callable | None = None, **options: Any) -> Callable:
