@@ -125,7 +125,7 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
     },
     # A producer warp and two consumer groups, for H up to ANCHORED_SMALL_H and log-probs alone.
     # There the epilogue is a quarter of the work, so that hiding it should pay. This is a
-    # prediction, not a measurement.
+    # prediction, not a measurement: `anchored_variant` takes the entry only where it is asked to.
     "anchored_logps_small_h": {
         (16, "sm_90"): _persistent(256, num_warps=4, num_stages=3, warp_specialize=True)
     },
