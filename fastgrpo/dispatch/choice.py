@@ -28,7 +28,7 @@ from fastgrpo import torch_kernels
 from fastgrpo.backend import Kernels
 from fastgrpo.dispatch import self_check, verdicts
 from fastgrpo_kernels import Head, Rows
-from fastgrpo_kernels.runtime import INTERPRETED, LaunchError, obstacle, switch
+from fastgrpo_kernels.runtime import INTERPRETED, LaunchError, capturing, obstacle, switch
 
 BACKENDS = ("auto", "triton", "torch")
 MOST_SECONDS = 120.0  # of a check; what was not looked at by then is not looked at
@@ -168,11 +168,6 @@ def _verdict(route: Route) -> Verdict:
             if _verdicts[route].reason:
                 _tell(route)
     return _verdicts[route]
-
-
-def capturing(device: torch.device) -> bool:
-    """Return whether launches go into a CUDA graph, where nothing can be compared."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _examine(route: Route) -> Verdict:

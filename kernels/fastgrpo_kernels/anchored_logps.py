@@ -12,18 +12,16 @@ Mathematics: kernels/README.md.
 from __future__ import annotations
 
 import contextvars
-import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .anchored_variant import anchored_launch
 from .linear_logps import RowList, exps_of_rows, score_rows
 from .logit_math import log1p_exp, softcapped, transform_logits
 from .operands import Draw, Head, Logps, Rows, logit_arguments
 from .runtime import (
-    ANCHORED_SMALL_H,
     HAS_TRITON,
     INTERPRETED,
     LAUNCHES,
@@ -360,7 +358,7 @@ def anchored_logps_fwd(
     if not _addressable(rows.hidden):
         rows = rows._replace(hidden=rows.hidden.clone(memory_format=torch.contiguous_format))
     n, vocab_size = len(rows.ids), len(head.weight)
-    entry = _launch(rows.hidden, scores_only=exps is None and marks is None)
+    entry = anchored_launch(rows.hidden, scores_only=exps is None and marks is None)
     tiles = -(-vocab_size // entry.blocks["BLOCK_V"])
     at_once = max(1, PARTIALS_BYTES // (4 * (1 + with_entropy) * tiles))
 
@@ -507,64 +505,3 @@ def _sum_tiles(
     # Descriptors made on the device need an allocator. It is set in a copy of the context, so
     # that the caller's stays as it is.
     return partials, contextvars.copy_context().run(run)
-
-
-# ---- which variant runs ------------------------------------------------------------------------
-
-_REFUSED: dict[torch.device, str] = {}  # why a device must not specialise warps, or ""
-
-
-def _launch(hidden: Tensor, scores_only: bool) -> Launch:
-    """The launch entry for these operands and this mode."""
-    arch = architecture(hidden.device)
-    flattened = launch_for("anchored_logps", 16, arch)
-    specialised = LAUNCHES["anchored_logps_small_h"].get((16, arch))
-    if specialised is None or not scores_only or hidden.shape[1] > ANCHORED_SMALL_H:
-        return flattened
-    device = hidden.device
-    if device not in _REFUSED:
-        _REFUSED[device] = refusal(lambda entry: _trial(entry, device), specialised, flattened)
-        if _REFUSED[device]:
-            warnings.warn(
-                f"fastgrpo: no warp specialisation on {device}, {_REFUSED[device]}; the slower"
-                " kernel runs instead",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return flattened if _REFUSED[device] else specialised
-
-
-def refusal(
-    trial: Callable[[Launch], tuple[Tensor, str]], specialised: Launch, flattened: Launch
-) -> str:
-    """Say why the specialised entry must not be used; "" if it may.
-
-    `trial` runs an entry and returns its sums and its TTGIR. The compiler may silently ignore the
-    request for warp specialisation. A race in the code that it generates would show as wrong sums.
-    """
-    try:
-        sums, ir = trial(specialised)
-    except Exception as error:  # whatever a compiler or a driver throws: there is another kernel
-        return f"it failed with {type(error).__name__}: {error}"
-    if "ttg.warp_specialize" not in ir:
-        return "the compiler ignored it"
-    expected, _ = trial(flattened)
-    if not torch.allclose(sums, expected, rtol=1e-5, atol=0.0):
-        return "its sums are wrong"
-    return ""
-
-
-def _trial(entry: Launch, device: torch.device) -> tuple[Tensor, str]:
-    """The sums of a problem with several tiles per multiprocessor, and the kernel's TTGIR."""
-    n, vocab_size, hidden_size = 300, 50_000, 512
-    g = torch.Generator(device).manual_seed(0)
-    shapes = ((n, hidden_size), (vocab_size, hidden_size))
-    hidden, weight = (
-        torch.randn(shape, generator=g, device=device).to(torch.bfloat16) for shape in shapes
-    )
-    ids = torch.randint(vocab_size, (n,), generator=g, device=device)
-    anchor = torch.full((n,), 60.0, device=device)
-    partials, kernel = _sum_tiles(
-        entry, Rows(hidden, ids), Head(weight, None, hidden_size**-0.5), anchor, True
-    )
-    return partials.sum(1), kernel.asm["ttgir"]

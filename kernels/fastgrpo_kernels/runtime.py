@@ -28,6 +28,17 @@ except ImportError:
     HAS_TRITON = INTERPRETED = False
 
 
+def switch(name: str, default: bool) -> bool:
+    """Whether an environment variable, read now, turns something on: 1 does, 0 does not.
+
+    `default` is what an unset one means. Raises ValueError for any other value.
+    """
+    value = os.environ.get(name)
+    if value not in (None, "0", "1"):
+        raise ValueError(f"{name}: expected 0 or 1, or no such variable, got {value!r}")
+    return default if value is None else value == "1"
+
+
 def jit(fn: Callable | None = None, **options: Any) -> Callable:
     """`triton.jit`, or the function itself where Triton is absent."""
     if fn is None:
@@ -114,7 +125,7 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
     },
     # A producer warp and two consumer groups, for H up to ANCHORED_SMALL_H and log-probs alone.
     # There the epilogue is a quarter of the work, so that hiding it should pay. This is a
-    # prediction, not a measurement.
+    # prediction, not a measurement: `anchored_variant` takes the entry only where it is asked to.
     "anchored_logps_small_h": {
         (16, "sm_90"): _persistent(256, num_warps=4, num_stages=3, warp_specialize=True)
     },
@@ -192,14 +203,6 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
 }
 
 
-def switch(name: str, default: bool) -> bool:
-    """Whether an environment variable is "1", and not "0"; the default where it is not set."""
-    value = os.environ.get(name, str(int(default)))
-    if value not in ("0", "1"):
-        raise ValueError(f"{name}: expected 0 or 1, got {value!r}")
-    return value == "1"
-
-
 def obstacle(device: torch.device) -> str:
     """Why no kernel runs on a device; "" where they run.
 
@@ -263,6 +266,17 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether launches on a device go into a CUDA graph: nothing can be compared then."""
+    with _current(device):
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a device the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 class LaunchError(RuntimeError):
     """A kernel that cannot be launched. Nothing of it has run, and the device is as it was."""
 
@@ -293,7 +307,7 @@ def launch(
         return None
     try:
         # Triton launches on the current device, not where the data is.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with _current(device):
             return kernel[grid](**arguments, **entry.kwargs())
     except Exception as error:
         if INTERPRETED or not _before_the_device(error):
