@@ -23,6 +23,7 @@ ROOMS = {
     "objective": {"checks", "packing", "backend", "dispatch"},
     "advantages": {"checks", "backend", "dispatch"},
     "ops": {"checks", "packing", "backend", "head", "dispatch", "objective"},
+    "doctor": {"dispatch"},
     "logps": {"checks", "ops"},
     "loss": {"checks", "ops", "logps", "head", "objective"},
     "train": {"advantages", "logps", "loss", "objective"},
