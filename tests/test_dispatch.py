@@ -316,13 +316,24 @@ def test_the_torch_backend_passes_the_check(draws):
     assert all(figure.holds for figure in figures), [str(figure) for figure in figures]
 
 
-def test_the_check_leaves_random_states_and_default_dtypes_alone():
+def test_the_check_leaves_the_state_of_torch_alone(monkeypatch):
     torch.set_default_dtype(torch.float64)
-    before = torch.get_rng_state()
+    torch.use_deterministic_algorithms(True)
+    before, seen = torch.get_rng_state(), []
+    token_loss = torch_kernels.token_loss
+    monkeypatch.setattr(
+        torch_kernels,
+        "token_loss",
+        lambda *given: (
+            seen.append(torch.are_deterministic_algorithms_enabled()) or token_loss(*given)
+        ),
+    )
     try:
         figures = list(self_check.figures(torch_kernels, torch.device("cpu"), DTYPES, True))
+        assert torch.are_deterministic_algorithms_enabled() and not any(seen) and seen
     finally:
         torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(figure.holds for figure in figures)
 

@@ -6,6 +6,7 @@ a misaligned view where log-probs are compared, and one id there lies outside th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ def figures(
     `dtypes` are those of hidden and weight; empty: only what works on a number per token. The
     default random state of the device and of the CPU stays as it is.
     """
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), _any_algorithm():
         yield from _per_token(kernels, device)
         if dtypes:
             problem = _Problem.of(kernels, device, dtypes)
@@ -78,6 +79,18 @@ def figures(
             yield from _gradients(problem)
             if draws:
                 yield from _sparse(problem)
+
+
+@contextlib.contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Allow algorithms that are not deterministic: some of the torch backend's are not."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 class _Problem(NamedTuple):
