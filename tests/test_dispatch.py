@@ -321,13 +321,12 @@ def test_the_check_leaves_the_state_of_torch_alone(monkeypatch):
     torch.use_deterministic_algorithms(True)
     before, seen = torch.get_rng_state(), []
     token_loss = torch_kernels.token_loss
-    monkeypatch.setattr(
-        torch_kernels,
-        "token_loss",
-        lambda *given: (
-            seen.append(torch.are_deterministic_algorithms_enabled()) or token_loss(*given)
-        ),
-    )
+
+    def watched(*given):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return token_loss(*given)
+
+    monkeypatch.setattr(torch_kernels, "token_loss", watched)
     try:
         figures = list(self_check.figures(torch_kernels, torch.device("cpu"), DTYPES, True))
         assert torch.are_deterministic_algorithms_enabled() and not any(seen) and seen
