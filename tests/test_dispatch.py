@@ -132,7 +132,7 @@ def test_auto_degrades_to_torch_and_remembers(hopper):
     work = failing(fastgrpo_kernels, PORTABLE)
     with pytest.warns(RuntimeWarning) as said:
         assert choice.run(work, "auto", LIKE, SCORED) is torch_kernels
-    assert [str(w.message).rpartition(": ")[2] for w in said] == [
+    assert [str(w.message).rpartition(" takes ")[2] for w in said] == [
         "the portable kernels.",
         "the torch backend.",
     ]

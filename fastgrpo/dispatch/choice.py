@@ -198,5 +198,5 @@ def _tell(route: Route) -> None:
     reason, wrong = _verdicts[route]
     fault = f"the Triton kernels give wrong numbers: {reason}" if wrong else reason
     others = "portable kernels" if route.anchored and not wrong else "torch backend"
-    message = f"fastgrpo, {route}: {fault}. From now on: the {others}."
+    message = f"fastgrpo, {route}: {fault}. From now on backend='auto' takes the {others}."
     warnings.warn(message, RuntimeWarning, stacklevel=4)

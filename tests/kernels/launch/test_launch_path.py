@@ -132,6 +132,17 @@ def test_every_mode_of_the_anchored_kernel(tmp_path):
     assert counts["sm_90"] > counts["sm_100"] > counts["sm_80"] == 0
 
 
+@pytest.mark.slow
+def test_the_self_check_launches_and_sees_that_nothing_computes(tmp_path):
+    reports = Reports(tmp_path, "self-check")
+    try:
+        lines = {part: reports[part] for part in PARTS}
+    finally:
+        reports.stop()
+    assert not [line for part in PARTS for line in failures(lines[part])]
+    assert [len(lines[part]) for part in ("sm_80", "sm_90", "sm_100")] == [3, 4, 4]
+
+
 def test_no_compiler_is_a_skip_and_in_ci_a_failure(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CI", raising=False)
