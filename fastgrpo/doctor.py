@@ -1,9 +1,10 @@
 """What runs on this machine, and whether it is right: `python -m fastgrpo.doctor`.
 
 Versions, devices, which kernels each call takes and why, and the errors of a self-test. Every
-kernel is tried in a child process with a time limit, so that one that hangs hangs nothing else.
-Along the way Triton's cache is filled, and the verdicts are stored that `backend="auto"` reads.
-Exits with 1 if something is wrong.
+kernel is tried in a child process with a time limit, so that one that hangs hangs nothing else. It
+fills Triton's cache, and stores the verdicts that `backend="auto"` reads. (The anchored kernel is
+compiled for each hidden size: a model's first call still does that.) The status is 1 if something
+is wrong.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def hopper(monkeypatch, tmp_path):
     """A process on a part with every kernel; its checks are counted and can be told to fail."""
     checked, outcome = [], [GOOD]
 
-    def figures(kernels, device, dtypes, draws):
+    def figures(kernels, device, dtypes, draws, vocab=None):
         checked.append(kernels)
         for figure in outcome:
             if isinstance(figure, Exception):

@@ -162,7 +162,7 @@ def test_the_command_on_this_machine(tmp_path, monkeypatch):
 SMALL = """
 import sys
 from fastgrpo.dispatch import self_check, trial
-self_check.ROWS, self_check.VOCAB, self_check.HIDDEN = 24, 601, 64
+self_check.ROWS, self_check.HIDDEN, trial.SIZES = 24, 64, (601, 640)
 trial.main("cpu", *sys.argv[1:])
 """
 
@@ -176,7 +176,7 @@ def test_a_trial_of_real_kernels(monkeypatch, kernels):
     ended = doctor.run_python(arguments, 300.0, variables)
     assert not ended.failure, ended.lines
     figures = [Figure(**json.loads(line)) for line in ended.lines if line.startswith("{")]
-    assert len(figures) == 12 and all(figure.holds for figure in figures)
+    assert len(figures) == 24 and all(figure.holds for figure in figures)
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="compiled kernels")

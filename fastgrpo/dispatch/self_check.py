@@ -64,17 +64,21 @@ class _Given(NamedTuple):
 
 @torch.no_grad()
 def figures(
-    kernels: Kernels, device: torch.device, dtypes: tuple[torch.dtype, ...], draws: bool
+    kernels: Kernels,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    draws: bool,
+    vocab: int | None = None,
 ) -> Iterator[Figure]:
     """Yield the errors of a backend's kernels, one after the other.
 
-    `dtypes` are those of hidden and weight; empty: only what works on a number per token. The
-    default random state of the device and of the CPU stays as it is.
+    `dtypes` are those of hidden and weight; empty: only what works on a number per token. `draws`:
+    the sparse backward too. `vocab`: VOCAB by default. No random state of torch is touched.
     """
     with torch.autocast(device.type, enabled=False), _any_algorithm():
         yield from _per_token(kernels, device)
         if dtypes:
-            problem = _Problem.of(kernels, device, dtypes)
+            problem = _Problem.of(kernels, device, dtypes, vocab or VOCAB)
             yield from _scores(problem)
             yield from _gradients(problem)
             if draws:
@@ -105,12 +109,12 @@ class _Problem(NamedTuple):
 
     @classmethod
     def of(
-        cls, kernels: Kernels, device: torch.device, dtypes: tuple[torch.dtype, ...]
+        cls, kernels: Kernels, device: torch.device, dtypes: tuple[torch.dtype, ...], vocab: int
     ) -> _Problem:
         numbers = _Numbers(device)
         hidden = numbers.normal(ROWS, HIDDEN).to(dtypes[0])
-        weight = (numbers.normal(VOCAB, HIDDEN) * 3 / HIDDEN**0.5).to(dtypes[1])
-        ids = numbers.integers(VOCAB, ROWS)
+        weight = (numbers.normal(vocab, HIDDEN) * 3 / HIDDEN**0.5).to(dtypes[1])
+        ids = numbers.integers(vocab, ROWS)
         exact = hidden.double(), weight.double()
         return cls(
             Rows(hidden, ids),
@@ -147,7 +151,7 @@ def _scores(problem: _Problem) -> Iterator[Figure]:
     rows, head, plan, exact_rows, exact_head, exact_plan = problem
     view = rows.hidden.new_empty(ROWS, HIDDEN + 3)[:, 3:].copy_(rows.hidden)
     ids = rows.ids.clone()
-    ids[7] = VOCAB
+    ids[7] = len(head.weight)
     scored = logps_fwd(rows._replace(hidden=view, ids=ids), head, plan, True)
     exact = logps_fwd(exact_rows._replace(ids=ids), exact_head, exact_plan, True)
     bar, _ = problem.bars()
@@ -177,7 +181,7 @@ def _gradients(problem: _Problem) -> Iterator[Figure]:
 def _sparse(problem: _Problem) -> Iterator[Figure]:
     rows, head, plan, exact_rows, exact_head, exact_plan = problem
     device = rows.hidden.device
-    words = sparse.Words.of(SPARSITY, torch.tensor(0, device=device), ROWS, VOCAB)
+    words = sparse.Words.of(SPARSITY, torch.tensor(0, device=device), ROWS, len(head.weight))
     estimate = logps_fwd(exact_rows, exact_head, exact_plan, False).logps
     dlogps = _Numbers(device).normal(ROWS)
 
