@@ -1,15 +1,12 @@
-"""Which implementation runs, the Triton kernels or their torch twins, and their interface."""
+"""The interface of a backend: the Triton kernels, or their torch twins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-import fastgrpo_kernels
-from fastgrpo import torch_kernels
 from fastgrpo_kernels import (
     Anchored,
     Draw,
@@ -26,9 +23,6 @@ from fastgrpo_kernels import (
     TokenTerms,
     Upstream,
 )
-from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED, runs_on
-
-BACKENDS = ("auto", "triton", "torch")
 
 
 class AnchoredForward(Protocol):
@@ -133,25 +127,3 @@ class Kernels(Protocol):
         weights: Tensor | None = None,
         leave_one_out: bool = False,
     ) -> GroupStats: ...
-
-
-def resolve(device: torch.device, backend: str) -> Kernels:
-    """Return the kernels of a backend on a device.
-
-    "auto" means the Triton kernels where they run (`runs_on`), otherwise torch. There is no silent
-    replacement of a named backend: "triton" raises ValueError where it cannot run.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
-    if backend == "torch":
-        return torch_kernels
-    if backend == "auto":
-        return fastgrpo_kernels if runs_on(device) else torch_kernels
-    if not HAS_TRITON:
-        raise ValueError("backend='triton' needs the triton package: pip install triton")
-    if device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f"backend='triton' needs tensors on a CUDA or ROCm device, got {device}; "
-            "to interpret the kernels on a CPU set TRITON_INTERPRET=1 before importing fastgrpo"
-        )
-    return fastgrpo_kernels

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastgrpo_kernels.runtime import runs_on
-
 _values_checked_on_gpu: ContextVar[bool] = ContextVar("values_checked_on_gpu", default=False)
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
@@ -110,10 +108,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None:
     """Check the operands of the logits: hidden (..., H), weight (V, H), bias (V,)."""
-    kernels = backend == "triton"
-    if backend == "auto":
-        kernels = isinstance(hidden, Tensor) and runs_on(hidden.device)
-    allowed = FLOATS[:-1] if kernels else FLOATS
+    allowed = FLOATS[:-1] if backend == "triton" else FLOATS
     tensor("hidden", hidden, dtypes=allowed)
     if hidden.dim() < 2 or not hidden.shape[-1]:
         raise ValueError(f"hidden: expected shape (..., H), H >= 1, got {tuple(hidden.shape)}")

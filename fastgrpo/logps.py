@@ -73,7 +73,9 @@ def linear_logps(
             entries are drawn in the forward, without them in a second pass of the backward. How far
             off they are changes the number of entries and the variance, not the mean. NaN, where
             there is none, counts as probability 1.
-        backend: "auto" (Triton kernels on GPUs, else torch), "triton" or "torch".
+        backend: "auto" takes the Triton kernels on GPUs where they pass a check at their first use,
+            and torch elsewhere. "triton" raises instead, "torch" never takes them. The environment
+            variable FASTGRPO_BACKEND names what "auto" is.
 
     Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With
     a frozen head (weight and bias without gradient) 4NVH in all, and no GEMM in the backward. With

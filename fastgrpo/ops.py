@@ -18,14 +18,15 @@ import functools
 import inspect
 from collections import namedtuple
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from fastgrpo import checks
-from fastgrpo.backend import resolve
+from fastgrpo.backend import Kernels
+from fastgrpo.dispatch import choice
 from fastgrpo.head import sparse
 from fastgrpo.head.gradients import Grads
 from fastgrpo.head.loops import logps_bwd, logps_fwd
@@ -34,9 +35,12 @@ from fastgrpo.head.routes import logps_and_jacobian, loss_and_grads
 from fastgrpo.objective.call import LossCall
 from fastgrpo.objective.config import config_from_key, needs_entropy
 from fastgrpo.objective.metrics import METRICS
+from fastgrpo.objective.policy import PolicyLoss
 from fastgrpo.objective.segments import Sequences
 from fastgrpo.packing import Index, live_first, spread, unmasked
 from fastgrpo_kernels import Head, Kept, Logps, Rows, Upstream
+
+Result = TypeVar("Result")
 
 
 def _without_autocast(fn: Callable) -> Callable:
@@ -64,9 +68,13 @@ class Operands(NamedTuple):
     workspace_mb: float | None
     backend: str
 
-    def plan(self) -> Plan:
-        kernels = resolve(self.hidden.device, self.backend)
-        return Plan.of(self.hidden, self.weight, self.workspace_mb, kernels)
+    def run(self, work: Callable[[Plan], Result], rows: Rows, sparse: bool) -> Result:
+        """Return `work` of a plan for these rows, with the best kernels that can be launched."""
+
+        def planned(kernels: Kernels) -> Result:
+            return work(Plan.of(self.hidden, self.weight, self.workspace_mb, kernels))
+
+        return choice.run(planned, self.backend, self.hidden, (rows, self.head()), sparse)
 
     def head(self) -> Head:
         bias = None if self.bias is None else self.bias.contiguous()
@@ -136,19 +144,25 @@ def linear_logps(
         backend,
     )  # fmt: skip
     n, where = len(mask), unmasked(mask)
-    rows, head, plan = given.rows(where), given.head(), given.plan()
-    jacobian, drawn, metrics = None, (None,) * 4, None
-    if with_jacobian:
-        scored, jacobian = logps_and_jacobian(rows, head, plan, with_entropy)
-    elif old_logps is None:
-        scored = logps_fwd(rows, head, plan, with_entropy)
-    else:
-        words = given.words(sparsity, draw_seed, where)
-        estimate = old_logps[where].to(plan.accumulator)
-        scored, entries = sparse.logps_and_entries(rows, head, plan, with_entropy, words, estimate)
-        drawn, metrics = (*entries.kept, entries.anchor), sparse.metrics(entries, scored)
-    results = (spread(x, where, n) for x in (*scored, jacobian, *drawn))
-    return _or_empty((*results, metrics), scored.logps)
+    rows, head = given.rows(where), given.head()
+
+    def score(plan: Plan) -> tuple[Tensor, ...]:
+        jacobian, drawn, metrics = None, (None,) * 4, None
+        if with_jacobian:
+            scored, jacobian = logps_and_jacobian(rows, head, plan, with_entropy)
+        elif old_logps is None:
+            scored = logps_fwd(rows, head, plan, with_entropy)
+        else:
+            words = given.words(sparsity, draw_seed, where)
+            estimate = old_logps[where].to(plan.accumulator)
+            scored, entries = sparse.logps_and_entries(
+                rows, head, plan, with_entropy, words, estimate
+            )
+            drawn, metrics = (*entries.kept, entries.anchor), sparse.metrics(entries, scored)
+        results = (spread(x, where, n) for x in (*scored, jacobian, *drawn))
+        return _or_empty((*results, metrics), scored.logps)
+
+    return given.run(score, rows, sparse=old_logps is not None)
 
 
 @linear_logps.register_fake
@@ -263,17 +277,20 @@ def linear_logps_bwd(
     )  # fmt: skip
     upstream, needs = Upstream(dlogps, dentropy), Needs(need_hidden, need_weight, need_bias)
     n, where = len(mask), unmasked(mask & upstream.alive())
-    rows, head, plan, upstream = given.rows(where), given.head(), given.plan(), upstream[where]
+    rows, head, upstream = given.rows(where), given.head(), upstream[where]
     scored = Logps(logps, lse, entropy if len(entropy) else None)[where]
-    if not sparsity:
-        grads = logps_bwd(rows, head, plan, scored, upstream, needs)
-    else:
+
+    def differentiate(plan: Plan) -> Grads:
+        if not sparsity:
+            return logps_bwd(rows, head, plan, scored, upstream, needs)
         if len(anchor):
             entries = sparse.Entries(Kept(kept_ids, kept_logits, kept_count), anchor)[where]
         else:
             words = given.words(sparsity, draw_seed, where)
             entries = sparse.entries_of(rows, head, plan, words, scored)
-        grads = sparse.entries_bwd(rows, head, plan, scored, upstream, entries, needs)
+        return sparse.entries_bwd(rows, head, plan, scored, upstream, entries, needs)
+
+    grads = given.run(differentiate, rows, sparse=bool(sparsity))
     grads = grads._replace(hidden=spread(grads.hidden, where, n))
     return _or_empty(_in_dtypes(grads, given.dtypes()), hidden)
 
@@ -339,17 +356,19 @@ def grpo_loss(
         normalizer, seed, config_key,
     )  # fmt: skip
     n, needs = len(mask), Needs(need_hidden, need_weight, need_bias)
-    head, plan, owner = given.head(), given.plan(), Sequences.of(cu_seqlens, mask)
+    head, owner = given.head(), Sequences.of(cu_seqlens, mask)
     inert = call.inert(owner) if any(needs) or skip_zero_advantage else None
     where, num_live = live_first(mask, inert)
     if skip_zero_advantage:
         where = where if isinstance(where, slice) else where[:num_live]
-    objective = call.objective(owner, mask, where, plan.kernels, plan.accumulator)
     rows = given.rows(where, "completion_ids")
     words = given.words(sparsity, draw_seed, where) if sparsity else None
-    scored, result, grads, drawn = loss_and_grads(
-        objective, rows, head, plan, needs, words, num_live
-    )
+
+    def evaluate(plan: Plan) -> tuple:
+        objective = call.objective(owner, mask, where, plan.kernels, plan.accumulator)
+        return loss_and_grads(objective, rows, head, plan, needs, words, num_live)
+
+    scored, result, grads, drawn = given.run(evaluate, rows, sparse=bool(sparsity))
     metrics = result.metrics if drawn is None else torch.cat([result.metrics, drawn])
     grads = grads._replace(hidden=spread(grads.hidden, where, n))
     _poison(grads, result.loss)
@@ -438,8 +457,12 @@ def policy_loss(
         normalizer, seed, config_key,
     )  # fmt: skip
     n, where, owner = len(mask), unmasked(mask), Sequences.of(cu_seqlens, mask)
-    objective = call.objective(owner, mask, where, resolve(logps.device, backend), logps.dtype)
-    result = objective.evaluate(Logps(logps, logps, entropy)[where])
+
+    def evaluate(kernels: Kernels) -> PolicyLoss:
+        objective = call.objective(owner, mask, where, kernels, logps.dtype)
+        return objective.evaluate(Logps(logps, logps, entropy)[where])
+
+    result = choice.run(evaluate, backend, logps)
     upstream = (spread(x, where, n) for x in result.upstream)
     return _or_empty((result.loss, *upstream, result.metrics), logps)
 

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import fastgrpo_kernels
 from fastgrpo import torch_kernels
-from fastgrpo.backend import resolve
+from fastgrpo.dispatch import choice
 from fastgrpo.head.gradients import Targets
 from fastgrpo_kernels import Head, Rows, runtime
 from fastgrpo_kernels import matmul as product
@@ -17,17 +16,32 @@ from fastgrpo_kernels import matmul as product
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs triton")
-@pytest.mark.parametrize("capability, kernels", [
-    ((7, 0), torch_kernels), ((7, 5), torch_kernels), ((8, 0), fastgrpo_kernels),
-    ((9, 0), fastgrpo_kernels), ((12, 0), fastgrpo_kernels),
+def on(device):
+    """What `choose` looks at of a tensor there."""
+    return SimpleNamespace(device=device, dtype=torch.float32)
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON or runtime.INTERPRETED, reason="compiled kernels")
+@pytest.mark.parametrize("capability, version, obstacle", [
+    ((7, 0), "3.7.1", "compute capability 8.0 or newer, got 7.0"),
+    ((7, 5), "3.7.1", "compute capability 8.0 or newer, got 7.5"),
+    ((8, 0), "3.6.0", ""), ((9, 0), "3.6.0", ""), ((12, 0), "3.6.0", ""),
+    ((10, 0), "3.6.0", "compute capability 10.0 needs Triton 3.7, got 3.6.0"),
+    ((10, 3), "3.7.0", ""), ((10, 0), "3.10.0+git1", ""),
 ])  # fmt: skip
-def test_auto_takes_the_kernels_where_they_run(monkeypatch, capability, kernels):
-    """V100 and T4 are older than what the kernels need: torch, and no error."""
+def test_auto_takes_the_kernels_where_they_run(monkeypatch, capability, version, obstacle):
+    """Elsewhere it takes torch without an error, and a named backend says what is in the way."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert resolve(CUDA, "auto") is kernels
-    assert resolve(CUDA, "triton") is fastgrpo_kernels
-    assert resolve(torch.device("cpu"), "auto") is torch_kernels
+    monkeypatch.setattr(runtime.triton, "__version__", version)
+    monkeypatch.setattr(choice, "capturing", lambda device: True)  # nothing is checked
+    auto, _ = choice.choose("auto", on(CUDA), None, False)
+    assert (auto is torch_kernels) == bool(obstacle)
+    if obstacle:
+        with pytest.raises(ValueError, match=obstacle):
+            choice.choose("triton", on(CUDA), None, False)
+    else:
+        assert choice.choose("triton", on(CUDA), None, False)[0] is auto is choice.PORTABLE
+    assert choice.choose("auto", on(torch.device("cpu")), None, False) == (torch_kernels, None)
 
 
 @pytest.mark.parametrize("tuned", [True, False])

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import fastgrpo_kernels
-from fastgrpo import LossConfig, reference
-from fastgrpo.backend import resolve
+from fastgrpo import LossConfig, reference, torch_kernels
 from fastgrpo.head import loops
 from fastgrpo.head.held import AnchoredExponentials
 from fastgrpo.head.plan import Needs, Plan
@@ -34,6 +33,8 @@ from row_oracle import (
     rows_with_upstream,
 )
 
+BACKENDS = {"triton": fastgrpo_kernels, "torch": torch_kernels}
+
 
 @pytest.fixture
 def gpu_plan():
@@ -47,7 +48,7 @@ def gpu_plan():
         out.add_(product) if accumulate else out.copy_(product)
 
     def plan(hidden, weight, backend="triton", workspace_mb=None, **changes):
-        kernels = vars(resolve(hidden.device, backend)) | {"matmul": matmul}
+        kernels = vars(BACKENDS[backend]) | {"matmul": matmul}
         chosen = Plan.of(hidden, weight, workspace_mb, SimpleNamespace(**kernels))
         mixed = dict(operand=hidden.dtype, slice_width=32, chunk_width=32, fp32_dweight=True)
         return chosen._replace(**mixed | changes)

@@ -14,13 +14,16 @@ ROOMS = {
     "checks": set(),
     "packing": set(),
     "torch_kernels": set(),
-    "backend": {"torch_kernels"},
+    "backend": set(),
     # Everything vocabulary-sized: knows nothing of losses but a function from log-probs.
     "head": {"packing", "backend", "torch_kernels"},
+    # Chooses between the backends; its self-check compares them through `head`.
+    "dispatch": {"backend", "head", "torch_kernels"},
     # What is optimised: knows nothing of the vocabulary.
-    "objective": {"checks", "packing", "backend"},
-    "advantages": {"checks", "backend"},
-    "ops": {"checks", "packing", "backend", "head", "objective"},
+    "objective": {"checks", "packing", "backend", "dispatch"},
+    "advantages": {"checks", "backend", "dispatch"},
+    "ops": {"checks", "packing", "backend", "head", "dispatch", "objective"},
+    "doctor": {"dispatch"},
     "logps": {"checks", "ops"},
     "loss": {"checks", "ops", "logps", "head", "objective"},
     "train": {"advantages", "logps", "loss", "objective"},

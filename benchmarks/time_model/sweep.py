@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,9 +16,11 @@ from benchmarks.data import random_batch
 from benchmarks.shapes import Shape
 from benchmarks.timing import GemmBound, bound_dtype, describe, interleave, summary
 from fastgrpo_kernels import Head, Rows, anchored_logps_fwd, linear_logps_fwd, runtime
+from fastgrpo_kernels.anchored_variant import SWITCH, refusal
 from fastgrpo_kernels.runtime import Launch
 
-TABLE = "table"  # the name of the entry that is in use
+TABLE = "table"  # the name of the entry that is in use, where nobody asks for specialised warps
+SMALL_H = "anchored_logps_small_h"  # the kernel anchored_logps with entries that specialise warps
 
 
 def _gemm(rows: int, vocab: int, hidden: int, warps: int, stages: int, split: int = 4096) -> Launch:
@@ -40,7 +44,7 @@ def _anchored_logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     return anchored_logps_fwd(Rows(hidden, ids), Head(weight), False).scored.logps
 
 
-# Kernel -> a call that launches it, and what to try beside the table's entries for other devices.
+# Kernel -> a call that launches it, and what to try beside the tables' other entries.
 CANDIDATES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], tuple[Launch, ...]]] = {
     "linear_logps": (
         _portable_logps,
@@ -65,36 +69,38 @@ CANDIDATES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], tuple[La
             _persistent(256, 128, 8, 4),
         ),
     ),
-    "anchored_logps_small_h": (
+    SMALL_H: (
         _anchored_logps,
         (
             _persistent(128, 256, 4, 4, specialised=True),
             _persistent(256, 128, 4, 3, specialised=True),
             _persistent(128, 128, 4, 4, specialised=True),
-            _persistent(128, 256, 8, 3),
             _persistent(128, 128, 4, 4),
         ),
     ),
 }
 
 
+def table_of(kernel: str) -> str:
+    """Return the table that a launch comes from, whatever else is compared with it."""
+    return "anchored_logps" if kernel == SMALL_H else kernel
+
+
 def has_table(kernel: str, shape: Shape, bits: int, arch: str) -> bool:
-    """Return whether a kernel has an entry for a device, and would use it at this shape."""
+    """Return whether a kernel has an entry for a device, and may use it at this shape."""
+    if kernel == SMALL_H and shape.hidden > runtime.ANCHORED_SMALL_H:
+        return False
     table = runtime.LAUNCHES[kernel]
-    if kernel.startswith("anchored_logps"):
-        narrow = shape.hidden <= runtime.ANCHORED_SMALL_H
-        has_narrow = (bits, arch) in runtime.LAUNCHES["anchored_logps_small_h"]
-        if (kernel == "anchored_logps_small_h") != (narrow and has_narrow):
-            return False
     return (bits, arch) in table or (bits, "any") in table
 
 
 def candidates(kernel: str, bits: int, arch: str) -> dict[str, Launch]:
     """Return the launches to compare by name, the one in use first and none of them twice."""
-    used = runtime.launch_for(kernel, bits, arch)
+    used = runtime.launch_for(table_of(kernel), bits, arch)
     entries = [
         launch
-        for (b, a), launch in runtime.LAUNCHES[kernel].items()
+        for name in (table_of(kernel), kernel)
+        for (b, a), launch in runtime.LAUNCHES[name].items()
         if b == bits and a != "interpreter"
     ]
     found: dict[str, Launch] = {TABLE: used}
@@ -104,13 +110,16 @@ def candidates(kernel: str, bits: int, arch: str) -> dict[str, Launch]:
     return found
 
 
+# So that the table of the anchored kernel says what runs, whatever the user has asked for.
+@mock.patch.dict(os.environ, {SWITCH: "0"})
 def sweep_launches(
     kernel: str, shape: Shape, dtype: torch.dtype, device: torch.device, *, seconds: float
 ) -> list[dict[str, Any]]:
     """Return one row for each launch: its time and its share of the bound, or why it failed.
 
-    A launch fails if its log-probs are more than 1e-4 nats from those of the table's entry. Where
-    the kernel does not run there are no rows.
+    A launch fails if its log-probs are more than 1e-4 nats from those of the table's entry, and
+    those with specialised warps if the trial refuses them. Where the kernel does not run there are
+    no rows.
     """
     bits, arch = 8 * dtype.itemsize, runtime.architecture(device)
     if not has_table(kernel, shape, bits, arch):
@@ -119,6 +128,7 @@ def sweep_launches(
     hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
     call = partial(CANDIDATES[kernel][0], hidden, weight, batch.completion_ids.flatten())
     launches = candidates(kernel, bits, arch)
+    refused = refusal(hidden.device) if kernel == SMALL_H else ""
     bound = GemmBound(batch, 1, bound_dtype(dtype, device))
     bound()
     expected, calls, rows = call(), {"bound": bound}, {}
@@ -127,6 +137,8 @@ def sweep_launches(
         rows[name] = {"kernel": kernel, "name": name, "launch": launch.kwargs()}
         rows[name] |= {"shape": shape._asdict(), "dtype": str(dtype).removeprefix("torch.")}
         try:
+            if refused and launch.blocks.get("WARP_SPECIALIZE"):
+                raise RuntimeError(refused)
             distance = (tried() - expected).abs().max().item()
             if not distance <= 1e-4:
                 raise AssertionError(f"{distance:.1e} nats from the table's entry")
@@ -152,7 +164,7 @@ def _launched(
 @contextmanager
 def _entry(kernel: str, key: tuple[int, str], launch: Launch) -> Iterator[None]:
     """Put a launch into the table for as long as the context lasts."""
-    table = runtime.LAUNCHES[kernel]
+    table = runtime.LAUNCHES[table_of(kernel)]
     before = table.get(key)
     table[key] = launch
     try:

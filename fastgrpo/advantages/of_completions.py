@@ -9,8 +9,9 @@ from torch import Tensor
 from fastgrpo import checks
 from fastgrpo.advantages.estimators import ESTIMATORS, RewardBatch
 from fastgrpo.advantages.groups import Groups, check_ddof, check_lengths, check_rewards
-from fastgrpo.backend import resolve
+from fastgrpo.backend import Kernels
 from fastgrpo.checks import finite, one_of
+from fastgrpo.dispatch import choice
 
 
 def group_advantages(
@@ -100,14 +101,18 @@ def group_advantages(
         f_norm=f_norm,
     )
     _check_options(estimator, options, rewards)
-    groups = Groups(group_ids_or_size, rewards, resolve(rewards.device, "auto"))
-    for name in ("lengths", "greedy_rewards"):
-        if options[name] is not None:
-            options[name] = groups.sort(options[name].detach().float())
-    batch = RewardBatch(groups.sort(rewards.detach()), groups, options)
-    advantages = ESTIMATORS[estimator].formula(batch).where(batch.scored, 0.0)
-    result = groups.restore(advantages)
-    return (result, groups.live(advantages)) if return_live_groups else result
+
+    def estimate(kernels: Kernels) -> tuple[Tensor, Tensor]:
+        groups, sorted_options = Groups(group_ids_or_size, rewards, kernels), dict(options)
+        for name in ("lengths", "greedy_rewards"):
+            if options[name] is not None:
+                sorted_options[name] = groups.sort(options[name].detach().float())
+        batch = RewardBatch(groups.sort(rewards.detach()), groups, sorted_options)
+        advantages = ESTIMATORS[estimator].formula(batch).where(batch.scored, 0.0)
+        return groups.restore(advantages), groups.live(advantages)
+
+    advantages, live_groups = choice.run(estimate, "auto", rewards)
+    return (advantages, live_groups) if return_live_groups else advantages
 
 
 def _check_options(estimator: str, options: dict[str, object], rewards: Tensor) -> None:

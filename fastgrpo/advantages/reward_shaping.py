@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.advantages.groups import Groups, check_lengths, check_rewards
-from fastgrpo.backend import resolve
+from fastgrpo.backend import Kernels
 from fastgrpo.checks import finite, one_of
+from fastgrpo.dispatch import choice
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS
 from fastgrpo_kernels.twins import torch_twin
 
@@ -91,11 +92,15 @@ def length_penalty(
     check_lengths(lengths, tuple(rewards.shape), rewards)
     if finite("weight", weight) < 0:
         raise ValueError(f"weight: expected a number >= 0, got {weight}")
-    groups = Groups(group_ids_or_size, rewards, resolve(rewards.device, "auto"))
-    r, length = groups.sort(rewards.detach()), groups.sort(lengths.detach().float())
-    longest = groups.stats(length.where(~r.isnan(), torch.nan)).high
-    penalty = weight * groups.stats(r).mean * (length / longest.clamp(min=1))
-    return groups.restore(r - penalty)
+
+    def penalised(kernels: Kernels) -> Tensor:
+        groups = Groups(group_ids_or_size, rewards, kernels)
+        r, length = groups.sort(rewards.detach()), groups.sort(lengths.detach().float())
+        longest = groups.stats(length.where(~r.isnan(), torch.nan)).high
+        penalty = weight * groups.stats(r).mean * (length / longest.clamp(min=1))
+        return groups.restore(r - penalty)
+
+    return choice.run(penalised, "auto", rewards)
 
 
 def soft_overlong_punishment(

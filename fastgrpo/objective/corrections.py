@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo import checks
-from fastgrpo.backend import resolve
+from fastgrpo.backend import Kernels
 from fastgrpo.checks import one_of
+from fastgrpo.dispatch import choice
 from fastgrpo.objective.config import LossConfig
 from fastgrpo.objective.fields import REJECTIONS
 from fastgrpo.objective.segments import Segments, Sequences
@@ -122,9 +123,12 @@ def rejection_mask(
     cu = torch.arange(shape[0] + 1, device=completion_mask.device) * shape[1]
     owner = Sequences.of(cu, completion_mask.flatten())
     log_w = sampler_gap(old_logps.float(), sampler_logps.float()).masked_fill(~completion_mask, 0.0)
-    segments = owner.all_segments(resolve(log_w.device, "auto"))
-    kept = keep(rejection, config.rejection_bounds, log_w.flatten(), segments)
-    return completion_mask & kept.view(shape)
+
+    def kept(kernels: Kernels) -> Tensor:
+        segments = owner.all_segments(kernels)
+        return keep(rejection, config.rejection_bounds, log_w.flatten(), segments)
+
+    return completion_mask & choice.run(kept, "auto", log_w).view(shape)
 
 
 def _exp(x: Tensor) -> Tensor:

@@ -12,25 +12,23 @@ Mathematics: kernels/README.md.
 from __future__ import annotations
 
 import contextvars
-import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .anchored_variant import anchored_launch
 from .linear_logps import RowList, exps_of_rows, score_rows
 from .logit_math import log1p_exp, softcapped, transform_logits
 from .operands import Draw, Head, Logps, Rows, logit_arguments
 from .runtime import (
-    ANCHORED_SMALL_H,
     HAS_TRITON,
     INTERPRETED,
     LAUNCHES,
     Launch,
     architecture,
-    device_of,
     jit,
+    launch,
     launch_for,
     multiprocessors,
     tl,
@@ -360,8 +358,8 @@ def anchored_logps_fwd(
     if not _addressable(rows.hidden):
         rows = rows._replace(hidden=rows.hidden.clone(memory_format=torch.contiguous_format))
     n, vocab_size = len(rows.ids), len(head.weight)
-    launch = _launch(rows.hidden, scores_only=exps is None and marks is None)
-    tiles = -(-vocab_size // launch.blocks["BLOCK_V"])
+    entry = anchored_launch(rows.hidden, scores_only=exps is None and marks is None)
+    tiles = -(-vocab_size // entry.blocks["BLOCK_V"])
     at_once = max(1, PARTIALS_BYTES // (4 * (1 + with_entropy) * tiles))
 
     def new(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -380,14 +378,14 @@ def anchored_logps_fwd(
     for start in range(0, n, at_once):
         c = slice(start, start + at_once)
         stored, marked = (None if x is None else x[c] for x in (store, marks))
-        _score(launch, rows[c], head, stored, marked, result[c])
+        _score(entry, rows[c], head, stored, marked, result[c])
     if store is not exps:
         exps.copy_(store)
     return result
 
 
 def _score(
-    launch: Launch,
+    entry: Launch,
     rows: Rows,
     head: Head,
     exps: Tensor | None,
@@ -402,38 +400,52 @@ def _score(
         launch_for(name, 0, architecture(device))
         for name in ("anchor_rows", "finish_anchored", "list_rows")
     )
-    with device_of(rows.hidden):
-        _anchor_rows_kernel[(-(-n // first.blocks["BLOCK_N"]),)](
-            **logit_arguments(rows, head),
-            target_ptr=target,
-            anchor_ptr=anchor if marks is None else None,
-            headroom=HEADROOM,
-            **first.kwargs(),
-        )
-        with_entropy = result.scored.entropy is not None
-        partials, _ = _sum_tiles(launch, rows, head, anchor, with_entropy, exps, marks)
-        _finish_anchored_kernel[(-(-n // finish.blocks["BLOCK_N"]),)](
-            partials_ptr=partials,
-            target_ptr=target,
-            anchor_ptr=anchor,
-            logps_ptr=result.scored.logps,
-            lse_ptr=result.scored.lse,
-            entropy_ptr=result.scored.entropy,
-            log_scale_ptr=result.log_scale,
-            redone_ptr=result.redone,
-            N=n,
-            T=partials.shape[1],
-            **finish.kwargs(),
-        )
-        some = RowList(*(torch.empty(k, dtype=torch.int32, device=device) for k in (n, 1)))
-        _list_rows_kernel[(1,)](result.redone, *some, n, **listing.kwargs())
-        score_rows(rows, head, result.scored, some)
-        if exps is not None:
-            exps_of_rows(rows, head, result.scored.lse, exps, some)
+    launch(
+        _anchor_rows_kernel,
+        (-(-n // first.blocks["BLOCK_N"]),),
+        first,
+        device,
+        **logit_arguments(rows, head),
+        target_ptr=target,
+        anchor_ptr=anchor if marks is None else None,
+        headroom=HEADROOM,
+    )
+    with_entropy = result.scored.entropy is not None
+    partials, _ = _sum_tiles(entry, rows, head, anchor, with_entropy, exps, marks)
+    launch(
+        _finish_anchored_kernel,
+        (-(-n // finish.blocks["BLOCK_N"]),),
+        finish,
+        device,
+        partials_ptr=partials,
+        target_ptr=target,
+        anchor_ptr=anchor,
+        logps_ptr=result.scored.logps,
+        lse_ptr=result.scored.lse,
+        entropy_ptr=result.scored.entropy,
+        log_scale_ptr=result.log_scale,
+        redone_ptr=result.redone,
+        N=n,
+        T=partials.shape[1],
+    )
+    some = RowList(*(torch.empty(k, dtype=torch.int32, device=device) for k in (n, 1)))
+    launch(
+        _list_rows_kernel,
+        (1,),
+        listing,
+        device,
+        marked_ptr=result.redone,
+        index_ptr=some.index,
+        count_ptr=some.count,
+        N=n,
+    )
+    score_rows(rows, head, result.scored, some)
+    if exps is not None:
+        exps_of_rows(rows, head, result.scored.lse, exps, some)
 
 
 def _sum_tiles(
-    launch: Launch,
+    entry: Launch,
     rows: Rows,
     head: Head,
     anchor: Tensor,
@@ -444,12 +456,12 @@ def _sum_tiles(
     """Return the partial sums (1 or 2, tiles, n), and the kernel that made them."""
     hidden, device = rows.hidden, rows.hidden.device
     n, vocab_size = len(rows.ids), len(head.weight)
-    block_n, block_v, block_h = (launch.blocks[x] for x in ("BLOCK_N", "BLOCK_V", "BLOCK_H"))
+    block_n, block_v, block_h = (entry.blocks[x] for x in ("BLOCK_N", "BLOCK_V", "BLOCK_H"))
     tiles = -(-vocab_size // block_v)
     draw, mask = (None, None) if marks is None else marks
     assert mask is None or mask.shape[1] * WORD >= tiles * block_v, "mask: whole tiles"
     partials = torch.empty((1 + with_entropy, tiles, n), dtype=torch.float32, device=device)
-    specialised = launch.blocks["WARP_SPECIALIZE"]
+    specialised = entry.blocks["WARP_SPECIALIZE"]
     programs = min(-(-n // block_n) * tiles, multiprocessors(device))
 
     def run() -> Any:
@@ -457,7 +469,11 @@ def _sum_tiles(
             triton.set_allocator(
                 lambda size, *_: torch.empty(size, dtype=torch.int8, device=device)
             )
-        return _anchored_logps_kernel[(programs,)](
+        return launch(
+            _anchored_logps_kernel,
+            (programs,),
+            entry,
+            device,
             hidden=hidden
             if specialised
             else TensorDescriptor.from_tensor(hidden, [block_n, block_h]),
@@ -484,71 +500,8 @@ def _sum_tiles(
             SOFTCAP=head.softcap != 0.0,
             WITH_ENTROPY=with_entropy,
             UPCAST=INTERPRETED,
-            **launch.kwargs(),
         )
 
     # Descriptors made on the device need an allocator. It is set in a copy of the context, so
     # that the caller's stays as it is.
     return partials, contextvars.copy_context().run(run)
-
-
-# ---- which variant runs ------------------------------------------------------------------------
-
-_REFUSED: dict[torch.device, str] = {}  # why a device must not specialise warps, or ""
-
-
-def _launch(hidden: Tensor, scores_only: bool) -> Launch:
-    """The launch entry for these operands and this mode."""
-    arch = architecture(hidden.device)
-    flattened = launch_for("anchored_logps", 16, arch)
-    specialised = LAUNCHES["anchored_logps_small_h"].get((16, arch))
-    if specialised is None or not scores_only or hidden.shape[1] > ANCHORED_SMALL_H:
-        return flattened
-    device = hidden.device
-    if device not in _REFUSED:
-        _REFUSED[device] = refusal(lambda launch: _trial(launch, device), specialised, flattened)
-        if _REFUSED[device]:
-            warnings.warn(
-                f"fastgrpo: no warp specialisation on {device}, {_REFUSED[device]}; the slower"
-                " kernel runs instead",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return flattened if _REFUSED[device] else specialised
-
-
-def refusal(
-    trial: Callable[[Launch], tuple[Tensor, str]], specialised: Launch, flattened: Launch
-) -> str:
-    """Say why the specialised entry must not be used; "" if it may.
-
-    `trial` runs an entry and returns its sums and its TTGIR. The compiler may silently ignore the
-    request for warp specialisation. A race in the code that it generates would show as wrong sums.
-    """
-    try:
-        sums, ir = trial(specialised)
-    except Exception as error:  # whatever a compiler or a driver throws: there is another kernel
-        return f"it failed with {type(error).__name__}: {error}"
-    if "ttg.warp_specialize" not in ir:
-        return "the compiler ignored it"
-    expected, _ = trial(flattened)
-    if not torch.allclose(sums, expected, rtol=1e-5, atol=0.0):
-        return "its sums are wrong"
-    return ""
-
-
-def _trial(launch: Launch, device: torch.device) -> tuple[Tensor, str]:
-    """The sums of a problem with several tiles per multiprocessor, and the kernel's TTGIR."""
-    n, vocab_size, hidden_size = 300, 50_000, 512
-    g = torch.Generator(device).manual_seed(0)
-    shapes = ((n, hidden_size), (vocab_size, hidden_size))
-    hidden, weight = (
-        torch.randn(shape, generator=g, device=device).to(torch.bfloat16) for shape in shapes
-    )
-    ids = torch.randint(vocab_size, (n,), generator=g, device=device)
-    anchor = torch.full((n,), 60.0, device=device)
-    with device_of(hidden):
-        partials, kernel = _sum_tiles(
-            launch, Rows(hidden, ids), Head(weight, None, hidden_size**-0.5), anchor, True
-        )
-    return partials.sum(1), kernel.asm["ttgir"]

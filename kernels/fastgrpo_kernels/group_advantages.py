@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .runtime import architecture, device_of, jit, launch_for, tl
+from .runtime import architecture, jit, launch, launch_for, tl
 
 
 class GroupStats(NamedTuple):
@@ -119,17 +119,17 @@ def group_stats(
     groups = torch.arange(len(lengths), device=rewards.device).repeat_interleave(
         lengths, output_size=rows
     )
-    launch = launch_for("group_advantages", 0, architecture(rewards.device))
-    with device_of(rewards):
-        if rows:
-            _group_stats_kernel[(rows,)](
-                rewards,
-                weights,
-                groups,
-                cu_groups,
-                stats,
-                rows,
-                LEAVE_ONE_OUT=leave_one_out,
-                **launch.kwargs(),
-            )
+    launch(
+        _group_stats_kernel,
+        (rows,),
+        launch_for("group_advantages", 0, architecture(rewards.device)),
+        rewards.device,
+        rewards_ptr=rewards,
+        weights_ptr=weights,
+        groups_ptr=groups,
+        cu_groups_ptr=cu_groups,
+        stats_ptr=stats,
+        B=rows,
+        LEAVE_ONE_OUT=leave_one_out,
+    )
     return GroupStats(*stats)

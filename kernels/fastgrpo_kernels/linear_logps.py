@@ -19,9 +19,9 @@ from .runtime import (
     INTERPRETED,
     Launch,
     architecture,
-    device_of,
     dot_precision,
     jit,
+    launch,
     launch_for,
     tl,
 )
@@ -282,13 +282,13 @@ def _gemm(hidden: Tensor, weight: Tensor, narrow: bool = False) -> tuple[Launch,
     same_dtype = hidden.dtype == weight.dtype
     bits = 32 if hidden.dtype == torch.float32 or not same_dtype else 16
     arch = architecture(hidden.device)
-    launch = launch_for("linear_logps", bits, arch)
-    ragged = narrow or hidden.shape[1] % launch.blocks["BLOCK_H"] != 0
+    entry = launch_for("linear_logps", bits, arch)
+    ragged = narrow or hidden.shape[1] % entry.blocks["BLOCK_H"] != 0
     if ragged:
-        launch = launch_for("linear_logps_ragged_h", bits, arch)
+        entry = launch_for("linear_logps_ragged_h", bits, arch)
     # The interpreter multiplies 16-bit floats as if their bits were integers.
     upcast = INTERPRETED or not same_dtype
-    return launch, {"RAGGED_H": ragged, "UPCAST": upcast, "PRECISION": dot_precision(bits)}
+    return entry, {"RAGGED_H": ragged, "UPCAST": upcast, "PRECISION": dot_precision(bits)}
 
 
 def score_rows(rows: Rows, head: Head, out: Logps, some: RowList | None = None) -> None:
@@ -296,36 +296,40 @@ def score_rows(rows: Rows, head: Head, out: Logps, some: RowList | None = None) 
 
     The operands must have adjacent columns.
     """
-    n, vocab_size = len(rows.ids), len(head.weight)
-    launch, operands = _gemm(rows.hidden, head.weight)
-    merge = launch_for("merge_splits", 0, architecture(rows.hidden.device))
-    blocks, split_size = -(-n // launch.blocks["BLOCK_N"]), launch.blocks["SPLIT_V"]
+    n, vocab_size, device = len(rows.ids), len(head.weight), rows.hidden.device
+    entry, operands = _gemm(rows.hidden, head.weight)
+    merge = launch_for("merge_splits", 0, architecture(device))
+    blocks, split_size = -(-n // entry.blocks["BLOCK_N"]), entry.blocks["SPLIT_V"]
     splits, with_entropy = -(-vocab_size // split_size), out.entropy is not None
     listed = _list_arguments(some)
     shape = (3 + with_entropy, splits, n)
-    partials = torch.empty(shape, dtype=torch.float32, device=rows.hidden.device)
-    with device_of(rows.hidden):
-        if n:
-            _linear_logps_kernel[(blocks * splits,)](
-                **logit_arguments(rows, head),
-                **listed,
-                partials_ptr=partials,
-                WITH_ENTROPY=with_entropy,
-                **operands,
-                **launch.kwargs(),
-            )
-            _merge_splits_kernel[(-(-n // merge.blocks["BLOCK_N"]),)](
-                partials_ptr=partials,
-                ids_ptr=rows.ids,
-                **listed,
-                logps_ptr=out.logps,
-                lse_ptr=out.lse,
-                entropy_ptr=out.entropy,
-                N=n,
-                V=vocab_size,
-                SPLIT_V=split_size,
-                **merge.kwargs(),
-            )
+    partials = torch.empty(shape, dtype=torch.float32, device=device)
+    launch(
+        _linear_logps_kernel,
+        (blocks * splits,),
+        entry,
+        device,
+        **logit_arguments(rows, head),
+        **listed,
+        partials_ptr=partials,
+        WITH_ENTROPY=with_entropy,
+        **operands,
+    )
+    launch(
+        _merge_splits_kernel,
+        (-(-n // merge.blocks["BLOCK_N"]),),
+        merge,
+        device,
+        partials_ptr=partials,
+        ids_ptr=rows.ids,
+        **listed,
+        logps_ptr=out.logps,
+        lse_ptr=out.lse,
+        entropy_ptr=out.entropy,
+        N=n,
+        V=vocab_size,
+        SPLIT_V=split_size,
+    )
 
 
 def exps_of_rows(rows: Rows, head: Head, lse: Tensor, exps: Tensor, some: RowList) -> None:
@@ -333,20 +337,21 @@ def exps_of_rows(rows: Rows, head: Head, lse: Tensor, exps: Tensor, some: RowLis
 
     The target's entry is 0. The operands must have adjacent columns.
     """
-    launch, operands = _gemm(rows.hidden, head.weight, narrow=True)
+    entry, operands = _gemm(rows.hidden, head.weight, narrow=True)
     n, vocab_size = exps.shape
-    blocks = -(-n // launch.blocks["BLOCK_N"]) * -(-vocab_size // launch.blocks["SPLIT_V"])
-    with device_of(rows.hidden):
-        if n:
-            _exps_kernel[(blocks,)](
-                **logit_arguments(rows, head),
-                **_list_arguments(some),
-                lse_ptr=lse,
-                exps_ptr=exps,
-                stride_exps=exps.stride(0),
-                **operands,
-                **launch.kwargs(),
-            )
+    blocks = -(-n // entry.blocks["BLOCK_N"]) * -(-vocab_size // entry.blocks["SPLIT_V"])
+    launch(
+        _exps_kernel,
+        (blocks,),
+        entry,
+        rows.hidden.device,
+        **logit_arguments(rows, head),
+        **_list_arguments(some),
+        lse_ptr=lse,
+        exps_ptr=exps,
+        stride_exps=exps.stride(0),
+        **operands,
+    )
 
 
 def _list_arguments(some: RowList | None) -> dict[str, Tensor | None]:

@@ -6,12 +6,14 @@ these, `tile_grad` turns a tile into dz0, in place if asked.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .logit_math import merge_stats, one_minus_exp, slice_index, softmax_stats, transform_logits
 from .operands import Logps, RowState, Tile, Upstream
-from .runtime import INTERPRETED, Launch, architecture, device_of, jit, launch_for, tl
+from .runtime import INTERPRETED, architecture, jit, launch, launch_for, tl
 
 
 @jit
@@ -78,25 +80,24 @@ def _tile_stats_kernel(
 
 def tile_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
     """Update `state` in place with one slice of the vocabulary; the tile is not changed."""
-    launch = launch_of_tile("tile_stats", tile)
-    with device_of(tile.z):
-        if len(tile.z):
-            _tile_stats_kernel[(len(tile.z),)](
-                **tile.arguments(),
-                max_ptr=state.max,
-                sum_ptr=state.sum,
-                dot_ptr=state.dot,
-                target_ptr=state.target,
-                WITH_ENTROPY=with_entropy,
-                **launch.kwargs(),
-            )
+    launch_on_tile(
+        _tile_stats_kernel,
+        "tile_stats",
+        tile,
+        max_ptr=state.max,
+        sum_ptr=state.sum,
+        dot_ptr=state.dot,
+        target_ptr=state.target,
+        WITH_ENTROPY=with_entropy,
+    )
 
 
-def launch_of_tile(kernel: str, tile: Tile) -> Launch:
-    """The launch entry of a kernel that reads a tile of fp32 rows with adjacent columns."""
+def launch_on_tile(kernel: Any, name: str, tile: Tile, **arguments: Any) -> None:
+    """Launch a kernel with a program per row of a tile (fp32, adjacent columns)."""
     z = tile.z
     assert z.dtype == torch.float32 and z.stride(1) == 1, "z: fp32 rows of adjacent columns"
-    return launch_for(kernel, 0, architecture(z.device))
+    entry = launch_for(name, 0, architecture(z.device))
+    launch(kernel, (len(z),), entry, z.device, **tile.arguments(), **arguments)
 
 
 @jit(do_not_specialize=["vocab_start"])
@@ -168,22 +169,20 @@ def tile_grad(
     z = tile.z
     assert out.shape == z.shape and out.stride(1) == 1, "out: shaped like z"
     assert upstream.dentropy is None or scored.entropy is not None, "dentropy needs entropy"
-    launch = launch_of_tile("tile_grad", tile)
     # Triton's interpreter truncates where hardware rounds to nearest: PyTorch rounds for it.
     target = torch.empty_like(z) if INTERPRETED and out.dtype == torch.bfloat16 else out
-    with device_of(z):
-        if len(z):
-            _tile_grad_kernel[(len(z),)](
-                **tile.arguments(),
-                lse_ptr=scored.lse,
-                entropy_ptr=scored.entropy,
-                dlogps_ptr=upstream.dlogps,
-                dentropy_ptr=upstream.dentropy,
-                out_ptr=target,
-                dtarget_ptr=dtarget,
-                stride_out=target.stride(0),
-                **launch.kwargs(),
-            )
+    launch_on_tile(
+        _tile_grad_kernel,
+        "tile_grad",
+        tile,
+        lse_ptr=scored.lse,
+        entropy_ptr=scored.entropy,
+        dlogps_ptr=upstream.dlogps,
+        dentropy_ptr=upstream.dentropy,
+        out_ptr=target,
+        dtarget_ptr=dtarget,
+        stride_out=target.stride(0),
+    )
     if target is not out:
         out.copy_(target)
 
@@ -250,12 +249,21 @@ def scatter_rows(
     n, hidden_size = rows.shape
     assert acc.dtype == torch.float32 and acc.stride(1) == 1, "acc: fp32, adjacent columns"
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    launch = launch_for("scatter_rows", 0, architecture(acc.device))
-    with device_of(acc):
-        if n:
-            grid = (n, -(-hidden_size // launch.blocks["BLOCK_H"]))
-            _scatter_rows_kernel[grid](
-                *(acc, sorted_ids, order, coef, rows),
-                *(n, acc.shape[0], hidden_size, acc.stride(0), rows.stride(0), vocab_start),
-                **launch.kwargs(),
-            )
+    entry = launch_for("scatter_rows", 0, architecture(acc.device))
+    launch(
+        _scatter_rows_kernel,
+        (n, -(-hidden_size // entry.blocks["BLOCK_H"])),
+        entry,
+        acc.device,
+        acc_ptr=acc,
+        ids_ptr=sorted_ids,
+        order_ptr=order,
+        coef_ptr=coef,
+        rows_ptr=rows,
+        n=n,
+        Vs=acc.shape[0],
+        H=hidden_size,
+        stride_acc=acc.stride(0),
+        stride_rows=rows.stride(0),
+        vocab_start=vocab_start,
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .kl_estimators import KL_ESTIMATORS, KL_GRADIENTS, k3
-from .runtime import architecture, device_of, jit, launch_for, tl
+from .runtime import architecture, jit, launch, launch_for, tl
 from .surrogates import SURROGATES
 from .twins import bounded_exp, clip
 
@@ -183,31 +183,32 @@ def token_loss(tokens: Tokens, loss: TokenObjective, separate: bool = False) -> 
     """
     assert loss.beta == 0.0 or tokens.ref_logps is not None, "beta needs ref_logps"
     logps, n = tokens.logps, tokens.logps.numel()
-    launch = launch_for("token_loss", 0, architecture(logps.device))
-    blocks = -(-n // launch.blocks["BLOCK_N"])
+    entry = launch_for("token_loss", 0, architecture(logps.device))
+    blocks = -(-n // entry.blocks["BLOCK_N"])
     losses, dlogps = torch.empty_like(logps), torch.empty_like(logps)
     dratio = torch.empty_like(logps) if separate else None
     stats = logps.new_empty(blocks, len(STATS))
-    with device_of(logps):
-        if n:
-            _token_loss_kernel[(blocks,)](
-                **{f"{name}_ptr": x for name, x in tokens._asdict().items()},
-                loss_ptr=losses,
-                dlogps_ptr=dlogps,
-                dratio_ptr=dratio,
-                stats_ptr=stats,
-                N=n,
-                parameters=loss.parameters,
-                beta=loss.beta,
-                kl_input_clamp=loss.kl_input_clamp,
-                kl_output_clamp=loss.kl_output_clamp,
-                SURROGATE=SURROGATES[loss.surrogate].fn,
-                KL=KL_ESTIMATORS[loss.kl].fn,
-                KL_GRADIENT=KL_GRADIENTS[loss.kl_gradient].fn,
-                SLOPE_OF_RATIO=SURROGATES[loss.surrogate].slope == "ratio",
-                PENALTY=loss.beta != 0.0,
-                **launch.kwargs(),
-            )
+    launch(
+        _token_loss_kernel,
+        (blocks,),
+        entry,
+        logps.device,
+        **{f"{name}_ptr": x for name, x in tokens._asdict().items()},
+        loss_ptr=losses,
+        dlogps_ptr=dlogps,
+        dratio_ptr=dratio,
+        stats_ptr=stats,
+        N=n,
+        parameters=loss.parameters,
+        beta=loss.beta,
+        kl_input_clamp=loss.kl_input_clamp,
+        kl_output_clamp=loss.kl_output_clamp,
+        SURROGATE=SURROGATES[loss.surrogate].fn,
+        KL=KL_ESTIMATORS[loss.kl].fn,
+        KL_GRADIENT=KL_GRADIENTS[loss.kl_gradient].fn,
+        SLOPE_OF_RATIO=SURROGATES[loss.surrogate].slope == "ratio",
+        PENALTY=loss.beta != 0.0,
+    )
     return TokenTerms(losses, dlogps, dratio, merge_blocks(stats))
 
 
@@ -256,8 +257,15 @@ def segment_reduce(
     """
     out = torch.empty_like(x)
     segments = cu_seqlens.numel() - 1
-    launch = launch_for("segment_reduce", 0, architecture(x.device))
-    with device_of(x):
-        if segments:
-            _segment_reduce_kernel[(segments,)](x, cu_seqlens, out, OP=op, **launch.kwargs())
+    entry = launch_for("segment_reduce", 0, architecture(x.device))
+    launch(
+        _segment_reduce_kernel,
+        (segments,),
+        entry,
+        x.device,
+        x_ptr=x,
+        cu_seqlens_ptr=cu_seqlens,
+        out_ptr=out,
+        OP=op,
+    )
     return out

@@ -7,12 +7,13 @@ the package still imports, `surrogates` serves the torch backend, and launchers 
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 try:
     import triton
@@ -25,6 +26,17 @@ try:
 except ImportError:
     triton = tl = None
     HAS_TRITON = INTERPRETED = False
+
+
+def switch(name: str, default: bool) -> bool:
+    """Whether an environment variable, read now, turns something on: 1 does, 0 does not.
+
+    `default` is what an unset one means. Raises ValueError for any other value.
+    """
+    value = os.environ.get(name)
+    if value not in (None, "0", "1"):
+        raise ValueError(f"{name}: expected 0 or 1, or no such variable, got {value!r}")
+    return default if value is None else value == "1"
 
 
 def jit(fn: Callable | None = None, **options: Any) -> Callable:
@@ -113,7 +125,7 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
     },
     # A producer warp and two consumer groups, for H up to ANCHORED_SMALL_H and log-probs alone.
     # There the epilogue is a quarter of the work, so that hiding it should pay. This is a
-    # prediction, not a measurement.
+    # prediction, not a measurement: `anchored_variant` takes the entry only where it is asked to.
     "anchored_logps_small_h": {
         (16, "sm_90"): _persistent(256, num_warps=4, num_stages=3, warp_specialize=True)
     },
@@ -191,38 +203,54 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
 }
 
 
+def obstacle(device: torch.device) -> str:
+    """Why no kernel runs on a device; "" where they run.
+
+    They run on ROCm and from compute capability 8.0 on, and interpreted anywhere.
+    """
+    if not HAS_TRITON:
+        return (
+            "the Triton kernels need the triton package (pip install triton); backend='torch' does"
+            " not"
+        )
+    if INTERPRETED:
+        return ""
+    if device.type != "cuda":
+        return (
+            f"the Triton kernels need tensors on a CUDA or ROCm device, got {device}; to interpret"
+            " them on a CPU set TRITON_INTERPRET=1 before importing fastgrpo"
+        )
+    if torch.version.hip:
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the Triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
+    if major == 10 and _triton_version() < (3, 7):
+        # A product of tiles is wrong in some configurations: Triton's issue 9871.
+        return f"compute capability {major}.{minor} needs Triton 3.7, got {triton.__version__}"
+    return ""
+
+
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 def architecture(device: torch.device) -> str:
     """Architecture class of a device: "sm_80", "sm_86", "sm_90", "sm_100", "hip", "interpreter".
 
     "sm_86" stands for every part whose blocks have 99 KiB of shared memory: 8.6, 8.9 and 12.x.
     Raises RuntimeError where no kernel can run.
     """
-    if not HAS_TRITON:
-        raise RuntimeError("the Triton kernels need the package `triton`; backend='torch' does not")
+    if reason := obstacle(device):
+        raise RuntimeError(reason)
     if INTERPRETED:
         return "interpreter"
-    if device.type != "cuda":
-        raise RuntimeError(
-            f"the Triton kernels got a tensor on {device}: they run on CUDA or ROCm devices, or"
-            " anywhere when TRITON_INTERPRET=1 is set before the first import"
-        )
     if torch.version.hip:
         return "hip"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise RuntimeError(
-            f"the Triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
-        )
     if major == 8:
         return "sm_80" if minor == 0 else "sm_86"
     return {9: "sm_90", 12: "sm_86"}.get(major, "sm_100")
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether compiled kernels run on a device: compute capability 8.0 or newer, or ROCm."""
-    if not HAS_TRITON or device.type != "cuda":
-        return False
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def launch_for(kernel: str, bits: int, arch: str) -> Launch:
@@ -238,9 +266,67 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Make the tensor's device the current one: Triton launches there, not where the data is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def capturing(device: torch.device) -> bool:
+    """Whether launches on a device go into a CUDA graph: nothing can be compared then."""
+    with _current(device):
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a device the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class LaunchError(RuntimeError):
+    """A kernel that cannot be launched. Nothing of it has run, and the device is as it was."""
+
+
+# What the driver says of a kernel that it cannot load or start. Everything else that it says may be
+# the late news of an earlier kernel, after which the device cannot be used.
+_REFUSALS = (
+    "invalid argument",
+    "device kernel image is invalid",
+    "no kernel image is available for execution on the device",
+    "PTX JIT compiler library not found",
+    "a PTX JIT compilation failed",
+    "the provided PTX was compiled with an unsupported toolchain",
+    "too many resources requested for launch",
+    "Failed to create tensor map descriptor",
+)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], entry: Launch, device: torch.device, /, **arguments: Any
+) -> Any:
+    """Launch a kernel on a device with the settings of an entry; return what Triton returns.
+
+    A grid without programs launches nothing. Raises LaunchError for what fails before the device
+    runs: a compiler, a missing tool, too few resources. Errors of the device pass unchanged.
+    """
+    if 0 in grid:
+        return None
+    try:
+        # Triton launches on the current device, not where the data is.
+        with _current(device):
+            return kernel[grid](**arguments, **entry.kwargs())
+    except Exception as error:
+        if INTERPRETED or not _before_the_device(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise LaunchError(f"{kernel.fn.__name__} cannot be launched: {reason}") from error
+
+
+def _before_the_device(error: Exception) -> bool:
+    """Whether an error of a launch came from the host, before the kernel could run."""
+    # Triton's own errors, its C compiler's, and files: a cache that cannot be written, no ptxas.
+    if isinstance(error, (triton.TritonError, subprocess.CalledProcessError, OSError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error)
+    if said.startswith("Triton Error"):
+        return any(refusal in said for refusal in _REFUSALS)
+    return "PassManager::run failed" in said or "Failed to find C compiler" in said
 
 
 def dot_precision(bits: int) -> str:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .anchored_logps import Marks, anchored_logps_fwd, mask_words
 from .logit_math import slice_index, transform_logits
-from .logits_tile import launch_of_tile, load_logits
+from .logits_tile import launch_on_tile, load_logits
 from .operands import Draw, Head, Logps, Rows, Tile, adjacent_columns, dot_arguments, take
-from .runtime import INTERPRETED, architecture, device_of, jit, launch_for, tl
+from .runtime import INTERPRETED, architecture, jit, launch, launch_for, tl
 
 WORD_BITS = 23  # the bits of an fp32 mantissa
 MASK_BYTES = 128 * 2**20
@@ -94,20 +94,18 @@ def _tile_draw_kernel(
 
 def tile_draw(tile: Tile, draw: Draw, kept: Kept) -> None:
     """Append the kept entries of one slice of the vocabulary to `kept`, in column order."""
-    launch = launch_of_tile("tile_draw", tile)
-    with device_of(tile.z):
-        if len(tile.z):
-            _tile_draw_kernel[(len(tile.z),)](
-                **tile.arguments(),
-                anchor_ptr=draw.anchor,
-                column_words_ptr=draw.column_words[tile.columns],
-                row_words_ptr=draw.row_words,
-                kept_ids_ptr=kept.ids,
-                kept_logits_ptr=kept.logits,
-                count_ptr=kept.count,
-                K=kept.ids.shape[1],
-                **launch.kwargs(),
-            )
+    launch_on_tile(
+        _tile_draw_kernel,
+        "tile_draw",
+        tile,
+        anchor_ptr=draw.anchor,
+        column_words_ptr=draw.column_words[tile.columns],
+        row_words_ptr=draw.row_words,
+        kept_ids_ptr=kept.ids,
+        kept_logits_ptr=kept.logits,
+        count_ptr=kept.count,
+        K=kept.ids.shape[1],
+    )
 
 
 @jit
@@ -161,13 +159,18 @@ def compact_mask(mask: Tensor, kept: Kept) -> None:
     those entries of a row that one thread has in the accumulator of a tensor core.
     """
     n, words = mask.shape
-    launch = launch_for("compact_mask", 0, architecture(mask.device))
-    with device_of(mask):
-        if n:
-            _compact_mask_kernel[(n,)](
-                *(mask, kept.ids, kept.count, words, kept.ids.shape[1], mask.stride(0)),
-                **launch.kwargs(),
-            )
+    launch(
+        _compact_mask_kernel,
+        (n,),
+        launch_for("compact_mask", 0, architecture(mask.device)),
+        mask.device,
+        mask_ptr=mask,
+        kept_ids_ptr=kept.ids,
+        count_ptr=kept.count,
+        W=words,
+        K=kept.ids.shape[1],
+        stride_mask=mask.stride(0),
+    )
 
 
 @jit
@@ -230,18 +233,18 @@ def entry_logits(
     """Write the logits z of some entries of each row to `out`, from fp32 dot products."""
     rows, head = adjacent_columns(rows, head)
     n, slots = entries.shape
-    kernel = "entry_logits" if slots > 1 else "target_logits"
-    launch = launch_for(kernel, 0, architecture(rows.hidden.device))
-    with device_of(rows.hidden):
-        if n:
-            _entry_logits_kernel[(n,)](
-                **dot_arguments(rows, head),
-                entries_ptr=entries,
-                count_ptr=count,
-                out_ptr=out,
-                K=slots,
-                **launch.kwargs(),
-            )
+    name, device = "entry_logits" if slots > 1 else "target_logits", rows.hidden.device
+    launch(
+        _entry_logits_kernel,
+        (n,),
+        launch_for(name, 0, architecture(device)),
+        device,
+        **dot_arguments(rows, head),
+        entries_ptr=entries,
+        count_ptr=count,
+        out_ptr=out,
+        K=slots,
+    )
 
 
 def linear_draw_fwd(rows: Rows, head: Head, with_entropy: bool, draw: Draw, kept: Kept) -> Logps:
@@ -322,17 +325,24 @@ def bag_sum(
     bags, hidden_size = out.shape
     assert out.stride(1) == 1, "out: adjacent columns"
     table = table if table.stride(1) == 1 else table.contiguous()
-    launch = launch_for("bag_sum", 0, architecture(out.device))
+    entry = launch_for("bag_sum", 0, architecture(out.device))
     # Triton's interpreter truncates where hardware rounds to nearest: PyTorch rounds for it.
     total = out.float() if INTERPRETED else out
-    with device_of(out):
-        if bags and len(index):
-            blocks = launch.blocks
-            grid = (-(-bags // blocks["BAGS"]), -(-hidden_size // blocks["BLOCK_H"]))
-            _bag_sum_kernel[grid](
-                *(total, table, index, coef, bounds),
-                *(bags, hidden_size, total.stride(0), table.stride(0)),
-                **launch.kwargs(),
-            )
+    if len(index):
+        launch(
+            _bag_sum_kernel,
+            (-(-bags // entry.blocks["BAGS"]), -(-hidden_size // entry.blocks["BLOCK_H"])),
+            entry,
+            out.device,
+            out_ptr=total,
+            table_ptr=table,
+            index_ptr=index,
+            coef_ptr=coef,
+            bounds_ptr=bounds,
+            B=bags,
+            H=hidden_size,
+            stride_out=total.stride(0),
+            stride_table=table.stride(0),
+        )
     if total is not out:
         out.copy_(total)

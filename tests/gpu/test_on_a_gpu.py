@@ -14,7 +14,14 @@ from fastgrpo.advantages.estimators import ESTIMATORS
 from fastgrpo.head.plan import Plan
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.testing import make_batch, relative_error, rms
-from fastgrpo_kernels import anchored_logps, anchored_logps_fwd, segment_reduce, token_loss
+from fastgrpo_kernels import (
+    anchored_logps,
+    anchored_logps_fwd,
+    anchored_variant,
+    segment_reduce,
+    token_loss,
+)
+from fastgrpo_kernels.anchored_variant import SWITCH, anchored_launch
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.runtime import LAUNCHES, architecture
 from fastgrpo_kernels.surrogates import SURROGATES
@@ -224,12 +231,23 @@ def hopper():
     return LAUNCHES["anchored_logps"][key], LAUNCHES["anchored_logps_small_h"].get(key)
 
 
-@pytest.mark.parametrize("hidden_size", [72, 1024, 2048], ids="H {}".format)
+@pytest.fixture(
+    params=[(72, "0"), (72, "1"), (1024, "0"), (1024, "1"), (2048, "0")],
+    ids="H {0[0]}, specialised {0[1]}".format,
+)
+def size(request, hopper, monkeypatch):
+    """H, with and without specialised warps where there is a choice."""
+    hidden_size, specialise = request.param
+    if specialise == "1" and hopper[1] is None:
+        pytest.skip("one variant only")
+    monkeypatch.setenv(SWITCH, specialise)
+    return hidden_size
+
+
 @pytest.mark.parametrize("transform", score_oracle.TRANSFORMS.values(), ids=score_oracle.TRANSFORMS)
 @pytest.mark.parametrize("dtype", score_oracle.DTYPES, ids=str)
-def test_anchored_log_probs(hopper, dtype, transform, hidden_size):
-    """H 72 and 1024 take the warp-specialised variant where there is one."""
-    operands = transform(*score_oracle.problem(300, 50_021, hidden_size, dtype))
+def test_anchored_log_probs(size, dtype, transform):
+    operands = transform(*score_oracle.problem(300, 50_021, size, dtype))
     result = anchored_logps_fwd(*moved(operands), True)
     assert not result.redone.any()
     score_oracle.assert_accurate(moved(result.scored, "cpu"), score_oracle.oracle(*operands))
@@ -261,26 +279,34 @@ def test_anchored_rows_beyond_the_safe_range(hopper):
     score_oracle.assert_exps(exps.cpu(), result, *operands)
 
 
-def test_anchored_rows_have_the_same_bits_in_any_batch(hopper):
-    for hidden_size in (1024, 2048):
-        rows, head = moved(score_oracle.problem(1000, 5003, hidden_size, torch.bfloat16))
-        rows.hidden[::50] *= 8  # some of them are done again
-        whole = anchored_logps_fwd(rows, head, True)
-        for some in (torch.arange(7), torch.randperm(1000)[:300]):
-            some = some.to(DEVICE)
-            alone, wanted = anchored_logps_fwd(rows[some], head, True), whole[some]
-            for a, w in zip(alone.scored, wanted.scored, strict=True):
-                assert torch.equal(a, w)
-            assert torch.equal(alone.log_scale, wanted.log_scale)
-            assert torch.equal(alone.redone, wanted.redone)
+def test_anchored_rows_have_the_same_bits_in_any_batch(size):
+    rows, head = moved(score_oracle.problem(1000, 5003, size, torch.bfloat16))
+    rows.hidden[::50] *= 8  # some of them are done again
+    whole = anchored_logps_fwd(rows, head, True)
+    for some in (torch.arange(7), torch.randperm(1000)[:300]):
+        some = some.to(DEVICE)
+        alone, wanted = anchored_logps_fwd(rows[some], head, True), whole[some]
+        for a, w in zip(alone.scored, wanted.scored, strict=True):
+            assert torch.equal(a, w)
+        assert torch.equal(alone.log_scale, wanted.log_scale)
+        assert torch.equal(alone.redone, wanted.redone)
+
+
+@pytest.fixture
+def specialised(hopper, monkeypatch):
+    """The entry that specialises warps, after its trial: here a deadlock would end all tests."""
+    if hopper[1] is None:
+        pytest.skip("one variant only")
+    monkeypatch.setenv(SWITCH, "1")
+    launch = anchored_launch(torch.empty(8, 1024, device=DEVICE), True)
+    assert set(anchored_variant._REFUSED.values()) == {""}
+    assert launch is hopper[1]
+    return launch
 
 
 @pytest.mark.parametrize("hidden_size", [64, 512, 1024, 1536])
-def test_specialised_warps_give_the_same_sums(hopper, hidden_size):
+def test_specialised_warps_give_the_same_sums(hopper, specialised, hidden_size):
     """Many times: what could go wrong is a race."""
-    flattened, specialised = hopper
-    if specialised is None:
-        pytest.skip("one variant only")
     operands = moved(score_oracle.problem(1000, 50_021, hidden_size, torch.bfloat16))
     anchor = torch.full((1000,), 40.0, device=DEVICE)
 
@@ -288,7 +314,7 @@ def test_specialised_warps_give_the_same_sums(hopper, hidden_size):
         partials, kernel = anchored_logps._sum_tiles(launch, *operands, anchor, True)
         return partials, "ttg.warp_specialize" in kernel.asm["ttgir"]
 
-    expected, engaged = sums(flattened)
+    expected, engaged = sums(hopper[0])
     assert not engaged
     for _ in range(50):
         actual, engaged = sums(specialised)
@@ -296,10 +322,19 @@ def test_specialised_warps_give_the_same_sums(hopper, hidden_size):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0.0)
 
 
-def test_specialised_warps_pass_their_trial(hopper):
-    if hopper[1] is None:
-        pytest.skip("one variant only")
-    assert anchored_logps._launch(torch.empty(8, 1024, device=DEVICE), True) is hopper[1]
+def test_a_capture_before_any_trial(hopper, monkeypatch):
+    """It has no trial, and takes the variant that needs none."""
+    operands = moved(score_oracle.problem(300, 5003, 1024, torch.bfloat16))
+    monkeypatch.setenv(SWITCH, "0")
+    wanted = anchored_logps_fwd(*operands, True).scored
+    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setattr(anchored_variant, "_REFUSED", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = anchored_logps_fwd(*operands, True).scored
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))
+    assert not anchored_variant._REFUSED
 
 
 @pytest.mark.parametrize(
@@ -315,8 +350,8 @@ def test_gradients_from_exponentials(hopper, logit_std, needs, options, rows_at_
     row_oracle.check_gradients_from_exponentials(given, plan, needs)
 
 
-def test_anchored_log_probs_never_wait_for_the_host(hopper):
-    operands = moved(score_oracle.problem(300, 5003, 1024, torch.bfloat16))
+def test_anchored_log_probs_never_wait_for_the_host(size):
+    operands = moved(score_oracle.problem(300, 5003, size, torch.bfloat16))
     anchored_logps_fwd(*operands, True)  # compiles, and tries its variants
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastgrpo
-from fastgrpo import LossConfig, reference, register_surrogate
+from fastgrpo import LossConfig, reference, register_surrogate, torch_kernels
 from fastgrpo.objective.config import config_from_key
 from fastgrpo.objective.contexts import CONTEXTS, Population
 from fastgrpo.objective.segments import Segments
@@ -243,7 +243,7 @@ def test_the_fields_of_a_context_are_those_that_it_reads(context):
 
     x = torch.linspace(-1, 1, 6)
     owner = torch.tensor([0, 4, 6])
-    segments = Segments(fastgrpo.backend.resolve(x.device, "torch"), owner, owner.diff())
+    segments = Segments(torch_kernels, owner, owner.diff())
     CONTEXTS[context](Recorded(), Population(x - 2, x, x.flip(0), None, segments, 0))
     assert read == set(CONTEXT_FIELDS[context]) and set(CONTEXT_FIELDS) == set(CONTEXTS)
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 
@@ -24,8 +26,8 @@ from fastgrpo_kernels import (
     TokenObjective,
     Tokens,
     Upstream,
-    anchored_logps,
     anchored_logps_fwd,
+    anchored_variant,
     bag_sum,
     entry_logits,
     group_stats,
@@ -39,6 +41,7 @@ from fastgrpo_kernels import (
     tile_grad,
     tile_stats,
     token_loss,
+    warp_trial,
 )
 from fastgrpo_kernels.runtime import ANCHORED_SMALL_H, LAUNCHES
 from fastgrpo_kernels.surrogates import SURROGATES
@@ -137,7 +140,9 @@ def anchored(arch: str) -> Iterator[Case]:
         yield from in_modes([run_exps, run_marks], [large])
         yield "anchored moved hidden", run_moved_hidden
     if run_specialised in runs:
-        yield "anchored trial", partial(run_trial, arch)
+        launch = LAUNCHES["anchored_logps_small_h"][16, arch]
+        for variant in warp_trial.VARIANTS:
+            yield f"anchored trial, {variant}", partial(run_trial, launch, variant)
 
 
 def anchored_thoroughly(arch: str) -> Iterator[Case]:
@@ -171,13 +176,13 @@ def anchored_operands(n, V, H, options, **kinds):
 
 
 def run_scores(n, V, H, options, **kinds):
-    anchored_logps._REFUSED[HOST] = "so that the flattened variant runs"
     anchored_logps_fwd(*anchored_operands(n, V, H, options, **kinds), options)
 
 
 def run_specialised(n, V, H, options, **kinds):
-    anchored_logps._REFUSED[HOST] = ""
-    anchored_logps_fwd(*anchored_operands(n, V, H, options, **kinds), options)
+    anchored_variant._REFUSED[HOST] = ""
+    with mock.patch.dict(os.environ, {anchored_variant.SWITCH: "1"}):
+        run_scores(n, V, H, options, **kinds)
 
 
 def run_exps(n, V, H, options, **kinds):
@@ -201,12 +206,9 @@ def run_moved_hidden():
     anchored_logps_fwd(rows._replace(hidden=view(9, 64, BF16, 3)), head, False)
 
 
-def run_trial(arch):
-    """What a first use runs, whole: both variants, of which one is specialised."""
-    for kernel in ("anchored_logps", "anchored_logps_small_h"):
-        launch = LAUNCHES[kernel][16, arch]
-        _, ir = anchored_logps._trial(launch, HOST)
-        assert ("ttg.warp_specialize" in ir) == launch.blocks["WARP_SPECIALIZE"]
+def run_trial(launch, variant):
+    _, ir = warp_trial.sums_of(HOST, launch, variant)
+    assert "ttg.warp_specialize" in ir
 
 
 def tiles() -> Iterator[Case]:

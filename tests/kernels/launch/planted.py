@@ -5,6 +5,7 @@ Triton checks a descriptor when it is made, so that it is spoiled afterwards.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -12,7 +13,7 @@ import torch
 
 from fastgrpo_kernels import anchored_logps
 from fastgrpo_kernels.runtime import LAUNCHES
-from tests.kernels.launch.cases import Case, run_exps, run_scatter
+from tests.kernels.launch.cases import Case, run_exps, run_linear, run_scatter
 
 
 def misplaced(descriptor) -> None:
@@ -39,10 +40,12 @@ DESCRIPTORS = {
     "TMA: a size is not 1 to 2^32": empty,
 }
 GRID = "grid y or z beyond 65535"
+RESOURCES = "out of resource: shared memory"
 
 
 def planted(arch: str) -> Iterator[Case]:
     yield GRID, run_wide_grid
+    yield RESOURCES, lambda: run_many_stages(arch)
     if (16, arch) in LAUNCHES["anchored_logps"]:
         for complaint, spoil in DESCRIPTORS.items():
             yield complaint, lambda spoil=spoil: run_spoiled(spoil)
@@ -51,6 +54,14 @@ def planted(arch: str) -> Iterator[Case]:
 def run_wide_grid() -> None:
     """A program for each 256 columns."""
     run_scatter(1, 1, 65536 * 256, torch.bfloat16)
+
+
+def run_many_stages(arch: str) -> None:
+    """A launch entry whose tiles in flight do not fit."""
+    entry = LAUNCHES["linear_logps"][16, arch]
+    deep = dataclasses.replace(entry, num_stages=8)
+    with mock.patch.dict(LAUNCHES["linear_logps"], {(16, arch): deep}):
+        run_linear(300, 600, 1024, False, dtype=torch.bfloat16)
 
 
 def run_spoiled(spoil: Callable[[object], None]) -> None:

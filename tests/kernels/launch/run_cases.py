@@ -12,6 +12,7 @@ import sys
 from fastgrpo_kernels.runtime import LAUNCHES, Launch
 from tests.kernels.launch.cases import anchored_thoroughly, usual
 from tests.kernels.launch.planted import planted
+from tests.kernels.launch.self_checks import self_checks
 from tests.kernels.launch.stand_in import activate, launched
 
 
@@ -28,14 +29,19 @@ def record_entries() -> list[str]:
     taken, kwargs = [], Launch.kwargs
 
     def recorded(launch: Launch) -> dict:
-        taken.append(names[id(launch)])
+        taken.append(names.get(id(launch), "planted"))
         return kwargs(launch)
 
     Launch.kwargs = recorded
     return taken
 
 
-FAMILIES = {"usual": usual, "thorough": anchored_thoroughly, "planted": planted}
+FAMILIES = {
+    "usual": usual,
+    "planted": planted,
+    "thorough": anchored_thoroughly,
+    "self-check": self_checks,
+}
 
 
 def main(part: str, *families: str) -> None:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import triton
 
-from fastgrpo_kernels import runtime
+from fastgrpo_kernels import anchored_variant, runtime
 
 SOURCE = Path(__file__).with_name("stand_in_driver.c")
 ROOT = SOURCE.parents[3]
@@ -52,6 +52,7 @@ def environment(folder: Path, part: str) -> dict[str, str]:
         "TRITON_LIBCUDA_PATH": folder,
         "LD_LIBRARY_PATH": f"{folder}:{path}" if path else folder,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        anchored_variant.SWITCH: "0",
         "STAND_IN_LOG": folder / f"{part}.log",
         "STAND_IN_SHARED": PARTS[part][1],
     }

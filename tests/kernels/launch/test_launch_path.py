@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastgrpo_kernels.runtime import LAUNCHES
-from tests.kernels.launch.planted import DESCRIPTORS, GRID
+from tests.kernels.launch.planted import DESCRIPTORS, GRID, RESOURCES
 from tests.kernels.launch.stand_in import PARTS, build, report_of, start
 
 # Only the anchored path launches these, and not every part has it.
@@ -112,11 +112,13 @@ def test_nothing_is_launched_for_nothing(reports, part):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_what_is_planted_is_refused(reports, part):
-    """A bad descriptor where the part has any, and a grid beyond the limit; by the right rule."""
+    """By the right rule; what an honest driver says before it runs anything is a LaunchError."""
     lines = of_family(reports[part], "planted")
     has_descriptors = (16, part) in LAUNCHES["anchored_logps"]
-    assert [x["case"] for x in lines] == [GRID, *(DESCRIPTORS if has_descriptors else ())]
+    expected = [GRID, RESOURCES, *(DESCRIPTORS if has_descriptors else ())]
+    assert [x["case"] for x in lines] == expected
     assert not [x for x in lines if x["case"] not in x["error"]]
+    assert all(x["error"].startswith("LaunchError: ") for x in lines if x["case"] != GRID)
 
 
 @pytest.mark.slow
@@ -128,6 +130,17 @@ def test_every_mode_of_the_anchored_kernel(tmp_path):
     finally:
         reports.stop()
     assert counts["sm_90"] > counts["sm_100"] > counts["sm_80"] == 0
+
+
+@pytest.mark.slow
+def test_the_self_check_launches_and_sees_that_nothing_computes(tmp_path):
+    reports = Reports(tmp_path, "self-check")
+    try:
+        lines = {part: reports[part] for part in PARTS}
+    finally:
+        reports.stop()
+    assert not [line for part in PARTS for line in failures(lines[part])]
+    assert [len(lines[part]) for part in ("sm_80", "sm_90", "sm_100")] == [3, 4, 4]
 
 
 def test_no_compiler_is_a_skip_and_in_ci_a_failure(monkeypatch):

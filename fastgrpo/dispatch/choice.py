@@ -1,0 +1,202 @@
+"""The kernels of a call: the best that have passed their check here and can be launched.
+
+For each route there is a verdict. It is found at the first call and holds for the process:
+
+    passed            the kernels run
+    not launched      the next kernels run: anchored, then portable, then torch
+    wrong             torch runs
+
+With backend="triton" torch is no way out: the call raises. FASTGRPO_BACKEND takes the place of
+"auto", and FASTGRPO_ANCHORED=0 leaves the anchored kernels out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+import fastgrpo_kernels
+from fastgrpo import torch_kernels
+from fastgrpo.backend import Kernels
+from fastgrpo.dispatch import self_check, verdicts
+from fastgrpo_kernels import Head, Rows
+from fastgrpo_kernels.runtime import INTERPRETED, LaunchError, capturing, obstacle, switch
+
+BACKENDS = ("auto", "triton", "torch")
+MOST_SECONDS = 120.0  # of a check; what was not looked at by then is not looked at
+Result = TypeVar("Result")
+log = logging.getLogger("fastgrpo")
+
+
+class _Portable:
+    """The Triton kernels without the anchored ones."""
+
+    anchored_logps_fwd = linear_draw_fwd = None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(fastgrpo_kernels, name)
+
+    @staticmethod
+    def has_anchored(rows: Rows, head: Head) -> bool:
+        return False
+
+
+PORTABLE = cast(Kernels, _Portable())
+
+
+class Route(NamedTuple):
+    """What a verdict is about."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]  # of hidden and weight; empty: numbers per token, no head
+    sparse: bool
+    anchored: bool
+
+    @property
+    def kernels(self) -> Kernels:
+        return fastgrpo_kernels if self.anchored else PORTABLE
+
+    @property
+    def name(self) -> str:
+        """The route without its device."""
+        words = [str(dtype).removeprefix("torch.") for dtype in self.dtypes] or ["tokens"]
+        words += ["sparse"] * self.sparse + ["anchored" if self.anchored else "portable"]
+        return " ".join(words)
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.device}"
+
+
+class Verdict(NamedTuple):
+    """Whether the kernels of a route may run."""
+
+    reason: str = ""  # why not; "" if they may
+    wrong: bool = False  # whether they ran and gave wrong numbers
+
+
+_verdicts: dict[Route, Verdict] = {}
+_lock = threading.RLock()
+
+
+def named(backend: str) -> str:
+    """Return the backend that "auto" stands for by FASTGRPO_BACKEND; another name is itself."""
+    asked = os.environ.get("FASTGRPO_BACKEND", "auto") if backend == "auto" else backend
+    if asked not in BACKENDS:
+        raise ValueError(f"FASTGRPO_BACKEND: expected one of {list(BACKENDS)}, got {asked!r}")
+    return asked
+
+
+def run(
+    work: Callable[[Kernels], Result],
+    backend: str,
+    like: Tensor,
+    scored: tuple[Rows, Head] | None = None,
+    sparse: bool = False,
+) -> Result:
+    """Return `work(kernels)` with the best kernels for tensors like this one.
+
+    `scored` are the rows whose logits `work` needs, if any. `work` runs again with other kernels
+    where one cannot be launched: it must leave its inputs as they are.
+    """
+    while True:
+        kernels, route = choose(backend, like, scored, sparse)
+        try:
+            return work(kernels)
+        except LaunchError as error:
+            if route is None:
+                raise
+            _verdicts[route] = Verdict(str(error))
+            _tell(route)
+
+
+def choose(
+    backend: str, like: Tensor, scored: tuple[Rows, Head] | None, sparse: bool
+) -> tuple[Kernels, Route | None]:
+    """Return the kernels of a call, and the route that they belong to; None for torch."""
+    asked = named(backend)
+    if asked == "torch":
+        return torch_kernels, None
+    reason = obstacle(like.device)
+    if like.dtype == torch.float64:
+        reason = reason or "the Triton kernels take float32, bfloat16 and float16, got float64"
+    if asked == "auto" and (reason or INTERPRETED):
+        return torch_kernels, None
+    if reason:
+        raise ValueError(f"backend='triton': {reason}")
+    for route in _routes(like.device, scored, sparse):
+        verdict = _verdict(route)
+        if not verdict.reason:
+            return route.kernels, route
+        if verdict.wrong:
+            break
+    if asked == "auto":
+        return torch_kernels, None
+    raise RuntimeError(f"backend='triton', {route}: {verdict.reason}")
+
+
+def _routes(
+    device: torch.device, scored: tuple[Rows, Head] | None, sparse: bool
+) -> Iterator[Route]:
+    """Yield the routes of a call that end on Triton kernels, the best first."""
+    if scored is None:
+        yield Route(device, (), False, False)
+        return
+    rows, head = scored
+    dtypes = (rows.hidden.dtype, head.weight.dtype)
+    if switch("FASTGRPO_ANCHORED", True) and fastgrpo_kernels.has_anchored(rows, head):
+        yield Route(device, dtypes, sparse, True)
+    yield Route(device, dtypes, sparse, False)
+
+
+def _verdict(route: Route) -> Verdict:
+    verdict = _verdicts.get(route)
+    if verdict is not None:
+        return verdict
+    if INTERPRETED or capturing(route.device):
+        return Verdict()
+    with _lock:
+        if route not in _verdicts:
+            _verdicts[route] = _examine(route)
+            if _verdicts[route].reason:
+                _tell(route)
+    return _verdicts[route]
+
+
+def _examine(route: Route) -> Verdict:
+    """Return the stored verdict on a route, or check its kernels and store the verdict."""
+    facts = verdicts.facts(route.device, route.name)
+    stored = verdicts.load(facts)
+    if stored is not None:
+        return Verdict(stored, wrong=bool(stored))
+    log.warning("fastgrpo: the first use of %s; its kernels are checked once", route)
+    begun, off = time.monotonic(), []
+    try:
+        for figure in self_check.figures(route.kernels, route.device, route.dtypes, route.sparse):
+            if not figure.holds:
+                off.append(str(figure))
+            if time.monotonic() - begun > MOST_SECONDS:
+                log.warning("fastgrpo: no time left for the rest of the check of %s", route)
+                break
+        else:
+            verdicts.store(facts, ", ".join(off))
+    except LaunchError as error:
+        return Verdict(str(error))
+    log.warning("fastgrpo: checked %s in %.1f s", route, time.monotonic() - begun)
+    return Verdict(", ".join(off), wrong=bool(off))
+
+
+def _tell(route: Route) -> None:
+    """Warn that the kernels of a route do not run."""
+    reason, wrong = _verdicts[route]
+    fault = f"the Triton kernels give wrong numbers: {reason}" if wrong else reason
+    others = "portable kernels" if route.anchored and not wrong else "torch backend"
+    message = f"fastgrpo, {route}: {fault}. From now on backend='auto' takes the {others}."
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,289 @@
+"""What runs on this machine, and whether it is right: `python -m fastgrpo.doctor`.
+
+Versions, devices, which kernels each call takes and why, and the errors of a self-test. Every
+kernel is tried in a child process with a time limit, so that one that hangs hangs nothing else.
+Along the way Triton's cache is filled, and the verdicts are stored that `backend="auto"` reads.
+Exits with 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import fastgrpo
+from fastgrpo.dispatch import choice, verdicts
+from fastgrpo.dispatch.choice import Route
+from fastgrpo.dispatch.self_check import Figure
+from fastgrpo.dispatch.trial import UNDECIDED
+from fastgrpo_kernels import anchored_variant
+from fastgrpo_kernels.child import run_python
+from fastgrpo_kernels.runtime import (
+    HAS_TRITON,
+    INTERPRETED,
+    LAUNCHES,
+    architecture,
+    obstacle,
+    switch,
+    triton,
+)
+
+SECONDS = 180.0  # of a child process
+PACKAGES = ("numpy", "transformers", "flash-attn")
+PEERS = ("trl", "liger-kernel", "verl", "unsloth", "quack-kernels", "cut-cross-entropy")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIXTEEN_BITS = ((BF16, BF16), (FP16, FP16))
+OPERANDS = (*SIXTEEN_BITS, (FP32, FP32), (BF16, FP32), (FP16, FP32), ())
+# Columns of the table, and how the names of the figures in them begin.
+COLUMNS = {
+    "log-probs": ("logps", "lse"),
+    "entropy": ("entropy",),
+    "dhidden": ("dhidden in",),
+    "dweight": ("dweight in",),
+    "sparse": ("dhidden sparse", "dweight sparse"),
+    "per token": ("token_loss", "segment_reduce", "group_stats"),
+}
+
+
+class Trial(NamedTuple):
+    """Some kernels on a device, with what their self-test found."""
+
+    device: torch.device
+    kernels: str  # "anchored", "portable" or "torch"
+    dtypes: tuple[torch.dtype, ...]  # of hidden and weight; empty: what takes numbers per token
+    figures: tuple[Figure, ...] = ()
+    failure: str = ""  # how the child process ended, if not well
+    decided: bool = True  # whether another try would be no use
+    seconds: float = 0.0
+
+    @property
+    def operands(self) -> str:
+        names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
+        return ", head ".join(dict.fromkeys(names)) or "no head"
+
+    def reason(self, *, draws: bool) -> str:
+        """Return why these kernels must not run; "" if they may."""
+        if self.failure:
+            return f"the self-test {self.failure}"
+        return ", ".join(
+            str(figure)
+            for figure in self.figures
+            if not figure.holds and (draws or "sparse" not in figure.name)
+        )
+
+
+def main() -> int:
+    problems = []
+    print(_versions())
+    try:
+        asked = choice.named("auto")
+        switch("FASTGRPO_ANCHORED", True)
+    except ValueError as error:
+        print(f"\nWRONG: {error}")
+        return 1
+    if os.path.exists("/dev/nvidia0") and not torch.cuda.is_available():
+        problems.append(f"there is a GPU, but torch {torch.__version__} cannot use it")
+    for device in _devices():
+        print(f"\n{device}  {_describe(device)}")
+        trials = _run_all(_planned(device))
+        taken = _taken(trials, asked)
+        print("\n".join(_table(trials, taken)))
+        print(_why(device, asked))
+        for trial in trials:
+            _store(trial)
+            if reason := trial.reason(draws=True):
+                problems.append(f"{trial.kernels}, {trial.operands} on {device}: {reason}")
+        if not obstacle(device) and anchored_variant.specialises_warps(device):
+            if reason := anchored_variant.refusal(device):
+                problems.append(f"specialised warps on {device}: {reason}")
+    print("\n" + "\n".join(_caches(problems)))
+    print("\n" + ("\n".join(f"WRONG: {problem}" for problem in problems) or "Nothing is wrong."))
+    return int(bool(problems))
+
+
+# ---- what is here ------------------------------------------------------------------------------
+
+
+def _versions() -> str:
+    def found(names: tuple[str, ...]) -> str:
+        versions = {name: _version(name) for name in names}
+        return "  ".join(f"{name} {version or 'no'}" for name, version in versions.items())
+
+    own = f"fastgrpo {fastgrpo.__version__}  python {platform.python_version()}"
+    triton_version = triton.__version__ if HAS_TRITON else "no"
+    settings = {name: x for name, x in os.environ.items() if name.startswith("FASTGRPO_")}
+    return "\n".join([
+        f"{own}  torch {torch.__version__}  triton {triton_version}  {found(PACKAGES)}",
+        f"peers     {found(PEERS)}",
+        f"settings  {'  '.join(f'{name}={x}' for name, x in settings.items()) or 'none'}",
+    ])  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[torch.device]:
+    """Return the first device of each kind, and the CPU."""
+    kinds = {}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            kinds.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
+    return [*kinds.values(), torch.device("cpu")]
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    facts = torch.cuda.get_device_properties(device)
+    return (
+        f"{facts.name}, compute capability {facts.major}.{facts.minor},"
+        f" {facts.multi_processor_count} multiprocessors, {facts.total_memory / 2**30:.0f} GiB"
+    )
+
+
+def _caches(problems: list[str]) -> list[str]:
+    """Return a line for each cache; one that cannot be written is a problem where it is needed."""
+    lines = []
+    if HAS_TRITON and not INTERPRETED:
+        folder = Path(triton.knobs.cache.dir)
+        lines.append(f"compiled kernels  {folder}, {sum(1 for _ in folder.glob('*/*.json'))} files")
+        if torch.cuda.is_available() and not _writable(folder):
+            problems.append(f"Triton's cache {folder} cannot be written")
+    folder = verdicts.folder()
+    state = "" if _writable(folder) else "; it cannot be written, so each process checks again"
+    return [*lines, f"verdicts          {folder}{state}"]
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+# ---- the self-test -----------------------------------------------------------------------------
+
+
+def _planned(device: torch.device) -> list[Trial]:
+    """Return what is to be tried: all that a call may take on the device, the best first."""
+    trials = []
+    for dtypes in OPERANDS:
+        trials += [Trial(device, name, dtypes) for name in _kernels(device, dtypes)]
+    return trials
+
+
+def _kernels(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    """Return what there is for these operands, the best first."""
+    if obstacle(device) or INTERPRETED:
+        return ["torch"]
+    if dtypes in SIXTEEN_BITS and (16, architecture(device)) in LAUNCHES["anchored_logps"]:
+        return ["anchored", "portable", "torch"]
+    return ["portable", "torch"]
+
+
+def _run_all(trials: list[Trial]) -> list[Trial]:
+    """Run each trial in a process of its own, several at a time."""
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        return list(pool.map(_run, trials))
+
+
+def _run(trial: Trial) -> Trial:
+    begun = time.monotonic()
+    names = [str(dtype).removeprefix("torch.") for dtype in trial.dtypes]
+    command = ["-m", "fastgrpo.dispatch.trial", str(trial.device), trial.kernels, *names]
+    ended = run_python(command, SECONDS)
+    figures = tuple(Figure(**json.loads(line)) for line in ended.lines if line.startswith('{"name'))
+    failure = ended.failure
+    if failure:
+        after = f" after {figures[-1].name}" if figures else ""
+        failure = f"{failure}{after}; its last line: {ended.last_line}"
+    decided = ended.status != UNDECIDED
+    seconds = time.monotonic() - begun
+    return trial._replace(figures=figures, failure=failure, decided=decided, seconds=seconds)
+
+
+def _store(trial: Trial) -> None:
+    """Keep the verdicts, so that no call checks the same again, or hangs where this did."""
+    if trial.kernels == "torch" or not trial.decided:
+        return
+    for draws in (False, True) if trial.dtypes else (False,):
+        route = Route(trial.device, trial.dtypes, draws, trial.kernels == "anchored")
+        verdicts.store(verdicts.facts(trial.device, route.name), trial.reason(draws=draws))
+
+
+# ---- what follows from it ----------------------------------------------------------------------
+
+
+def _taken(trials: list[Trial], asked: str) -> set[Trial]:
+    """Return what `backend="auto"` takes for each kind of operands, as `choice.choose` decides."""
+    taken, wrong = {}, set()
+    for trial in trials:
+        if trial.kernels == "torch":
+            taken.setdefault(trial.dtypes, trial)
+            continue
+        left_out = trial.kernels == "anchored" and not switch("FASTGRPO_ANCHORED", True)
+        if asked == "torch" or left_out or trial.dtypes in wrong:
+            continue
+        if not trial.reason(draws=False):
+            taken.setdefault(trial.dtypes, trial)
+        elif trial.decided:
+            wrong.add(trial.dtypes)
+    return set(taken.values())
+
+
+def _table(trials: list[Trial], taken: set[Trial]) -> list[str]:
+    names = "".join(f"{name:>11}" for name in COLUMNS)
+    lines = [f"  {'operands':24}{'kernels':10}{names}{'seconds':>9}"]
+    for trial in trials:
+        cells = "".join(f"{_cell(trial, begins):>11}" for begins in COLUMNS.values())
+        mark = "*" if trial in taken else " "
+        lines.append(f"{mark} {trial.operands:24}{trial.kernels:10}{cells}{trial.seconds:9.1f}")
+    return lines
+
+
+def _cell(trial: Trial, begins: tuple[str, ...]) -> str:
+    """Return the largest error of a column, marked where it is more than is allowed."""
+    figures = [figure for figure in trial.figures if figure.name.startswith(begins)]
+    if not figures:
+        return "-"
+    worst = max(figures, key=lambda figure: figure.error / figure.bar)
+    return f"{worst.error:.0e}{'' if all(figure.holds for figure in figures) else ' !'}"
+
+
+def _why(device: torch.device, asked: str) -> str:
+    """Say what the calls take, and why."""
+    if asked == "torch":
+        reason = "torch, by FASTGRPO_BACKEND"
+    elif obstacle(device):
+        reason = f"torch, for {obstacle(device)}"
+    elif INTERPRETED:
+        reason = "torch, for the kernels are interpreted (TRITON_INTERPRET=1)"
+    else:
+        reason = "the first kernels of the operands that passed, anchored only if H % 8 == 0"
+        reason += "" if switch("FASTGRPO_ANCHORED", True) else " and not with FASTGRPO_ANCHORED=0"
+    return textwrap.fill(
+        f'* is what backend="auto" takes: {reason}. linear_logps and grpo_loss go by the dtypes of'
+        " hidden and weight; the line without a head is for given log-probs and for rewards.",
+        width=100,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""`python -m fastgrpo.doctor`: one screen, a status, and verdicts that calls then read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastgrpo_kernels
+from fastgrpo import doctor, torch_kernels
+from fastgrpo.dispatch import choice
+from fastgrpo.dispatch.self_check import Figure
+from fastgrpo.dispatch.trial import UNDECIDED
+from fastgrpo_kernels import Head, Rows
+from fastgrpo_kernels.child import Ended
+from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
+
+GOOD = [Figure("logps", 1e-6, 2e-5), Figure("dweight in the forward", 1e-3, 4e-3)]
+BAD = [*GOOD, Figure("entropy", 1e-3, 2e-5)]
+ONLY_SPARSE = [*GOOD, Figure("dhidden sparse", 0.5, 3e-2)]
+
+
+def printed(figures):
+    return ["something a library says", *(json.dumps(figure._asdict()) for figure in figures)]
+
+
+ENDINGS = {
+    "good": Ended(0, "", printed(GOOD)),
+    "bad": Ended(0, "", printed(BAD)),
+    "sparse": Ended(0, "", printed(ONLY_SPARSE)),
+    "hangs": Ended(None, "did not end within 180 s", printed(GOOD)),
+    "dies": Ended(-6, "was ended by SIGABRT", ["LLVM ERROR"]),
+    "no memory": Ended(UNDECIDED, "ended with status 3", ["OutOfMemoryError: CUDA out of memory"]),
+}
+
+
+@pytest.fixture
+def examined(monkeypatch, tmp_path, capsys):
+    """What the doctor prints and returns where kernels end in some way; "good" by default."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("FASTGRPO_BACKEND", "FASTGRPO_ANCHORED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        doctor, "_kernels", lambda device, dtypes: ["anchored", "portable", "torch"]
+    )
+
+    def run(endings=()):
+        def run_python(arguments, seconds):
+            _, module, device, kernels, *dtypes = arguments
+            assert module == "fastgrpo.dispatch.trial" and device == "cpu" and seconds > 0
+            return ENDINGS[dict(endings).get((kernels, *dtypes), "good")]
+
+        monkeypatch.setattr(doctor, "run_python", run_python)
+        return doctor.main(), capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """The kernels that a call of bf16 operands gets after the doctor; nothing else is checked."""
+    monkeypatch.setattr(choice, "obstacle", lambda device: "")
+    monkeypatch.setattr(choice, "INTERPRETED", False)
+    monkeypatch.setattr(fastgrpo_kernels, "has_anchored", lambda rows, head: True)
+    like = torch.ones(2, 4, dtype=torch.bfloat16)
+    scored = Rows(like, torch.zeros(2, dtype=torch.int64)), Head(like)
+
+    def kernels(checked, sparse=False):
+        monkeypatch.setattr(choice, "_verdicts", {})
+        monkeypatch.setattr(choice.self_check, "figures", lambda *_: checked.append(1) or GOOD)
+        return choice.run(lambda kernels: kernels, "auto", like, scored, sparse)
+
+    return kernels
+
+
+def starred(text):
+    """Operands -> what auto takes for them."""
+    lines = [line[2:] for line in text.splitlines() if line.startswith("* ") and " is " not in line]
+    return {line[:24].strip(): line[24:].split()[0] for line in lines}
+
+
+def test_a_healthy_machine(examined, call):
+    status, text = examined()
+    assert status == 0 and "Nothing is wrong." in text and "WRONG" not in text
+    assert len(text.splitlines()) <= 45 and max(map(len, text.splitlines())) <= 120
+    assert set(starred(text).values()) == {"anchored"} and len(starred(text)) == 6
+    assert torch.__version__ in text and "trl" in text
+    checked = []
+    assert call(checked) is fastgrpo_kernels and call(checked, sparse=True) is fastgrpo_kernels
+    assert not checked, "the doctor has left verdicts"
+
+
+@pytest.mark.parametrize("how, said", [
+    ("bad", "entropy off by 1.0e-03 (allowed: 2e-05)"),
+    ("hangs", "did not end within 180 s after dweight in the forward"),
+    ("dies", "was ended by SIGABRT; its last line: LLVM ERROR"),
+])  # fmt: skip
+def test_kernels_that_are_wrong_or_hang_are_never_called(examined, call, how, said):
+    status, text = examined({("anchored", "bfloat16", "bfloat16"): how})
+    assert status == 1 and "WRONG: anchored, bfloat16 on cpu: " in text and said in text
+    assert starred(text)["bfloat16"] == "torch" and starred(text)["float16"] == "anchored"
+    with pytest.warns(RuntimeWarning, match="wrong numbers|self-test"):
+        assert call([]) is torch_kernels
+    assert examined()[0] == 0
+    assert call([]) is fastgrpo_kernels, "a later examination found nothing"
+
+
+def test_a_sparse_backward_fails_alone(examined, call):
+    status, text = examined({("anchored", "bfloat16", "bfloat16"): "sparse"})
+    assert status == 1 and "0.5" not in starred(text) and "5e-01 !" in text
+    assert call([]) is fastgrpo_kernels
+    with pytest.warns(RuntimeWarning, match="dhidden sparse"):
+        assert call([], sparse=True) is torch_kernels
+
+
+def test_what_may_go_another_day_leaves_no_verdict(examined, call):
+    status, text = examined({("anchored", "bfloat16", "bfloat16"): "no memory"})
+    assert status == 1 and "CUDA out of memory" in text
+    checked = []
+    assert call(checked) is fastgrpo_kernels and checked
+    assert starred(text)["bfloat16"] == "portable"
+
+
+def test_a_wrong_torch_backend_is_a_problem_too(examined):
+    status, text = examined({("torch", "float32", "float32"): "bad"})
+    assert status == 1 and "WRONG: torch, float32 on cpu: entropy off by" in text
+
+
+def test_settings_are_shown_and_followed(examined, monkeypatch):
+    monkeypatch.setenv("FASTGRPO_ANCHORED", "0")
+    status, text = examined()
+    assert status == 0 and "FASTGRPO_ANCHORED=0" in text
+    assert set(starred(text).values()) == {"portable"}
+    monkeypatch.setenv("FASTGRPO_BACKEND", "torch")
+    assert set(starred(examined()[1]).values()) == {"torch"}
+    monkeypatch.setenv("FASTGRPO_BACKEND", "cuda")
+    status, text = examined()
+    assert status == 1 and "WRONG: FASTGRPO_BACKEND: expected" in text
+
+
+def test_a_cache_that_cannot_be_written_is_shown(examined, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    status, text = examined()
+    assert status == 0 and "cannot be written" in text
+
+
+def test_the_command_on_this_machine(tmp_path, monkeypatch):
+    """Whole, with its child processes, and without a network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = [sys.executable, "-m", "fastgrpo.doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Nothing is wrong." in done.stdout and not done.stderr
+    for row in ("bfloat16 ", "float16 ", "float32 ", "bfloat16, head float32 ", "no head "):
+        assert f"* {row}" in done.stdout or torch.cuda.is_available()
+
+
+SMALL = """
+import sys
+from fastgrpo.dispatch import self_check, trial
+self_check.ROWS, self_check.VOCAB, self_check.HIDDEN = 24, 601, 64
+trial.main("cpu", *sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="starts interpreted processes itself")
+@pytest.mark.parametrize("kernels", ["anchored", "portable"])
+def test_a_trial_of_real_kernels(monkeypatch, kernels):
+    """Interpreted, on a small problem: what the child of a GPU's doctor runs."""
+    variables = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    arguments = ["-c", SMALL, kernels, "bfloat16", "bfloat16"]
+    ended = doctor.run_python(arguments, 300.0, variables)
+    assert not ended.failure, ended.lines
+    figures = [Figure(**json.loads(line)) for line in ended.lines if line.startswith("{")]
+    assert len(figures) == 12 and all(figure.holds for figure in figures)
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="compiled kernels")
+def test_a_trial_that_cannot_launch_is_undecided():
+    code = SMALL + "\n"
+    planted = (
+        "import fastgrpo_kernels\n"
+        "from fastgrpo_kernels.runtime import LaunchError\n"
+        "def token_loss(*arguments):\n"
+        "    raise LaunchError('_token_loss_kernel cannot be launched: no compiler')\n"
+        "fastgrpo_kernels.token_loss = token_loss\n"
+    )
+    ended = doctor.run_python(["-c", planted + code, "portable"], 60.0)
+    assert ended.status == UNDECIDED and "no compiler" in ended.last_line
