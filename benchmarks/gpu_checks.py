@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.child import run_group
+from benchmarks.child import run_command
 from benchmarks.environment import ROOT
 from benchmarks.stages import Record, Stage
 
@@ -29,7 +29,7 @@ SANITIZER_FOUND_ERRORS = 9  # an exit code that the program itself does not have
 SECONDS_A_TEST = 90
 MOST_PROCESSES = 16  # each has a context on the GPU
 NEEDS = 10  # seconds: to start Python and a context
-TAIL = 20  # lines
+TAIL = 50  # lines: the doctor's screen
 VERDICTS = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 
 Row = dict[str, Any]
@@ -44,10 +44,10 @@ def check_stages(record: Record, seconds: float) -> list[Stage]:
     """
     until = record.begun + seconds
     checks: list[tuple[str, str, float, Check]] = [
-        ("doctor", "doctor", 15, doctor),
-        ("tests", "without the grid", 40, partial(gpu_tests, "not grid")),
-        ("sanitizer", "memcheck", 15, partial(sanitizer, "memcheck")),
-        ("sanitizer", "racecheck", 15, partial(sanitizer, "racecheck")),
+        ("doctor", "doctor", 30, doctor),
+        ("tests", "without the grid", 35, partial(gpu_tests, "not grid")),
+        ("sanitizer", "memcheck", 10, partial(sanitizer, "memcheck")),
+        ("sanitizer", "racecheck", 10, partial(sanitizer, "racecheck")),
         ("tests", "grid", 15, partial(gpu_tests, "grid")),
     ]
     stages = []
@@ -112,7 +112,7 @@ def sanitizer(tool: str, log: Path, timeout: float) -> Row:
 
 
 def _ended(command: list[str], log: Path, timeout: float, **variables: str) -> Row:
-    ended = run_group(command, timeout, log, **variables)
+    ended = run_command(command, timeout, log, **variables)
     failed = {"failure": f"did not finish in {timeout:.0f} s"} if ended.exit_code is None else {}
     printed = log.read_text(errors="replace").replace(f"{ROOT}{os.sep}", "").strip()
     return {

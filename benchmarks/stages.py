@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +35,9 @@ class Record:
 
     The file is right at any moment, for a process may end in any call. A stage counts as skipped
     until it has ended, and `running` names the one in work. `stages` has the seconds of those that
-    have ended; they are not begun again. Raises ValueError if the file is one of another device or
-    commit.
+    have ended; they are not begun again. `warnings` has each warning with the first stage that gave
+    it: that other kernels run than the one asked for, say. Raises ValueError if the file is one of
+    another device or commit.
     """
 
     def __init__(self, path: Path, budget: float) -> None:
@@ -50,6 +52,7 @@ class Record:
             "skipped": {},
             "stages": {},
             "running": None,
+            "warnings": {},
             **{section: [] for section in SECTIONS},
         }
         if path.exists():
@@ -78,11 +81,14 @@ class Record:
         self.content["running"] = stage.name
         self.write()
         begun = time.monotonic()
-        try:
-            self.content[stage.section] += stage.work()
-            del self.content["skipped"][stage.name]
-        except Exception as error:  # noqa: BLE001  the run goes on with the next stage
-            self.content["skipped"][stage.name] = describe(error)
+        with warnings.catch_warnings(record=True) as caught:
+            try:
+                self.content[stage.section] += stage.work()
+                del self.content["skipped"][stage.name]
+            except Exception as error:  # noqa: BLE001  the run goes on with the next stage
+                self.content["skipped"][stage.name] = describe(error)
+        for warning in caught:
+            self.content["warnings"].setdefault(str(warning.message)[:300], stage.name)
         self.end(time.monotonic() - begun)
 
     def end(self, seconds: float) -> None:

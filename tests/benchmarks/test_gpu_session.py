@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_checks, record
-from benchmarks.child import Ended, run_group
+from benchmarks.child import Ended, run_command
 from benchmarks.environment import ROOT
 from benchmarks.gpu_measurements import FULL, SETTINGS, cuda_stages
 from benchmarks.measure import MODES
@@ -53,13 +53,14 @@ def test_a_child_ends_with_all_that_it_has_started(tmp_path, hangs):
     """After its time if it hangs, and without its rest if it does not."""
     program = textwrap.dedent(f"""
         import subprocess, sys, time
-        rest = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        rest = subprocess.Popen(command, start_new_session=True)
         print(rest.pid, flush=True)
         time.sleep({60 if hangs else 0})
         sys.exit(3)
     """)
     log = tmp_path / "child.log"
-    code, seconds = run_group([sys.executable, "-c", program], 3 if hangs else 60, log)
+    code, seconds = run_command([sys.executable, "-c", program], 3 if hangs else 60, log)
     assert code == (None if hangs else 3) and seconds < 10
     rest = int(log.read_text())
     deadline = time.monotonic() + 10
@@ -160,7 +161,7 @@ def test_the_sanitizer_is_skipped_by_name(tmp_path, monkeypatch):
     assert "no compute-sanitizer on PATH" in made.content["skipped"]["sanitizer, memcheck"]
 
 
-@pytest.mark.parametrize("taken, limits", [(1, [30, 80, 30, 30, 30]), (0, [30, 94, 67, 100, 200])])
+@pytest.mark.parametrize("taken, limits", [(1, [60, 70, 20, 20, 30]), (0, [60, 100, 57, 80, 200])])
 def test_checks_share_their_time(tmp_path, monkeypatch, taken, limits):
     """One that is short leaves its time to the others; together they end in time."""
     now, given = [0.0], []
@@ -171,7 +172,7 @@ def test_checks_share_their_time(tmp_path, monkeypatch, taken, limits):
         now[0] += taken * timeout
         return Ended(0, taken * timeout)
 
-    monkeypatch.setattr(gpu_checks, "run_group", run)
+    monkeypatch.setattr(gpu_checks, "run_command", run)
     monkeypatch.setattr(gpu_checks.shutil, "which", lambda *_, **__: "/bin/compute-sanitizer")
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for stage in gpu_checks.check_stages(Record(tmp_path / "r.json", budget=300), seconds=200):
@@ -273,7 +274,7 @@ works = {{"begins": lambda: [{{}}], "hangs": lambda: {HANG}, "ends": lambda: [{{
 record.check_stages = lambda *_: [Stage("doctor", label, 1, work) for label, work in works.items()]
 record.gpu_session(Record(Path({str(tmp_path / "r.json")!r}), 3), None, "rehearsal", [])
 """
-    code, seconds = run_group(worker(tmp_path, program), 60, tmp_path / "log")
+    code, seconds = run_command(worker(tmp_path, program), 60, tmp_path / "log")
     content = json.loads((tmp_path / "r.json").read_text())
     assert code == 1 and seconds < 30
     assert content["running"] == "doctor, hangs" and content["doctor"] == [{}]

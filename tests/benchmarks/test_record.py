@@ -1,6 +1,7 @@
 """The record has what the tables need, and the README shows the newest one."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -106,6 +107,15 @@ def test_record_names_the_running_stage_and_those_it_has_not_reached(tmp_path):
         ["speed, second"],
     ]
     assert content["running"] is None and content["skipped"] == {}
+
+
+def test_a_record_has_its_warnings(tmp_path):
+    def warns():
+        warnings.warn("the portable kernels run", RuntimeWarning, stacklevel=1)
+        return []
+
+    content = run(Record(tmp_path / "r.json", budget=100), *(stage(x, warns) for x in "ab"))
+    assert content["warnings"] == {"the portable kernels run": "speed, a"}
 
 
 def test_a_record_is_gone_on_with(tmp_path):
