@@ -45,7 +45,7 @@ test-all: test slow
 bench: $(VENV)/.test  ## compare with the peers that are installed
 	$(RUN) -m pytest benchmarks --benchmark-only
 
-record: $(VENV)/.test  ## write benchmarks/results/<device>-<date>.json
+record: $(VENV)/.test  ## write benchmarks/results/<device>-<date>.json; with a GPU, check it first
 	$(RUN) -m benchmarks.record
 
 docs: $(VENV)/.docs  ## write the reference of the public functions to build/api

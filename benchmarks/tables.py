@@ -31,12 +31,12 @@ Row = dict[str, Any]
 
 
 def newest(kind: str, results: Path = RESULTS) -> Path | None:
-    """Return the record with the latest date among those of a "cpu" or a "cuda" device."""
+    """Return the record of times with the latest date, of a "cpu" or a "cuda" device."""
     dated = []
     for path in results.glob("*.json"):
         record = json.loads(path.read_text())
-        # The folder has records of other kinds as well.
-        if "speed" in record and (record["gpu"] is not None) == (kind == "cuda"):
+        # The folder has records of other kinds as well, and of checks alone.
+        if record.get("speed") and (record["gpu"] is not None) == (kind == "cuda"):
             dated.append((record["date"], path))
     return max(dated)[1] if dated else None
 

@@ -1,15 +1,17 @@
 """The record has what the tables need, and the README shows the newest one."""
 
 import json
+import warnings
 
 import pytest
+import torch
 
-from benchmarks import record, tables
+from benchmarks import environment, record, tables
 from benchmarks.cases import BOUND
 from benchmarks.environment import slug
-from benchmarks.measure import MODES, Errors
-from benchmarks.providers import load
-from benchmarks.shapes import LARGE_SHAPE, Shape
+from benchmarks.measure import Errors
+from benchmarks.shapes import Shape
+from benchmarks.stages import NO_TIME, Record, Stage
 from benchmarks.time_model import targets
 
 SHAPE = Shape("test", 64, 1031, 128)
@@ -24,7 +26,7 @@ def made(tmp_path_factory):
     patch.setattr(record, "TINY_SHAPES", (SHAPE,))
     patch.setattr(record, "CPU_PROVIDERS", NAMES)
     patch.setattr(record.cases, "memory", _peak_of_one_mib)
-    patch.setattr(record.torch.cuda, "is_available", lambda: False)
+    patch.setattr(torch.cuda, "is_available", lambda: False)
     record.main(["--quick", "--budget", "100", "--output", str(path)])
     patch.undo()
     return path
@@ -60,61 +62,116 @@ def test_record_schema(made):
         assert (row["errors"]["dhidden_noise"] is not None) == is_estimate
 
 
+def stage(label, work, needs=1):
+    return Stage("speed", label, needs, work)
+
+
+def run(made, *stages):
+    for waiting in made.waiting(stages):
+        made.run(waiting)
+    return json.loads(made.path.read_text())
+
+
+def no_time_for_this():
+    pytest.fail("there was no time for this")
+
+
 def test_record_skips_by_name_when_time_is_up(tmp_path):
-    made = record.Record(tmp_path / "r.json", budget=0)
-    made.stage("speed", "large", 10, lambda: pytest.fail("there was no time for this"))
-    assert json.loads(made.path.read_text())["skipped"] == {"speed, large": "no time left"}
+    made = Record(tmp_path / "r.json", budget=0)
+    content = run(made, stage("large", no_time_for_this))
+    assert content["skipped"] == {"speed, large": NO_TIME} and content["stages"] == {}
 
 
 def test_record_goes_on_after_a_failed_stage(tmp_path):
-    made = record.Record(tmp_path / "r.json", budget=100)
-
     def fails():
         raise RuntimeError("CUDA error: out of memory\nand a long explanation")
 
-    made.stage("speed", "first", 1, fails)
-    made.stage("speed", "second", 1, lambda: [{"provider": "x"}])
-    content = json.loads(made.path.read_text())
+    made = Record(tmp_path / "r.json", budget=100)
+    content = run(made, stage("first", fails), stage("second", lambda: [{"provider": "x"}]))
     assert content["skipped"] == {"speed, first": "RuntimeError: CUDA error: out of memory"}
     assert content["speed"] == [{"provider": "x"}]
+    assert list(content["stages"]) == ["speed, first", "speed, second"]
 
 
-def test_cuda_stages_cover_every_head_and_mode(tmp_path):
-    made = record.Record(tmp_path / "r.json", budget=540)
-    available, _ = load(("plain logits", "fastgrpo torch"))
-    stages = record.cuda_stages(available, made, quick=False)
-    labels = [stage[1] for stage in stages]
-    assert len(stages) == len({stage[:2] for stage in stages}) and labels[0] == "gpu tests"
-    for head in ("qwen3-0.6b", "qwen2.5-7b", "llama-3-8b", "gemma-3-4b"):
-        for rows in (4096, 16384, 65536):
-            assert any(label.startswith(f"{head} N={rows} ") for label in labels)
-    for mode in MODES:
-        assert any(label.endswith(f" {mode}") for label in labels)
-    for section in record.SECTIONS[:3]:
-        assert any(stage[0] == section for stage in stages)
-    assert any(label == f"{LARGE_SHAPE.label} loss" for label in labels)
+def test_record_names_the_running_stage_and_those_it_has_not_reached(tmp_path):
+    made, seen = Record(tmp_path / "r.json", budget=100), []
+
+    def looks():
+        seen.append(json.loads(made.path.read_text()))
+        return [{"provider": "x"}]
+
+    content = run(made, stage("first", looks), stage("second", looks))
+    assert [now["running"] for now in seen] == ["speed, first", "speed, second"]
+    assert [list(now["skipped"]) for now in seen] == [
+        ["speed, first", "speed, second"],
+        ["speed, second"],
+    ]
+    assert content["running"] is None and content["skipped"] == {}
 
 
-@pytest.mark.parametrize("finishes", [True, False])
-def test_gpu_tests_leave_what_they_have_shown(tmp_path, finishes):
-    """A run that is cut off has its output and its counts in the record and beside it."""
-    module = tmp_path / "test_it.py"
-    module.write_text(
-        "import time\n"
-        "def test_first(): pass\n"
-        "def test_second(): assert False\n"
-        f"def test_third(): time.sleep({0 if finishes else 60})\n"
-    )
-    log = tmp_path / "record.tests.log"
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    options = (str(module), "-c", str(tmp_path / "pytest.ini"))
-    (row,) = record.gpu_tests(log, timeout=60 if finishes else 8, options=options)
-    assert row["counts"] == {"PASSED": 1 + finishes, "FAILED": 1, "ERROR": 0}
-    assert "test_second FAILED" in log.read_text() and row["tail"]
-    if finishes:
-        assert row["exit_code"] == 1
-    else:
-        assert row["failure"] == "did not finish in 8 s"
+def test_a_record_has_its_warnings(tmp_path):
+    def warns():
+        warnings.warn("the portable kernels run", RuntimeWarning, stacklevel=1)
+        return []
+
+    content = run(Record(tmp_path / "r.json", budget=100), *(stage(x, warns) for x in "ab"))
+    assert content["warnings"] == {"the portable kernels run": "speed, a"}
+
+
+def test_a_record_is_gone_on_with(tmp_path):
+    """What has ended is not done again, and what was not reached is done."""
+    path, done = tmp_path / "r.json", []
+
+    def fails():
+        raise RuntimeError("once")
+
+    stages = [
+        stage("right", lambda: [{"provider": done.append(1)}]),
+        stage("wrong", fails),
+        stage("late", lambda: [{"provider": "late"}], needs=50),
+    ]
+    first = run(Record(path, budget=20), *stages)
+    assert first["skipped"] == {"speed, wrong": "RuntimeError: once", "speed, late": NO_TIME}
+    second = run(Record(path, budget=100), *stages)
+    assert second["skipped"] == {"speed, wrong": "RuntimeError: once"} and done == [1]
+    assert second["speed"] == [{"provider": None}, {"provider": "late"}]
+    assert second["date"] == first["date"]
+
+
+def test_a_record_of_another_commit_is_not_gone_on_with(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    monkeypatch.setattr(environment, "commit", lambda: "1234")
+    Record(path, budget=1).write()
+    # A record is among the changes of the tree that it is written in.
+    monkeypatch.setattr(environment, "commit", lambda: "1234+changes")
+    Record(path, budget=1)
+    monkeypatch.setattr(environment, "commit", lambda: "5678")
+    with pytest.raises(ValueError, match="r.json: expected a record of .* at 5678, got .* at 1234"):
+        Record(path, budget=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stages", "checks", "--output", "r.json"], "--stages: expected a GPU"),
+        (["--rehearse", "--output", "r.json"], "--rehearse: expected TRITON_INTERPRET=1"),
+    ],
+)
+def test_options_without_effect_are_errors(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(record, "Record", None)  # nothing is measured
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        record.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_halves_need_a_file_that_holds_both(monkeypatch, capsys):
+    monkeypatch.setattr(record, "Record", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        record.main(["--stages", "checks"])
+    assert "--output: expected" in capsys.readouterr().err
 
 
 def test_newest_record_of_each_kind(tmp_path):
@@ -123,8 +180,11 @@ def test_newest_record_of_each_kind(tmp_path):
         ("b", "2026-01-01T00:00:00+00:00", None),
         ("c", "2026-01-03T00:00:00+00:00", {"name": "H200"}),
     ):
-        content = {"date": date, "gpu": gpu, "speed": []}
+        content = {"date": date, "gpu": gpu, "speed": [{"median_ms": 1.0}]}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    # The checks of a GPU session, without its measurements.
+    checks = {"date": "2026-01-04", "gpu": {"name": "H200"}, "speed": []}
+    (tmp_path / "checks.json").write_text(json.dumps(checks))
     (tmp_path / "workload.json").write_text(json.dumps({"date": "2026-02-01", "gpu": None}))
     assert tables.newest("cpu", tmp_path).name == "a.json"
     assert tables.newest("cuda", tmp_path).name == "c.json"
