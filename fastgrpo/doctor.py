@@ -17,6 +17,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,7 @@ from fastgrpo_kernels.runtime import (
     triton,
 )
 
-SECONDS = 180.0  # of a child process
+SECONDS = 120.0  # of a child process
 PACKAGES = ("numpy", "transformers", "flash-attn")
 PEERS = ("trl", "liger-kernel", "verl", "unsloth", "quack-kernels", "cut-cross-entropy")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -96,15 +97,15 @@ def main() -> int:
     if os.path.exists("/dev/nvidia0") and not torch.cuda.is_available():
         problems.append(f"there is a GPU, but torch {torch.__version__} cannot use it")
     for device in _devices():
-        print(f"\n{device}  {_describe(device)}")
-        trials = _run_all(_planned(device))
-        taken = _taken(trials, asked)
-        print("\n".join(_table(trials, taken)))
-        print(_why(device, asked))
-        for trial in trials:
+        print(f"\n{device}  {_describe(device)}\n{_head_of_table()}", flush=True)
+        trials = []
+        for trial in _run_all(_planned(device)):
+            trials.append(trial)
+            print(_row(trial, trial in _taken(trials, asked)), flush=True)
             _store(trial)
             if reason := trial.reason(draws=True):
                 problems.append(f"{trial.kernels}, {trial.operands} on {device}: {reason}")
+        print(_why(device, asked))
         if not obstacle(device) and anchored_variant.specialises_warps(device):
             if reason := anchored_variant.refusal(device):
                 problems.append(f"specialised warps on {device}: {reason}")
@@ -199,10 +200,10 @@ def _kernels(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[str]
     return ["portable", "torch"]
 
 
-def _run_all(trials: list[Trial]) -> list[Trial]:
-    """Run each trial in a process of its own, several at a time."""
+def _run_all(trials: list[Trial]) -> Iterator[Trial]:
+    """Run each trial in a process of its own, several at a time; yield them in order."""
     with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
-        return list(pool.map(_run, trials))
+        yield from pool.map(_run, trials)
 
 
 def _run(trial: Trial) -> Trial:
@@ -249,14 +250,15 @@ def _taken(trials: list[Trial], asked: str) -> set[Trial]:
     return set(taken.values())
 
 
-def _table(trials: list[Trial], taken: set[Trial]) -> list[str]:
+def _head_of_table() -> str:
     names = "".join(f"{name:>11}" for name in COLUMNS)
-    lines = [f"  {'operands':24}{'kernels':10}{names}{'seconds':>9}"]
-    for trial in trials:
-        cells = "".join(f"{_cell(trial, begins):>11}" for begins in COLUMNS.values())
-        mark = "*" if trial in taken else " "
-        lines.append(f"{mark} {trial.operands:24}{trial.kernels:10}{cells}{trial.seconds:9.1f}")
-    return lines
+    return f"  {'operands':24}{'kernels':10}{names}{'seconds':>9}"
+
+
+def _row(trial: Trial, taken: bool) -> str:
+    mark = "*" if taken else " "
+    cells = "".join(f"{_cell(trial, begins):>11}" for begins in COLUMNS.values())
+    return f"{mark} {trial.operands:24}{trial.kernels:10}{cells}{trial.seconds:9.1f}"
 
 
 def _cell(trial: Trial, begins: tuple[str, ...]) -> str:
