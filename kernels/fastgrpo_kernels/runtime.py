@@ -186,6 +186,11 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
         (0, "any"): Launch({"BAGS": 8, "BLOCK_E": 16, "BLOCK_H": 256}),
         (0, "interpreter"): Launch({"BAGS": 4, "BLOCK_E": 4, "BLOCK_H": 64}),
     },
+    # A table of one column has no use for lanes: the entries of a bag take them.
+    "bag_sum_column": {
+        (0, "any"): Launch({"BAGS": 8, "BLOCK_E": 128, "BLOCK_H": 1}, num_warps=1),
+        (0, "interpreter"): Launch({"BAGS": 4, "BLOCK_E": 8, "BLOCK_H": 1}),
+    },
     "token_loss": {
         (0, "any"): Launch({"BLOCK_N": 512}),
         (0, "interpreter"): Launch({"BLOCK_N": 128}),
