@@ -198,6 +198,27 @@ def test_log_probs_bias_and_softcap(gpu_plan, backend):
         assert relative_error(actual.bfloat16(), exact_grad) <= 1.25 * rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows_at_once", [16, 32])
+def test_targets_are_scattered_once_a_chunk_where_dweight_is_whole(gpu_plan, rows_at_once, dtype):
+    """A launch costs as much for a slice as for all of them. fp16 weights have fp32 gradients."""
+    batch = make_batch(sequences=2, length=16, dtype=dtype)
+    rows = Rows(batch.hidden.flatten(0, 1), batch.completion_ids.flatten())
+    plan = gpu_plan(rows.hidden, batch.weight, "torch", chunk=rows_at_once)
+    starts = []
+
+    def scatter_rows(acc, sorted_ids, order, coef, hidden, vocab_start):
+        starts.append((vocab_start, len(acc)))
+
+    plan.kernels.scatter_rows = scatter_rows
+    needs, vocab = Needs(True, True, False), len(batch.weight)
+    loops.logps_and_grads(rows, Head(batch.weight), plan, needs, Linear(torch.ones(32)))
+    if rows_at_once < 32 or dtype == torch.float16:
+        assert starts == [(0, vocab)] * (32 // rows_at_once)
+    else:
+        assert starts == [(start, min(32, vocab - start)) for start in range(0, vocab, 32)]
+
+
 # ---- from exponentials -------------------------------------------------------------------------
 
 

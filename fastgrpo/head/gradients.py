@@ -170,7 +170,6 @@ class GradSums:
         part: VocabSlice,
         hidden: Tensor,  # (n, H)
         dhidden: Tensor | None,  # (n, H)
-        targets: Targets,
         accumulate: bool,
     ) -> None:
         """Add a tile's gradients; with `accumulate` False the slice of dweight is overwritten."""
@@ -181,17 +180,13 @@ class GradSums:
             matmul(self._dweight(v), dz.t(), hidden, accumulate)
         if self.dbias is not None:
             self.dbias[v].add_(dz.sum(0, dtype=self.dbias.dtype))
-        if targets.coef is not None:
-            self._add_targets(v, hidden, targets)
 
     def add_exps(
         self,
         exps: Tensor,  # (n, Vs) bf16: 0 at the targets
         v: slice,
-        hidden: Tensor,  # (n, H)
         scale: Tensor,  # (n,) fp32: scale * exps is the gradient with respect to the raw logits
         scaled_hidden: Tensor | None,  # (n, H) bf16: scale * hidden
-        targets: Targets,
         accumulate: bool,
     ) -> None:
         """Add a slice of exponentials to dweight and dbias, as `add_tile` adds a tile."""
@@ -205,7 +200,32 @@ class GradSums:
             sums = scale.new_empty((exps.shape[1], 2))
             matmul(sums, exps.t(), parts)
             self.dbias[v].add_(sums.sum(1))
-        self._add_targets(v, hidden, targets)
+
+    def add_targets(self, v: slice, hidden: Tensor, targets: Targets) -> None:
+        """Add the target entries that lie in a slice of the vocabulary to weight and bias."""
+        if targets.coef is None:
+            return
+        scatter_rows = self.plan.kernels.scatter_rows
+        where = (targets.sorted_ids, targets.order, targets.coef)
+        if self.dweight is not None:
+            scatter_rows(self._dweight(v), *where, hidden, v.start)
+        if self.dbias is not None:
+            ones = torch.ones_like(targets.coef)[:, None]
+            scatter_rows(self.dbias[v][:, None], *where, ones, v.start)
+
+    def store_with_targets(self, v: slice, hidden: Tensor, targets: Targets) -> None:
+        """Complete a slice of dweight, if it was summed in the scratch, and write it."""
+        if self.scratch is not None:
+            self.add_targets(v, hidden, targets)
+            self.store(v)
+
+    def add_all_targets(self, hidden: Tensor, targets: Targets) -> None:
+        """Add the target entries that `store_with_targets` did not: of the whole vocabulary.
+
+        A launch has programs for every target, wherever it lies: one is cheaper than one a slice.
+        """
+        if self.scratch is None:
+            self.add_targets(slice(0, None), hidden, targets)
 
     def store(self, v: slice) -> None:
         """Write a complete slice of dweight, if it was summed in the scratch."""
@@ -219,13 +239,3 @@ class GradSums:
     def _dweight(self, v: slice) -> Tensor:
         """Return the buffer in which a slice of dweight is summed."""
         return self.dweight[v] if self.scratch is None else self.scratch[: v.stop - v.start]
-
-    def _add_targets(self, v: slice, hidden: Tensor, targets: Targets) -> None:
-        """Add the target entries that lie in a slice of the vocabulary to weight and bias."""
-        scatter_rows = self.plan.kernels.scatter_rows
-        where = (targets.sorted_ids, targets.order, targets.coef)
-        if self.dweight is not None:
-            scatter_rows(self._dweight(v), *where, hidden, v.start)
-        if self.dbias is not None:
-            ones = torch.ones_like(targets.coef)[:, None]
-            scatter_rows(self.dbias[v][:, None], *where, ones, v.start)

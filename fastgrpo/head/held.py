@@ -86,9 +86,10 @@ class RawLogits:
         targets = Targets.of(self._rows, self.plan)
         for tile, part in self._tiles():
             dz = self._gradient(tile, upstream, targets)
-            sums.add_tile(dz, part, self._hidden, dhidden, targets, accumulate)
-            sums.store(part.columns)
+            sums.add_tile(dz, part, self._hidden, dhidden, accumulate)
+            sums.store_with_targets(part.columns, self._hidden, targets)
             del tile, part, dz  # before the next slice of the weight and of the rows is made
+        sums.add_all_targets(self._hidden, targets)
         targets.add_to(dhidden, self._rows, self.head)
 
     def _tiles(self) -> Iterator[tuple[Tile, VocabSlice]]:
@@ -189,8 +190,9 @@ class AnchoredExponentials:
             return
         scaled = (rows.hidden * scale[:, None]).to(self.plan.operand) if self.needs.weight else None
         for v in chunks(len(head.weight), self.plan.chunk_width):
-            sums.add_exps(exps[:, v], v, rows.hidden, scale, scaled, targets, accumulate)
-            sums.store(v)
+            sums.add_exps(exps[:, v], v, scale, scaled, accumulate)
+            sums.store_with_targets(v, rows.hidden, targets)
+        sums.add_all_targets(rows.hidden, targets)
 
 
 def tile_gradient(

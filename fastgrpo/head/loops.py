@@ -149,7 +149,8 @@ def logps_bwd(
             plan.kernels.matmul(z, hidden[c], part.weight.t())
             tile = Tile(z, v, part.bias, rows[c], head)
             dz = tile_gradient(tile, plan, scored[c], upstream[c], chunk_targets)
-            sums.add_tile(dz, part, hidden[c], sums.dhidden_of(c), chunk_targets, c.start > 0)
+            sums.add_tile(dz, part, hidden[c], sums.dhidden_of(c), c.start > 0)
+            sums.add_targets(v, hidden[c], chunk_targets)
         sums.store(v)
     for c, chunk_targets in zip(parts, targets, strict=True):
         chunk_targets.add_to(sums.dhidden_of(c), rows[c], head)

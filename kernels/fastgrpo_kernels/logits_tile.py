@@ -202,35 +202,41 @@ def _scatter_rows_kernel(
     stride_acc,
     stride_rows,
     vocab_start,
+    POSITIONS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Add the run of equal ids that starts at this program's position, in order, if one does."""
-    first = tl.program_id(0).to(tl.int64)
-    id_ = tl.load(ids_ptr + first)
-    previous = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
-    index = slice_index(id_, vocab_start, Vs)
-    if (id_ != previous) & (index >= 0):
-        offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        inside = offs_h < H
-        acc_ptrs = acc_ptr + index.to(tl.int64) * stride_acc + offs_h
-        total = tl.load(acc_ptrs, mask=inside, other=0.0)
-        position = first
-        running = True
-        while running:
-            offs = position + tl.arange(0, BLOCK_R)
-            member = tl.load(ids_ptr + offs, mask=offs < n, other=-1) == id_
-            order = tl.load(order_ptr + offs, mask=member, other=0)
-            coef = tl.load(coef_ptr + order, mask=member, other=0.0)
-            rows = tl.load(
-                rows_ptr + order[:, None] * stride_rows + offs_h[None, :],
-                mask=member[:, None] & inside[None, :],
-                other=0.0,
-            )
-            total += tl.sum(coef[:, None] * rows.to(tl.float32), 0)
-            position += BLOCK_R
-            running = tl.load(ids_ptr + position, mask=position < n, other=-1) == id_
-        tl.store(acc_ptrs, total, mask=inside)
+    """Add the runs of equal ids that start at this program's positions, each in order."""
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = offs_h < H
+    begin = tl.program_id(0).to(tl.int64) * POSITIONS
+    end = tl.minimum(begin + POSITIONS, n)
+    # Ids ascend. A slice has few of them: most programs end here.
+    if (tl.load(ids_ptr + end - 1) < vocab_start) | (tl.load(ids_ptr + begin) >= vocab_start + Vs):
+        end = begin
+    for first in range(begin, end):
+        id_ = tl.load(ids_ptr + first)
+        previous = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
+        index = slice_index(id_, vocab_start, Vs)
+        if (id_ != previous) & (index >= 0):
+            acc_ptrs = acc_ptr + index.to(tl.int64) * stride_acc + offs_h
+            total = tl.load(acc_ptrs, mask=inside, other=0.0)
+            position = first
+            running = True
+            while running:
+                offs = position + tl.arange(0, BLOCK_R)
+                member = tl.load(ids_ptr + offs, mask=offs < n, other=-1) == id_
+                order = tl.load(order_ptr + offs, mask=member, other=0)
+                coef = tl.load(coef_ptr + order, mask=member, other=0.0)
+                rows = tl.load(
+                    rows_ptr + order[:, None] * stride_rows + offs_h[None, :],
+                    mask=member[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                total += tl.sum(coef[:, None] * rows.to(tl.float32), 0)
+                position += BLOCK_R
+                running = tl.load(ids_ptr + position, mask=position < n, other=-1) == id_
+            tl.store(acc_ptrs, total, mask=inside)
 
 
 def scatter_rows(
@@ -252,7 +258,7 @@ def scatter_rows(
     entry = launch_for("scatter_rows", 0, architecture(acc.device))
     launch(
         _scatter_rows_kernel,
-        (n, -(-hidden_size // entry.blocks["BLOCK_H"])),
+        (-(-n // entry.blocks["POSITIONS"]), -(-hidden_size // entry.blocks["BLOCK_H"])),
         entry,
         acc.device,
         acc_ptr=acc,

@@ -159,8 +159,8 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
     },
     # 8 rows of 256 columns per step: enough loads in flight for runs of a frequent token.
     "scatter_rows": {
-        (0, "any"): Launch({"BLOCK_R": 8, "BLOCK_H": 256}),
-        (0, "interpreter"): Launch({"BLOCK_R": 4, "BLOCK_H": 64}),
+        (0, "any"): Launch({"POSITIONS": 8, "BLOCK_R": 8, "BLOCK_H": 256}),
+        (0, "interpreter"): Launch({"POSITIONS": 4, "BLOCK_R": 4, "BLOCK_H": 64}),
     },
     # Like tile_stats; the running count ties the blocks together.
     "tile_draw": {
@@ -185,6 +185,11 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
     "bag_sum": {
         (0, "any"): Launch({"BAGS": 8, "BLOCK_E": 16, "BLOCK_H": 256}),
         (0, "interpreter"): Launch({"BAGS": 4, "BLOCK_E": 4, "BLOCK_H": 64}),
+    },
+    # A table of one column has no use for lanes: the entries of a bag take them.
+    "bag_sum_column": {
+        (0, "any"): Launch({"BAGS": 8, "BLOCK_E": 128, "BLOCK_H": 1}, num_warps=1),
+        (0, "interpreter"): Launch({"BAGS": 4, "BLOCK_E": 8, "BLOCK_H": 1}),
     },
     "token_loss": {
         (0, "any"): Launch({"BLOCK_N": 512}),

@@ -325,7 +325,8 @@ def bag_sum(
     bags, hidden_size = out.shape
     assert out.stride(1) == 1, "out: adjacent columns"
     table = table if table.stride(1) == 1 else table.contiguous()
-    entry = launch_for("bag_sum", 0, architecture(out.device))
+    name = "bag_sum" if hidden_size > 1 else "bag_sum_column"
+    entry = launch_for(name, 0, architecture(out.device))
     # Triton's interpreter truncates where hardware rounds to nearest: PyTorch rounds for it.
     total = out.float() if INTERPRETED else out
     if len(index):

@@ -232,6 +232,12 @@ CASES = {
         0,
         ["*bf16/16", "*bf16/16", "*i64/16", *ROW, "*i64/16", "i32", *["i32/16"] * 3],
     ),
+    "bag_sum_column": Case(
+        _bag_sum_kernel,
+        "bag_sum_column",
+        0,
+        [*ROW, *ROW, "*i64/16", *ROW, "*i64/16", "i32", 1, 1, 1],
+    ),
     "token_loss-ppo_clip": _token_loss("ppo_clip"),
     "token_loss-dppo_kl": _token_loss("dppo_kl", "k3", "importance", separate=True),
     "segment_sum": Case(
