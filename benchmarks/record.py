@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import cases, environment, providers
 from benchmarks.child import run_command
-from benchmarks.gpu_checks import check_stages
+from benchmarks.gpu_checks import UNCHECKED, check_stages
 from benchmarks.shapes import CPU_SHAPES, TINY_SHAPES, Shape
 from benchmarks.stages import Record, Stage
 from benchmarks.time_model import targets
@@ -138,7 +138,8 @@ def measure_in_processes(record: Record, command: list[str]) -> None:
         before = len(record.content["stages"])
         until = time.monotonic() + record.remaining() - SECONDS_TO_END
         # It ends itself at that moment. A second later it is killed.
-        code, _ = run_command([*command, str(until)], until - time.monotonic() + 1)
+        timeout = until - time.monotonic() + 1
+        code, _ = run_command([*command, str(until)], timeout, **UNCHECKED)
         record.reload()
         if code == 0 or record.remaining() < SECONDS_TO_START:
             return

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import signal
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +28,10 @@ import torch
 import fastgrpo
 from fastgrpo.dispatch import choice, verdicts
 from fastgrpo.dispatch.choice import Route
-from fastgrpo.dispatch.self_check import Figure
-from fastgrpo.dispatch.trial import UNDECIDED
+from fastgrpo.dispatch.self_check import Figure, complaint
+from fastgrpo.dispatch.trial import FAULT
 from fastgrpo_kernels import anchored_variant
-from fastgrpo_kernels.child import run_python
+from fastgrpo_kernels.child import end_all, run_python
 from fastgrpo_kernels.runtime import (
     HAS_TRITON,
     INTERPRETED,
@@ -51,8 +52,8 @@ OPERANDS = (*SIXTEEN_BITS, (FP32, FP32), (BF16, FP32), (FP16, FP32), ())
 COLUMNS = {
     "log-probs": ("logps", "lse"),
     "entropy": ("entropy",),
-    "dhidden": ("dhidden in",),
-    "dweight": ("dweight in",),
+    "dhidden": ("dhidden in", "row of dhidden in"),
+    "dweight": ("dweight in", "row of dweight in"),
     "sparse": ("dhidden sparse", "dweight sparse"),
     "per token": ("token_loss", "segment_reduce", "group_stats"),
 }
@@ -66,7 +67,7 @@ class Trial(NamedTuple):
     dtypes: tuple[torch.dtype, ...]  # of hidden and weight; empty: what takes numbers per token
     figures: tuple[Figure, ...] = ()
     failure: str = ""  # how the child process ended, if not well
-    decided: bool = True  # whether another try would be no use
+    decided: bool = True  # whether this says something about the kernels
     seconds: float = 0.0
 
     @property
@@ -78,11 +79,8 @@ class Trial(NamedTuple):
         """Return why these kernels must not run; "" if they may."""
         if self.failure:
             return f"the self-test {self.failure}"
-        return ", ".join(
-            str(figure)
-            for figure in self.figures
-            if not figure.holds and (draws or "sparse" not in figure.name)
-        )
+        held = [figure for figure in self.figures if draws or "sparse" not in figure.name]
+        return complaint([figure for figure in held if not figure.holds])
 
 
 def main() -> int:
@@ -90,12 +88,16 @@ def main() -> int:
     print(_versions())
     try:
         asked = choice.named("auto")
-        switch("FASTGRPO_ANCHORED", True)
+        for name in ("FASTGRPO_ANCHORED", "FASTGRPO_SELF_CHECK", anchored_variant.SWITCH):
+            switch(name, True)
     except ValueError as error:
         print(f"\nWRONG: {error}")
         return 1
-    if os.path.exists("/dev/nvidia0") and not torch.cuda.is_available():
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if os.path.exists("/dev/nvidia0") and not torch.cuda.is_available() and not hidden:
         problems.append(f"there is a GPU, but torch {torch.__version__} cannot use it")
+    if asked == "triton" and not torch.cuda.is_available():
+        problems.append(f"FASTGRPO_BACKEND=triton: {obstacle(torch.device('cpu'))}")
     for device in _devices():
         print(f"\n{device}  {_describe(device)}\n{_head_of_table()}", flush=True)
         trials = []
@@ -167,8 +169,9 @@ def _caches(problems: list[str]) -> list[str]:
         if torch.cuda.is_available() and not _writable(folder):
             problems.append(f"Triton's cache {folder} cannot be written")
     folder = verdicts.folder()
-    state = "" if _writable(folder) else "; it cannot be written, so each process checks again"
-    return [*lines, f"verdicts          {folder}{state}"]
+    if folder is None or not _writable(folder):
+        return [*lines, f"verdicts          {folder} cannot be written: each process checks again"]
+    return [*lines, f"verdicts          {folder}"]
 
 
 def _writable(folder: Path) -> bool:
@@ -202,8 +205,13 @@ def _kernels(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[str]
 
 def _run_all(trials: list[Trial]) -> Iterator[Trial]:
     """Run each trial in a process of its own, several at a time; yield them in order."""
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
-        yield from pool.map(_run, trials)
+    with ThreadPoolExecutor(max(1, min(8, len(os.sched_getaffinity(0)) // 2))) as pool:
+        try:
+            yield from pool.map(_run, trials)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
+            raise
 
 
 def _run(trial: Trial) -> Trial:
@@ -216,7 +224,8 @@ def _run(trial: Trial) -> Trial:
     if failure:
         after = f" after {figures[-1].name}" if figures else ""
         failure = f"{failure}{after}; its last line: {ended.last_line}"
-    decided = ended.status != UNDECIDED
+    # A kernel that hangs, or brings its process down. The rest are accidents: no memory, no file.
+    decided = ended.status in (0, FAULT, -signal.SIGABRT, -signal.SIGSEGV) or ended.timed_out
     seconds = time.monotonic() - begun
     return trial._replace(figures=figures, failure=failure, decided=decided, seconds=seconds)
 
@@ -238,7 +247,8 @@ def _taken(trials: list[Trial], asked: str) -> set[Trial]:
     taken, wrong = {}, set()
     for trial in trials:
         if trial.kernels == "torch":
-            taken.setdefault(trial.dtypes, trial)
+            if asked != "triton":
+                taken.setdefault(trial.dtypes, trial)
             continue
         left_out = trial.kernels == "anchored" and not switch("FASTGRPO_ANCHORED", True)
         if asked == "torch" or left_out or trial.dtypes in wrong:
@@ -251,14 +261,14 @@ def _taken(trials: list[Trial], asked: str) -> set[Trial]:
 
 
 def _head_of_table() -> str:
-    names = "".join(f"{name:>11}" for name in COLUMNS)
-    return f"  {'operands':24}{'kernels':10}{names}{'seconds':>9}"
+    names = "".join(f"{name:>10}" for name in COLUMNS)
+    return f"  {'operands':23}{'kernels':8}{names}{'s':>6}"
 
 
 def _row(trial: Trial, taken: bool) -> str:
     mark = "*" if taken else " "
-    cells = "".join(f"{_cell(trial, begins):>11}" for begins in COLUMNS.values())
-    return f"{mark} {trial.operands:24}{trial.kernels:10}{cells}{trial.seconds:9.1f}"
+    cells = "".join(f"{_cell(trial, begins):>10}" for begins in COLUMNS.values())
+    return f"{mark} {trial.operands:23}{trial.kernels:8}{cells}{trial.seconds:6.1f}"
 
 
 def _cell(trial: Trial, begins: tuple[str, ...]) -> str:
@@ -266,26 +276,21 @@ def _cell(trial: Trial, begins: tuple[str, ...]) -> str:
     figures = [figure for figure in trial.figures if figure.name.startswith(begins)]
     if not figures:
         return "-"
-    worst = max(figures, key=lambda figure: figure.error / figure.bar)
+    worst = max(figures, key=lambda figure: (math.isnan(figure.error), figure.error / figure.bar))
     return f"{worst.error:.0e}{'' if all(figure.holds for figure in figures) else ' !'}"
 
 
 def _why(device: torch.device, asked: str) -> str:
-    """Say what the calls take, and why."""
+    """Say in a line what calls take, and why."""
     if asked == "torch":
-        reason = "torch, by FASTGRPO_BACKEND"
-    elif obstacle(device):
-        reason = f"torch, for {obstacle(device)}"
-    elif INTERPRETED:
-        reason = "torch, for the kernels are interpreted (TRITON_INTERPRET=1)"
-    else:
-        reason = "the first kernels of the operands that passed, anchored only if H % 8 == 0"
-        reason += "" if switch("FASTGRPO_ANCHORED", True) else " and not with FASTGRPO_ANCHORED=0"
-    return textwrap.fill(
-        f'* is what backend="auto" takes: {reason}. linear_logps and grpo_loss go by the dtypes of'
-        " hidden and weight; the line without a head is for given log-probs and for rewards.",
-        width=100,
-    )
+        return "* taken by calls: torch, as FASTGRPO_BACKEND says"
+    if reason := obstacle(device):
+        taken = "nothing, FASTGRPO_BACKEND=triton" if asked == "triton" else "torch"
+        return f"* taken by calls: {taken}; {reason.partition(';')[0]}"
+    if INTERPRETED:
+        return "* taken by calls: torch; the kernels are interpreted (TRITON_INTERPRET=1)"
+    anchored = "H % 8 == 0" if switch("FASTGRPO_ANCHORED", True) else "not by FASTGRPO_ANCHORED=0"
+    return f"* taken by calls: the first that passed for their dtypes (anchored: {anchored})"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import fastgrpo
 import fastgrpo_kernels
 from fastgrpo import torch_kernels
 from fastgrpo.dispatch import choice, self_check, verdicts
-from fastgrpo.dispatch.choice import PORTABLE, Route, Verdict
+from fastgrpo.dispatch.choice import PORTABLE, Route
 from fastgrpo.dispatch.self_check import Figure
 from fastgrpo_kernels import Head, Rows
 from fastgrpo_kernels.runtime import LaunchError
@@ -132,10 +132,8 @@ def test_auto_degrades_to_torch_and_remembers(hopper):
     work = failing(fastgrpo_kernels, PORTABLE)
     with pytest.warns(RuntimeWarning) as said:
         assert choice.run(work, "auto", LIKE, SCORED) is torch_kernels
-    assert [str(w.message).rpartition(" takes ")[2] for w in said] == [
-        "the portable kernels.",
-        "the torch backend.",
-    ]
+    taken = [str(w.message).rpartition(" takes ")[2] for w in said]
+    assert taken == ["the portable kernels.", "the torch backend."]
     assert all("_some_kernel cannot be launched" in str(w.message) for w in said)
     assert quietly(choice.run, work, "auto", LIKE, SCORED) is torch_kernels
     assert quietly(kernels_of) is torch_kernels, "other work takes the same route"
@@ -199,6 +197,7 @@ def test_a_wrong_figure_is_one_warning_torch_and_an_error_for_a_named_backend(ho
         (warning,) = said
         assert "entropy off by 1.0e-03 (allowed: 2e-05)" in str(warning.message)
         assert "logps" not in str(warning.message) and "torch backend" in str(warning.message)
+        assert "wrong numbers: " in str(warning.message)
         assert quietly(kernels_of) is torch_kernels
         with pytest.raises(RuntimeError, match="entropy off by 1.0e-03"):
             kernels_of("triton")
@@ -235,11 +234,13 @@ def test_other_software_is_checked_again(hopper, monkeypatch):
     assert len(checked) == 4
 
 
-def test_facts_are_all_that_a_verdict_depends_on():
+def test_what_a_verdict_depends_on(monkeypatch):
     facts = verdicts.facts(torch.device("cpu"), "bfloat16 bfloat16 portable")
-    names = ["device", "driver", "torch", "triton", "kernels", "fp32 products", "route"]
+    names = ["device", "driver", "torch", "triton", "sources", "products", "route"]
     assert list(facts) == names
-    assert facts["torch"] == torch.__version__ and len(facts["kernels"]) == 64
+    assert facts["torch"] == torch.__version__ and len(facts["sources"]) == 64
+    monkeypatch.setenv("FASTGRPO_WARP_SPECIALIZE", "1")
+    assert verdicts.facts(torch.device("cpu"), "bfloat16 bfloat16 portable") != facts
 
 
 def test_a_check_without_time_left_is_not_kept(hopper, monkeypatch, caplog):
@@ -262,6 +263,47 @@ def test_nothing_is_checked_during_a_capture(hopper, monkeypatch):
     monkeypatch.setattr(choice, "capturing", lambda device: False)
     with pytest.warns(RuntimeWarning):
         assert kernels_of() is torch_kernels
+
+
+def test_a_stored_verdict_holds_during_a_capture_too(hopper, monkeypatch):
+    hopper[1][:] = [BAD]
+    with pytest.warns(RuntimeWarning):
+        kernels_of()
+    choice._verdicts.clear()
+    monkeypatch.setattr(choice, "capturing", lambda device: True)
+    assert quietly(kernels_of) is torch_kernels
+
+
+def test_the_check_can_be_left_out(hopper, monkeypatch):
+    """And what it found is then no matter: the way past a false alarm."""
+    checked, outcome = hopper
+    outcome[:] = [BAD]
+    with pytest.warns(RuntimeWarning):
+        kernels_of()
+    choice._verdicts.clear()
+    monkeypatch.setenv("FASTGRPO_SELF_CHECK", "0")
+    assert quietly(kernels_of) is quietly(kernels_of, "triton") is fastgrpo_kernels
+    assert len(checked) == 1
+
+
+def test_a_check_without_memory_is_no_verdict(hopper, caplog):
+    checked, outcome = hopper
+    outcome[:] = [torch.OutOfMemoryError("CUDA out of memory")]
+    assert quietly(kernels_of) is fastgrpo_kernels
+    assert "no memory left" in caplog.text
+    choice._verdicts.clear()
+    outcome[:] = [GOOD]
+    kernels_of()
+    assert len(checked) == 2
+
+
+def test_an_error_names_what_asked_for_the_kernels(monkeypatch):
+    monkeypatch.setattr(choice, "obstacle", lambda device: "no GPU")
+    with pytest.raises(ValueError, match="^backend='triton': no GPU"):
+        kernels_of("triton")
+    monkeypatch.setenv("FASTGRPO_BACKEND", "triton")
+    with pytest.raises(ValueError, match="^FASTGRPO_BACKEND=triton: no GPU"):
+        kernels_of()
 
 
 # ---- the files ---------------------------------------------------------------------------------
@@ -289,6 +331,14 @@ def test_a_verdict_is_written_whole_or_not_at_all(hopper, monkeypatch, tmp_path)
     assert not list((tmp_path / "fastgrpo").iterdir()), "no half of it is left behind"
 
 
+@pytest.mark.parametrize("home", ["relative", "~/nobody"])
+def test_without_a_place_for_it_nothing_is_kept(hopper, monkeypatch, tmp_path, home):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    assert quietly(kernels_of) is fastgrpo_kernels
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"reason": ""}', '{"facts": {}, "reason": ""}']
 )
@@ -303,6 +353,32 @@ def test_a_file_that_is_not_a_verdict_counts_as_none(hopper, tmp_path, content):
 
 
 # ---- the check itself --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lost", [slice(-2, -1), slice(-11, None)], ids=["a row without target", "a tile's rest"]
+)
+def test_rows_that_are_lost_show(monkeypatch, lost):
+    """Few of them change little of the whole."""
+    own = self_check.logps_bwd
+
+    def shortened(rows, head, plan, *rest):
+        grads = own(rows, head, plan, *rest)
+        if plan.accumulator == torch.float32:
+            grads.weight[lost] = 0
+        return grads
+
+    monkeypatch.setattr(self_check, "logps_bwd", shortened)
+    figures = list(self_check.figures(torch_kernels, torch.device("cpu"), DTYPES, False))
+    assert "row of dweight in the backward" in [f.name for f in figures if not f.holds]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)])
+def test_products_in_tf32_have_bars_of_their_own(monkeypatch, dtypes):
+    monkeypatch.setattr(self_check, "dot_precision", lambda bits: "tf32")
+    figures = list(self_check.figures(torch_kernels, torch.device("cpu"), dtypes, False))
+    bars = {figure.name: figure.bar for figure in figures}
+    assert (bars["logps"], bars["dhidden in the forward"]) == self_check.TF32_BARS
 
 
 @pytest.mark.parametrize("draws", [False, True], ids=["dense", "sparse"])
@@ -344,4 +420,3 @@ def test_a_verdict_is_of_a_device_and_its_route():
     assert (
         Route(torch.device("cuda"), DTYPES, True, False).name == "bfloat16 bfloat16 sparse portable"
     )
-    assert Verdict() == ("", False)

@@ -4,10 +4,10 @@ For each route there is a verdict. It is found at the first call and holds for t
 
     passed            the kernels run
     not launched      the next kernels run: anchored, then portable, then torch
-    wrong             torch runs
+    unsafe            they gave wrong numbers, or the doctor saw them hang: torch runs
 
 With backend="triton" torch is no way out: the call raises. FASTGRPO_BACKEND takes the place of
-"auto", and FASTGRPO_ANCHORED=0 leaves the anchored kernels out.
+"auto", FASTGRPO_ANCHORED=0 leaves the anchored kernels out, FASTGRPO_SELF_CHECK=0 the check.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Verdict(NamedTuple):
     """Whether the kernels of a route may run."""
 
     reason: str = ""  # why not; "" if they may
-    wrong: bool = False  # whether they ran and gave wrong numbers
+    unsafe: bool = False  # whether they ran, and not as they should
 
 
 _verdicts: dict[Route, Verdict] = {}
@@ -122,6 +122,7 @@ def choose(
 ) -> tuple[Kernels, Route | None]:
     """Return the kernels of a call, and the route that they belong to; None for torch."""
     asked = named(backend)
+    named_by = "backend='triton'" if backend == "triton" else "FASTGRPO_BACKEND=triton"
     if asked == "torch":
         return torch_kernels, None
     reason = obstacle(like.device)
@@ -130,16 +131,16 @@ def choose(
     if asked == "auto" and (reason or INTERPRETED):
         return torch_kernels, None
     if reason:
-        raise ValueError(f"backend='triton': {reason}")
+        raise ValueError(f"{named_by}: {reason}")
     for route in _routes(like.device, scored, sparse):
         verdict = _verdict(route)
         if not verdict.reason:
             return route.kernels, route
-        if verdict.wrong:
+        if verdict.unsafe:
             break
     if asked == "auto":
         return torch_kernels, None
-    raise RuntimeError(f"backend='triton', {route}: {verdict.reason}")
+    raise RuntimeError(f"{named_by}, {route}: {verdict.reason}")
 
 
 def _routes(
@@ -160,8 +161,11 @@ def _verdict(route: Route) -> Verdict:
     verdict = _verdicts.get(route)
     if verdict is not None:
         return verdict
-    if INTERPRETED or capturing(route.device):
+    if INTERPRETED or not switch("FASTGRPO_SELF_CHECK", True):
         return Verdict()
+    if capturing(route.device):  # a stored verdict can be read, but nothing be compared
+        reason = verdicts.load(verdicts.facts(route.device, route.name))
+        return Verdict(reason, True) if reason else Verdict()
     with _lock:
         if route not in _verdicts:
             _verdicts[route] = _examine(route)
@@ -175,28 +179,31 @@ def _examine(route: Route) -> Verdict:
     facts = verdicts.facts(route.device, route.name)
     stored = verdicts.load(facts)
     if stored is not None:
-        return Verdict(stored, wrong=bool(stored))
+        return Verdict(stored, unsafe=bool(stored))
     log.warning("fastgrpo: the first use of %s; its kernels are checked once", route)
     begun, off = time.monotonic(), []
     try:
         for figure in self_check.figures(route.kernels, route.device, route.dtypes, route.sparse):
             if not figure.holds:
-                off.append(str(figure))
+                off.append(figure)
             if time.monotonic() - begun > MOST_SECONDS:
                 log.warning("fastgrpo: no time left for the rest of the check of %s", route)
                 break
         else:
-            verdicts.store(facts, ", ".join(off))
+            verdicts.store(facts, self_check.complaint(off))
     except LaunchError as error:
         return Verdict(str(error))
+    except torch.OutOfMemoryError:
+        log.warning("fastgrpo: no memory left for the check of %s", route)
+        return Verdict()
     log.warning("fastgrpo: checked %s in %.1f s", route, time.monotonic() - begun)
-    return Verdict(", ".join(off), wrong=bool(off))
+    return Verdict(self_check.complaint(off), unsafe=bool(off))
 
 
 def _tell(route: Route) -> None:
     """Warn that the kernels of a route do not run."""
-    reason, wrong = _verdicts[route]
-    fault = f"the Triton kernels give wrong numbers: {reason}" if wrong else reason
-    others = "portable kernels" if route.anchored and not wrong else "torch backend"
-    message = f"fastgrpo, {route}: {fault}. From now on backend='auto' takes the {others}."
+    reason, unsafe = _verdicts[route]
+    others = "portable kernels" if route.anchored and not unsafe else "torch backend"
+    message = f"fastgrpo, {route}: {reason}. From now on backend='auto' takes the {others}."
+    message += " python -m fastgrpo.doctor checks again." if unsafe else ""
     warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -11,6 +12,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple
 
+_PR_SET_PDEATHSIG = 1
+_running: set[subprocess.Popen] = set()
+
 
 class Ended(NamedTuple):
     """How a process ended."""
@@ -18,6 +22,8 @@ class Ended(NamedTuple):
     status: int | None  # below 0: of a signal; None: it did not end in time, or not start
     failure: str  # "was ended by SIGABRT", say; "" if its status was 0
     lines: list[str]  # what it printed, without empty lines
+
+    timed_out: bool = False
 
     @property
     def last_line(self) -> str:
@@ -40,9 +46,11 @@ def run_python(
     except OSError as error:
         return Ended(None, f"did not start: {error}", [])
     if status is None:
-        return Ended(None, f"did not end within {seconds:g} s", lines)
+        return Ended(None, f"did not end within {seconds:g} s", lines, timed_out=True)
     if status < 0:
-        return Ended(status, f"was ended by {signal.Signals(-status).name}", lines)
+        known = -status in {*signal.Signals}
+        name = signal.Signals(-status).name if known else f"signal {-status}"
+        return Ended(status, f"was ended by {name}", lines)
     return Ended(status, f"ended with status {status}" if status else "", lines)
 
 
@@ -58,17 +66,39 @@ def _run(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    _running.add(process)
     try:
         return process.wait(seconds)
     except BaseException as error:  # no Ctrl-C reaches a session of its own
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         # A process that hangs inside the driver may not even end when it is killed.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
         if isinstance(error, subprocess.TimeoutExpired):
             return None
         raise
+    finally:
+        _running.discard(process)
+
+
+def end_all() -> None:
+    """End all that `run_python` has started, in whatever thread it waits."""
+    for process in list(_running):
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one that started it ends. On Linux; no effect elsewhere.
+
+    A process that hangs would otherwise outlive a parent that was killed.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _environment() -> dict[str, str]:

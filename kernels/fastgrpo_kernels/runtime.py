@@ -299,6 +299,16 @@ _REFUSALS = (
     "Failed to create tensor map descriptor",
 )
 
+# What Triton says where it cannot compile.
+_OF_THE_COMPILER = (
+    "PassManager::run failed",
+    "failed to translate module to LLVM IR",
+    "Failed to find C compiler",
+    "Cannot find ptxas",
+    "Could not create or locate cache dir",
+    "libcuda.so cannot found",
+)
+
 
 def launch(
     kernel: Any, grid: tuple[int, ...], entry: Launch, device: torch.device, /, **arguments: Any
@@ -323,15 +333,17 @@ def launch(
 
 def _before_the_device(error: Exception) -> bool:
     """Whether an error of a launch came from the host, before the kernel could run."""
-    # Triton's own errors, its C compiler's, and files: a cache that cannot be written, no ptxas.
-    if isinstance(error, (triton.TritonError, subprocess.CalledProcessError, OSError)):
+    # Triton's own errors, its C compiler's, and files: a cache that cannot be written, or loaded
+    # from.
+    kinds = (triton.TritonError, subprocess.CalledProcessError, OSError, ImportError)
+    if isinstance(error, kinds):
         return True
     if not isinstance(error, RuntimeError):
         return False
     said = str(error)
     if said.startswith("Triton Error"):
         return any(refusal in said for refusal in _REFUSALS)
-    return "PassManager::run failed" in said or "Failed to find C compiler" in said
+    return any(failure in said for failure in _OF_THE_COMPILER)
 
 
 def dot_precision(bits: int) -> str:

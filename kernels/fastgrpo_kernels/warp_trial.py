@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .anchored_logps import _sum_tiles
 from .anchored_variant import PASSED
+from .child import end_with_parent
 from .operands import Head, Rows
 from .runtime import LAUNCHES, Launch, architecture
 
@@ -101,6 +102,7 @@ def _complaint(
 
 
 def main(name: str) -> None:
+    end_with_parent()
     device = torch.device(name)
     key = 16, architecture(device)
     entries = LAUNCHES["anchored_logps_small_h"][key], LAUNCHES["anchored_logps"][key]

@@ -43,6 +43,9 @@ def before_the_device():
         "ptxas": PTXASError("unknown architecture"),
         "passes": RuntimeError("PassManager::run failed"),
         "no C compiler": RuntimeError("Failed to find C compiler. Please specify via CC"),
+        "no ptxas": RuntimeError("Cannot find ptxas"),
+        "cache on a file system without execution": ImportError("failed to map segment"),
+        "LLVM": RuntimeError("failed to translate module to LLVM IR"),
         "C compiler": subprocess.CalledProcessError(1, "gcc"),
         "cache": PermissionError(13, "Permission denied", "/cache"),
         "driver": RuntimeError(

@@ -9,6 +9,7 @@ import fastgrpo
 import fastgrpo_kernels
 from fastgrpo.dispatch import choice, self_check
 from fastgrpo.testing import make_batch
+from fastgrpo_kernels.runtime import LaunchError
 
 BATCH = make_batch(sequences=3, length=5, hidden_size=64, vocab=53, dtype=torch.bfloat16)
 
@@ -80,3 +81,76 @@ def test_a_planted_error_is_found_and_torch_runs_instead(on_a_gpu, monkeypatch, 
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     with pytest.raises(RuntimeError, match=figure):
         loss("triton", **options)
+
+
+REWARDS = torch.tensor([1.0, 0.0, 0.5, 0.5])
+LOGPS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+SEEN = torch.arange(6) < torch.tensor([6, 3, 4, 1])[:, None]
+
+
+def log_probs(backend="auto"):
+    hidden, weight = (x.clone().requires_grad_() for x in (BATCH.hidden, BATCH.weight))
+    out = fastgrpo.linear_logps(hidden, weight, BATCH.completion_ids, backend=backend)
+    out.logps.sum().backward()
+    return out.logps.detach(), hidden.grad, weight.grad
+
+
+ENTROPY = fastgrpo.LossConfig(entropy="differentiable", entropy_coef=0.1)
+# Launchers that cannot launch, each with calls that take it.
+CALLS = {
+    "token_loss": [loss],
+    "tile_grad": [loss],
+    "tile_stats": [loss],
+    "bag_sum": [lambda backend="auto": loss(backend, sparsity=0.05, seed=0)],
+    "segment_reduce": [
+        lambda backend="auto": loss(backend, config="gspo"),
+        lambda: [fastgrpo.rejection_mask(
+            LOGPS, LOGPS.flip(0), SEEN, rejection="seq_mean_k1", rejection_max=1.1
+        )],
+    ],
+    "group_stats": [
+        lambda: [fastgrpo.group_advantages(REWARDS, 2)],
+        lambda: [fastgrpo.length_penalty(REWARDS, SEEN.sum(1), 2, weight=0.1)],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_cannot_be_launched_is_done_by_torch_whole(on_a_gpu, monkeypatch, name):
+    """From the start, though some kernels had run: bit for bit what torch alone gives."""
+    monkeypatch.setenv("FASTGRPO_SELF_CHECK", "0")
+    refused = []
+
+    def refuse(*arguments, **options):
+        refused.append(name)
+        raise LaunchError(f"_{name}_kernel cannot be launched: out of resource")
+
+    for call in CALLS[name]:
+        monkeypatch.setenv("FASTGRPO_BACKEND", "torch")
+        expected = call()
+        monkeypatch.setenv("FASTGRPO_BACKEND", "auto")
+        monkeypatch.setattr(choice, "_verdicts", {})
+        refused.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(fastgrpo_kernels, name, refuse)
+            with pytest.warns(RuntimeWarning, match=f"{name}_kernel cannot be launched"):
+                actual = call()
+        assert refused
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("name, call", [
+    ("tile_grad", log_probs), ("token_loss", lambda backend="auto": loss(backend, config=ENTROPY)),
+], ids=["a backward", "a second op"])  # fmt: skip
+def test_a_later_op_goes_on_from_what_the_kernels_gave(on_a_gpu, monkeypatch, name, call):
+    monkeypatch.setenv("FASTGRPO_SELF_CHECK", "0")
+
+    def refuse(*arguments, **options):
+        raise LaunchError(f"_{name}_kernel cannot be launched: out of resource")
+
+    expected = call("torch")
+    monkeypatch.setattr(fastgrpo_kernels, name, refuse)
+    with pytest.warns(RuntimeWarning, match=f"{name}_kernel cannot be launched"):
+        actual = call()
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
