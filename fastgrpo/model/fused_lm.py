@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -83,6 +84,7 @@ class FusedLM(nn.Module):
         sampler_logps: Tensor | None = None,
         config: str | LossConfig = "grpo",
         entropy: str = "none",
+        aux_scale: float = 1.0,
         **options: Any,
     ) -> GRPOLoss | TokenLogps:
         """Return the loss, or without advantages the log-probs.
@@ -102,6 +104,9 @@ class FusedLM(nn.Module):
             source: (B, L) int64: the position whose state predicts the token; default: the one
                 before.
             old_logps, ref_logps, sampler_logps: (B, L) fp32, nats.
+            aux_scale: of the router's auxiliary loss of a mixture of experts. Where the model's
+                config sets output_router_logits, the loss has aux_scale times the config's
+                router_aux_loss_coef times it, and metrics "aux_loss".
             config, entropy, options: as in `grpo_loss` and `linear_logps`. A `temperature` may be
                 (B, L).
 
@@ -129,7 +134,8 @@ class FusedLM(nn.Module):
         sequences = len(advantages) if per_row else None
         _check_sequences(sequences, sequence_ids, len(input_ids))
         where = Layout.of(loss_mask, source, sequence_ids, sequences)
-        states = where.states(self._hidden(input_ids, attention_mask, position_ids))
+        hidden, aux_loss = self._hidden(input_ids, attention_mask, position_ids)
+        states = where.states(hidden)
         ids = where.tokens(input_ids)
         if isinstance(temperature := options.get("temperature"), Tensor) and temperature.dim():
             options["temperature"] = where.tokens(temperature)
@@ -150,7 +156,14 @@ class FusedLM(nn.Module):
 
         out = self._with_head(states, loss)
         spread = None if out.entropy is None else where.spread(out.entropy)
-        return out._replace(logps=where.spread(out.logps), entropy=spread)
+        out = out._replace(logps=where.spread(out.logps), entropy=spread)
+        if aux_loss is None:
+            return out
+        coefficient = (
+            aux_scale * unwrapped(self.model).config.get_text_config().router_aux_loss_coef
+        )
+        aux = {"aux_loss": aux_loss.detach(), "aux_loss_count": torch.ones_like(aux_loss)}
+        return out._replace(loss=out.loss + coefficient * aux_loss, metrics=out.metrics | aux)
 
     def _logps(
         self,
@@ -177,9 +190,10 @@ class FusedLM(nn.Module):
 
     def _hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> Tensor:
-        """Return the last hidden states (B, L, H)."""
-        backbone = backbone_of(unwrapped(self.model))
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the last hidden states (B, L, H), and a router's auxiliary loss ()."""
+        model = unwrapped(self.model)
+        backbone = backbone_of(model)
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         given = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
@@ -188,7 +202,19 @@ class FusedLM(nn.Module):
         takes = inspect.signature(backbone.forward).parameters
         if "position_ids" not in takes and "kwargs" not in takes:
             del given["position_ids"]
-        return backbone(**given, use_cache=False).last_hidden_state
+        if not getattr(model.config.get_text_config(), "output_router_logits", False):
+            return backbone(**given, use_cache=False).last_hidden_state, None
+        out = backbone(**given, use_cache=False, output_router_logits=True)
+        balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        if balance is None:
+            raise UnsupportedHeadError(
+                f"output_router_logits: expected False for {type(model).__name__}, whose auxiliary"
+                " loss is not known"
+            )
+        aux_loss = balance(
+            out.router_logits, model.num_experts, model.num_experts_per_tok, given["attention_mask"]
+        )
+        return out.last_hidden_state, aux_loss
 
     def _with_head(self, hidden: Tensor, work: Callable[[Tensor, ModelHead], Result]) -> Result:
         """Return `work` of the head, inside a call of its layer where that has hooks.

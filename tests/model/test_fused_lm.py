@@ -149,7 +149,7 @@ def test_a_shared_prompt_by_source(off_policy):
         input_ids=shared, position_ids=positions, use_cache=False,
         attention_mask=torch.zeros(1, 1, 9, 9).masked_fill(~visible, -torch.inf),
     ).last_hidden_state  # fmt: skip
-    lm._hidden = lambda *_: hidden
+    lm._hidden = lambda *_: (hidden, None)
     out = lm(
         shared, None, torch.arange(9)[None] >= 3, advantages,
         position_ids=positions, source=source, sequence_ids=owner,
@@ -186,6 +186,26 @@ def test_nothing_to_train_on_is_a_zero_with_a_gradient():
     ids, mask, loss_mask = batch("left")
     out, grads = loss_and_grads(model, ids, mask, loss_mask & False, torch.ones(3), normalizer=7)
     assert out.loss == 0 and all((g == 0).all() for g in grads.values()) and grads
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss", "granite-moe-hybrid"])
+@pytest.mark.parametrize("aux_scale", [1.0, 0.5])
+def test_the_routers_loss(family, aux_scale):
+    fields = {} if family != "granite-moe-hybrid" else {"layer_types": ["attention", "attention"]}
+    model = tiny(family, output_router_logits=True, router_aux_loss_coef=0.3, **fields)
+    ids, mask, loss_mask = batch("left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    own = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+    ).aux_loss  # fmt: skip
+    own.mul(0.3 * aux_scale).backward()
+    wanted = grads_of(model)
+    out = FusedLM(model)(ids, mask, loss_mask, torch.zeros(3), aux_scale=aux_scale)
+    out.loss.backward()
+    torch.testing.assert_close(out.metrics["aux_loss"], own.detach())
+    torch.testing.assert_close(out.loss.detach(), 0.3 * aux_scale * own.detach())
+    actual = {name: g for name, g in grads_of(model).items() if name in wanted}
+    assert_same_gradients(actual, wanted)
 
 
 # ---- what it leaves alone ----------------------------------------------------------------------

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from model_families import VOCAB, tiny
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fastgrpo import FusedLM
+from model_families import VOCAB, tiny
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 LOSS_MASK = (torch.arange(9) > 2).expand(2, 9)
