@@ -12,6 +12,8 @@ from fastgrpo.checks import checked
 from fastgrpo.head.plan import default_workspace_mb
 from fastgrpo.logps import TokenLogps, linear_logps
 from fastgrpo.loss import FusedGRPOLoss, GRPOLoss, grpo_loss
+from fastgrpo.model.fused_lm import FusedLM, head_of
+from fastgrpo.model.head import ModelHead, UnsupportedHeadError
 from fastgrpo.objective.aggregation import count_normalizer
 from fastgrpo.objective.config import LossConfig
 from fastgrpo.objective.corrections import rejection_mask
@@ -21,14 +23,18 @@ __version__ = "0.2.0"
 
 __all__ = [
     "FusedGRPOLoss",
+    "FusedLM",
     "GRPOLoss",
     "LossConfig",
+    "ModelHead",
     "TokenLogps",
+    "UnsupportedHeadError",
     "checked",
     "count_normalizer",
     "default_workspace_mb",
     "group_advantages",
     "grpo_loss",
+    "head_of",
     "kl_penalty",
     "length_penalty",
     "linear_logps",

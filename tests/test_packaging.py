@@ -26,7 +26,8 @@ ROOMS = {
     "doctor": {"dispatch"},
     "logps": {"checks", "ops"},
     "loss": {"checks", "ops", "logps", "head", "objective"},
-    "train": {"advantages", "logps", "loss", "objective"},
+    "model": {"checks", "logps", "loss", "objective"},
+    "train": {"advantages", "logps", "loss", "model", "objective"},
 }
 BESIDE = {"reference", "testing"}  # for tests and benchmarks
 

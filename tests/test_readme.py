@@ -36,9 +36,8 @@ def test_the_ten_lines_on_a_batch_that_is_padded_left(config, capsys):
     attention_mask = (place >= prompt_length - prompts[:, None]).long()
     attention_mask *= place < prompt_length + completions[:, None]
     input_ids = torch.randint(61, attention_mask.shape)
-    completion_ids = input_ids[:, prompt_length:]
-    completion_mask = attention_mask[:, prompt_length:].bool()
-    rewards, old_logps = torch.randn(16), -4 * torch.rand(completion_ids.shape)
+    completion_mask = attention_mask.bool() & (place >= prompt_length)
+    rewards, old_logps = torch.randn(16), -4 * torch.rand(input_ids.shape)
     scope = dict(locals())
     exec(LINES, scope)
     assert len(capsys.readouterr().out.split()) == 2, "it printed two metrics"
@@ -47,13 +46,12 @@ def test_the_ten_lines_on_a_batch_that_is_padded_left(config, capsys):
     model.zero_grad()
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids, attention_mask=attention_mask, position_ids=positions).logits
-    logps = logits[:, prompt_length - 1 : -1].log_softmax(-1)
-    logps = logps.gather(-1, completion_ids[..., None])[..., 0]
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
     group = rewards.view(2, 8)
     advantages = (group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-4)
     loss = reference.policy_loss(
-        logps, None, completion_mask, advantages.flatten(), LossConfig.preset("dapo"),
-        old_logps=old_logps,
+        logps, None, completion_mask[:, 1:], advantages.flatten(), LossConfig.preset("dapo"),
+        old_logps=old_logps[:, 1:],
     )  # fmt: skip
     loss.backward()
     assert scope["out"].loss.item() == pytest.approx(loss.item(), rel=1e-5)

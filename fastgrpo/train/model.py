@@ -16,35 +16,11 @@ from transformers import (
 )
 
 import fastgrpo
+from fastgrpo import ModelHead
 
 from .arithmetic import character_tokenizer, tiny_model
 from .completions import Rollout
 from .config import TrainConfig
-
-# Fields of model configs that scale the logits: 1 multiplies, -1 divides. logits_scaling divides in
-# every family except hyperclovax.
-SCALE_FIELDS = {
-    "logit_scale": 1,
-    "logits_scaling": -1,
-    "lm_head_multiplier": 1,
-    "output_multiplier": 1,
-    "logits_mup_width_multiplier": -1,
-}
-SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-
-@dataclass(frozen=True)
-class Head:
-    """The last layer: z = softcap(logit_scale * (hidden @ weight.T + bias))."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
-
-    def options(self) -> dict:
-        """Return the keyword arguments of fastgrpo's functions that describe the head."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
 @dataclass(frozen=True)
@@ -53,7 +29,7 @@ class Policy:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    head: Head
+    head: ModelHead
 
     def completion_hidden(self, rollout: Rollout) -> Tensor:
         """Return hidden states (B, T, H); the state at t predicts completion token t.
@@ -93,7 +69,7 @@ class Policy:
     def frozen_copy(self) -> Policy:
         """Return a copy that no longer learns: the reference model."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        return Policy(model, self.tokenizer, describe_head(model))
+        return Policy(model, self.tokenizer, fastgrpo.head_of(model))
 
 
 def load_policy(config: TrainConfig) -> Policy:
@@ -127,48 +103,4 @@ def load_policy(config: TrainConfig) -> Policy:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()
-    policy = Policy(model, tokenizer, describe_head(model))
-    check_head(policy, config.backend)
-    return policy
-
-
-def describe_head(model: PreTrainedModel) -> Head:
-    """Return the model's head, with the scale and softcap from the model's config."""
-    config, layer = model.config.get_text_config(), model.get_output_embeddings()
-    scale, softcap = 1.0, None
-    for name, power in SCALE_FIELDS.items():
-        value = getattr(config, name, None)
-        if isinstance(value, (int, float)):
-            multiplies = power == 1 or (
-                name == "logits_scaling" and "hyperclovax" in config.model_type
-            )
-            scale *= value if multiplies else 1 / value
-    for name in SOFTCAP_FIELDS:
-        softcap = getattr(config, name, None) or softcap
-    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
-
-
-@torch.no_grad()
-def check_head(policy: Policy, backend: str) -> None:
-    """Raise ValueError if the fused head and the model's own forward disagree on random tokens.
-
-    Some models transform the logits in ways that the config fields above do not describe. Training
-    would then use other log-probs than the sampler, and fail silently.
-    """
-    vocab_size, device = policy.head.weight.shape[0], policy.head.weight.device
-    ids = torch.randint(vocab_size, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    rollout = Rollout(ids[:, :1], mask[:, :1], ids[:, 1:], mask[:, 1:])
-    ours = policy.logps(rollout, 2, temperature=1.0, backend=backend)
-    theirs = policy.model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    error = (ours - theirs.gather(-1, ids[:, 1:, None])[..., 0]).abs().max().item()
-    # A 16-bit model rounds its own logits, by up to 0.06 each at |z| = 30.
-    tolerance = 1e-3 if policy.head.weight.dtype == torch.float32 else 0.25
-    if not error <= tolerance:
-        head = policy.head
-        raise ValueError(
-            f"model: expected the hidden states and head of {type(policy.model).__name__} to give "
-            f"log-probs within {tolerance} nats of its own forward, got {error:.2g} "
-            f"with logit_scale={head.logit_scale}, softcap={head.softcap}, "
-            f"{'no ' if head.bias is None else ''}bias"
-        )
+    return Policy(model, tokenizer, fastgrpo.head_of(model))

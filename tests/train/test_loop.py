@@ -124,9 +124,7 @@ def test_micro_batches_do_not_change_the_gradient(
         learner = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
         learner = dataclasses.replace(
             learner,
-            head=dataclasses.replace(
-                policy.head, weight=learner.model.get_output_embeddings().weight
-            ),
+            head=policy.head._replace(weight=learner.model.get_output_embeddings().weight),
         )
         optimizer = MasterAdamW(learner.model.parameters(), 0.0, 10)
         grads = []

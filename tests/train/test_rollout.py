@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+import fastgrpo
 from fastgrpo.train.config import TrainConfig
-from fastgrpo.train.model import check_head, describe_head, load_policy
+from fastgrpo.train.model import load_policy
 from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate, texts
 
 
@@ -102,32 +103,5 @@ def test_a_folders_sampling_defaults_are_not_inherited(model_folder) -> None:
 def test_a_head_that_the_model_does_not_have_is_refused(policy, field: dict[str, float]) -> None:
     """Qwen2 ignores these fields, so the head that they describe is not its own."""
     policy.model.config.update(field)
-    wrong = dataclasses.replace(policy, head=describe_head(policy.model))
-    with pytest.raises(ValueError, match="within .* nats of its own forward"):
-        check_head(wrong, "torch")
-
-
-def test_a_softcapped_head_is_described() -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    from fastgrpo.train.model import Policy
-
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            final_logit_softcapping=0.3,
-            initializer_range=0.5,
-        )
-    ).eval()
-    head = describe_head(model)
-    assert head.softcap == 0.3
-    check_head(Policy(model, None, head), "torch")
-    with pytest.raises(ValueError, match="own forward"):
-        check_head(Policy(model, None, dataclasses.replace(head, softcap=None)), "torch")
+    with pytest.raises(fastgrpo.UnsupportedHeadError, match="within .* nats of its own forward"):
+        fastgrpo.head_of(policy.model)

@@ -1,0 +1,1 @@
+"""From a causal language model to its loss: the verified head, and a module around the model."""

@@ -1,0 +1,382 @@
+"""A module around a causal language model: token ids to log-probs, or to the loss."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from fastgrpo.checks import looks_at_values
+from fastgrpo.logps import TokenLogps, linear_logps
+from fastgrpo.loss import GRPOLoss, grpo_loss
+from fastgrpo.model import layout
+from fastgrpo.model.head import (
+    ModelHead,
+    UnsupportedHeadError,
+    backbone_of,
+    describe,
+    layer_of,
+    unwrapped,
+)
+from fastgrpo.model.layout import Layout
+from fastgrpo.objective.config import LossConfig
+
+PER_TOKEN = ("old_logps", "ref_logps", "sampler_logps")
+HALF = (torch.bfloat16, torch.float16)
+# A model in 16 bits rounds its own logits, by up to 0.06 each at |z| = 30.
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3}
+HALF_TOLERANCE = 0.25
+Result = TypeVar("Result")
+
+
+class FusedLM(nn.Module):
+    """Log-probs and losses of a causal language model, without its logits.
+
+    Wrap this module, not the model in it: DistributedDataParallel(FusedLM(model)),
+    fully_shard(FusedLM(model)), torch.compile(FusedLM(model)). What the model has, such as
+    `generate`, `config` and `save_pretrained`, this module has too.
+
+    Args:
+        model: a causal language model of transformers, with adapters of PEFT or without.
+        check: compare log-probs with the model's own forward on a few tokens, one row of them
+            padded on the left. A model on the meta device is compared at its first call.
+
+    Raises:
+        UnsupportedHeadError: for a model whose log-probs come out different, and for heads that
+            cannot be expressed: adapters on the head itself, prompt learning.
+        ValueError: for a model that is wrapped already.
+    """
+
+    def __init__(self, model: nn.Module, *, check: bool = True) -> None:
+        super().__init__()
+        _refuse_wrapped(model)
+        backbone_of(unwrapped(model))
+        layer_of(unwrapped(model))
+        self.model = model
+        self._to_be_checked = check
+        if check and not any(p.is_meta for p in model.parameters()):
+            self._check()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        loss_mask: Tensor,
+        advantages: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        source: Tensor | None = None,
+        old_logps: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        sampler_logps: Tensor | None = None,
+        config: str | LossConfig = "grpo",
+        entropy: str = "none",
+        aux_scale: float = 1.0,
+        **options: Any,
+    ) -> GRPOLoss | TokenLogps:
+        """Return the loss, or without advantages the log-probs.
+
+        Every tensor per token has the shape of input_ids, and entry t speaks of token t.
+
+        Args:
+            input_ids: (B, L) int64.
+            attention_mask: (B, L), 0 at padding, on either side; None: no padding. For packed rows
+                None, with position_ids that begin at 0 for each sequence.
+            loss_mask: (B, L) bool: the tokens that are trained on. Holes are allowed; never the
+                first token of a row, and never padding.
+            advantages: (S,) one for each sequence, or (B, L).
+            position_ids: (B, L) int64; default: counted along attention_mask.
+            sequence_ids: (B, L) int64 in [0, S): the completion that a token belongs to; default:
+                its row.
+            source: (B, L) int64: the position whose state predicts the token; default: the one
+                before.
+            old_logps, ref_logps, sampler_logps: (B, L) fp32, nats.
+            aux_scale: of the router's auxiliary loss of a mixture of experts. Where the model's
+                config sets output_router_logits, the loss has aux_scale times the config's
+                router_aux_loss_coef times it, and metrics "aux_loss".
+            config, entropy, options: as in `grpo_loss` and `linear_logps`. A `temperature` may be
+                (B, L).
+
+        Returns:
+            `GRPOLoss` or `TokenLogps`, per token (B, L): 0 where loss_mask is False.
+
+        Raises:
+            ValueError: for any argument of a wrong shape, dtype, device or value.
+        """
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "FusedLM: expected one process per device, got nn.DataParallel; use"
+                " DistributedDataParallel(FusedLM(model))"
+            )
+        if self._to_be_checked:
+            self._check()
+        per_token = dict(old_logps=old_logps, ref_logps=ref_logps, sampler_logps=sampler_logps)
+        self._refuse_rounding(advantages=advantages, **per_token)
+        layout.check(
+            input_ids, attention_mask, loss_mask,
+            position_ids=position_ids, sequence_ids=sequence_ids, source=source,
+        )  # fmt: skip
+        _refuse_unseparated(attention_mask, position_ids, sequence_ids, source)
+        per_row = advantages is not None and advantages.shape != input_ids.shape
+        sequences = len(advantages) if per_row else None
+        _check_sequences(sequences, sequence_ids, len(input_ids))
+        where = Layout.of(loss_mask, source, sequence_ids, sequences)
+        hidden, aux_loss = self._hidden(input_ids, attention_mask, position_ids)
+        states = where.states(hidden)
+        ids = where.tokens(input_ids)
+        if isinstance(temperature := options.get("temperature"), Tensor) and temperature.dim():
+            options["temperature"] = where.tokens(temperature)
+        packed = {k: None if x is None else where.tokens(x) for k, x in per_token.items()}
+        if advantages is None:
+            return self._logps(where, states, ids, entropy, packed, options)
+        if entropy != "none":
+            raise ValueError(
+                "entropy: expected config.entropy to ask for it where there are advantages"
+            )
+        gains = advantages if per_row else where.tokens(advantages)
+
+        def loss(hidden: Tensor, head: ModelHead) -> GRPOLoss:
+            return grpo_loss(
+                hidden, head.weight, ids, None, gains,
+                cu_seqlens=where.cu_seqlens, config=config, **packed, **head.options(), **options,
+            )  # fmt: skip
+
+        out = self._with_head(states, loss)
+        spread = None if out.entropy is None else where.spread(out.entropy)
+        out = out._replace(logps=where.spread(out.logps), entropy=spread)
+        if aux_loss is None:
+            return out
+        coefficient = (
+            aux_scale * unwrapped(self.model).config.get_text_config().router_aux_loss_coef
+        )
+        aux = {"aux_loss": aux_loss.detach(), "aux_loss_count": torch.ones_like(aux_loss)}
+        return out._replace(loss=out.loss + coefficient * aux_loss, metrics=out.metrics | aux)
+
+    def _logps(
+        self,
+        where: Layout,
+        states: Tensor,
+        ids: Tensor,
+        entropy: str,
+        packed: dict[str, Tensor | None],
+        options: dict[str, Any],
+    ) -> TokenLogps:
+        old_logps = packed.pop("old_logps")
+        given = [name for name, x in packed.items() if x is not None]
+        if given:
+            raise ValueError(f"{given[0]}: expected with advantages only")
+
+        def logps(hidden: Tensor, head: ModelHead) -> TokenLogps:
+            return linear_logps(
+                hidden, head.weight, ids,
+                entropy=entropy, old_logps=old_logps, **head.options(), **options,
+            )  # fmt: skip
+
+        out = self._with_head(states, logps)
+        return TokenLogps(*(None if x is None else where.spread(x) for x in out))
+
+    def _hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the last hidden states (B, L, H), and a router's auxiliary loss ()."""
+        model = unwrapped(self.model)
+        backbone = backbone_of(model)
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        given = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        if attention_mask is not None:
+            given["attention_mask"] = attention_mask.long()
+        takes = inspect.signature(backbone.forward).parameters
+        if "position_ids" not in takes and "kwargs" not in takes:
+            del given["position_ids"]
+        if not getattr(model.config.get_text_config(), "output_router_logits", False):
+            return backbone(**given, use_cache=False).last_hidden_state, None
+        out = backbone(**given, use_cache=False, output_router_logits=True)
+        balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        if balance is None:
+            raise UnsupportedHeadError(
+                f"output_router_logits: expected False for {type(model).__name__}, whose auxiliary"
+                " loss is not known"
+            )
+        aux_loss = balance(
+            out.router_logits, model.num_experts, model.num_experts_per_tok, given["attention_mask"]
+        )
+        return out.last_hidden_state, aux_loss
+
+    def _with_head(self, hidden: Tensor, work: Callable[[Tensor, ModelHead], Result]) -> Result:
+        """Return `work` of the head, inside a call of its layer where that has hooks.
+
+        A layer that FSDP shards by itself has its weight only during such a call.
+        """
+        model = unwrapped(self.model)
+        layer = layer_of(model)
+
+        def forward(hidden: Tensor) -> Result:
+            return work(hidden, describe(model, layer))
+
+        if not (layer._forward_pre_hooks or layer._forward_hooks):
+            return forward(hidden)
+        with _forward_of(layer, forward):
+            return layer(hidden)
+
+    def _refuse_rounding(self, **tensors: Tensor | None) -> None:
+        """Raise ValueError for what was rounded on the way, or will be on the way back."""
+        for name, x in tensors.items():
+            if isinstance(x, Tensor) and x.dtype in HALF:
+                raise ValueError(
+                    f"{name}: expected float32, got {x.dtype}; under FSDP2 it is rounded on the way"
+                    " in: give MixedPrecisionPolicy(cast_forward_inputs=False)"
+                )
+        state = getattr(self, "_get_fsdp_state", None)
+        policy = None if state is None else state()._mp_policy
+        if policy is not None and policy.output_dtype in HALF:
+            raise ValueError(
+                f"output_dtype: expected None or float32 in FusedLM's MixedPrecisionPolicy, got"
+                f" {policy.output_dtype}: the loss and its log-probs would be rounded"
+            )
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Raise UnsupportedHeadError unless log-probs are those of the model's own forward."""
+        model = unwrapped(self.model)
+        weight = describe(model, layer_of(model)).weight
+        vocab, device = len(weight), weight.device
+        # Fixed tokens, so that nothing random is drawn. Small ids are often special.
+        ids = (torch.arange(1, 17, device=device).view(2, 8) * 7919 + 11) % vocab
+        mask = torch.ones_like(ids)
+        short, padded = ids[1:, :5], ids.clone()
+        padded[1, 3:], padded[1, :3] = short[0], 0
+        mask[1, :3] = 0
+        self._to_be_checked = False
+        with _evaluation(self.model):
+            expected = [_own_logps(model, row) for row in (ids[:1], short)]
+            scored = mask.bool()
+            scored[:, 0] = False
+            scored[1, 3] = False
+            found = self(padded, mask, scored).logps
+        dtype = weight.dtype
+        tolerance = TOLERANCES.get(dtype, HALF_TOLERANCE)
+        head = describe(model, layer_of(model))
+        for name, actual, wanted in (
+            ("its hidden states and head", found[0, 1:], expected[0]),
+            ("a row padded on the left", found[1, 4:], expected[1]),
+        ):
+            error = (actual.double() - wanted.double()).abs().max().item()
+            if not error <= tolerance:
+                self._to_be_checked = True
+                raise UnsupportedHeadError(
+                    f"model: expected {name} of {type(model).__name__} to give log-probs within"
+                    f" {tolerance} nats of its own forward, got {error:.2g}, with"
+                    f" logit_scale={head.logit_scale}, softcap={head.softcap},"
+                    f" {'no ' if head.bias is None else ''}bias"
+                )
+
+
+def head_of(model: nn.Module) -> ModelHead:
+    """Return the head of a causal language model, for `grpo_loss` and `linear_logps`.
+
+    It is compared with the model's own forward first, as in `FusedLM`. `model` may be wrapped by
+    PEFT, DistributedDataParallel or `torch.compile`. Raises UnsupportedHeadError for a head that
+    cannot be expressed, and ValueError for one that FSDP2 has sharded: use `FusedLM` there.
+    """
+    inner = unwrapped(model)
+    head = describe(inner, layer_of(inner))
+    if type(head.weight).__name__ == "DTensor":
+        raise ValueError(
+            "model: expected a head that is not sharded, got a DTensor; use"
+            " fully_shard(FusedLM(model)), in which the head is gathered for the loss"
+        )
+    FusedLM(inner)
+    return head
+
+
+def _own_logps(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the log-probs (L - 1,) of a row's tokens by the model's own logits."""
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and each back into its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _forward_of(layer: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let a layer compute something else for the time being."""
+    own = layer.__dict__.get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model inside what is to be around FusedLM."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    wrappers = {
+        DistributedDataParallel: "DistributedDataParallel(FusedLM(model))",
+        DataParallel: "DistributedDataParallel(FusedLM(model)), a process per device",
+        FullyShardedDataParallel: "fully_shard(FusedLM(model))",
+        FSDPModule: "fully_shard of FusedLM(model) after it is made",
+    }
+    for module in model.modules():
+        for wrapper, order in wrappers.items():
+            if isinstance(module, wrapper):
+                raise ValueError(f"model: expected a bare model, got {wrapper.__name__}; {order}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model: expected a bare model, got torch.compile; compile FusedLM(model)")
+
+
+def _check_sequences(sequences: int | None, sequence_ids: Tensor | None, rows: int) -> None:
+    """Raise ValueError for advantages (S,) that are not one for each sequence."""
+    if sequences is None:
+        return
+    if sequence_ids is None and sequences != rows:
+        raise ValueError(f"advantages: expected shape ({rows},) or (B, L), got ({sequences},)")
+    if sequence_ids is not None and looks_at_values(sequence_ids):
+        last = int(sequence_ids.max())
+        if last >= sequences or int(sequence_ids.min()) < 0:
+            raise ValueError(f"sequence_ids: expected numbers in [0, {sequences}), got {last}")
+
+
+def _refuse_unseparated(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    sequence_ids: Tensor | None,
+    source: Tensor | None,
+) -> None:
+    """Raise ValueError for packed rows whose sequences would attend to each other."""
+    if sequence_ids is None or source is not None or position_ids is not None:
+        return
+    several = looks_at_values(sequence_ids) and bool((sequence_ids != sequence_ids[:, :1]).any())
+    if attention_mask is None and several:
+        raise ValueError(
+            "position_ids: expected for rows that hold several sequences, beginning at 0 for each:"
+            " without them the sequences attend to each other"
+        )

@@ -1,0 +1,112 @@
+"""The head of a causal language model of transformers, as the fused functions take it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+# Fields of model configs that scale the logits: 1 multiplies, -1 divides. logits_scaling divides in
+# every family but one.
+SCALE_FIELDS = {
+    "logit_scale": 1,
+    "logits_scaling": -1,
+    "lm_head_multiplier": 1,
+    "output_multiplier": 1,
+    "logits_mup_width_multiplier": -1,
+}
+MULTIPLIES = {("hyperclovax", "logits_scaling")}
+# Fields that some configs have and their models ignore.
+IGNORED = {("mpt", "logit_scale")}
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+class UnsupportedHeadError(ValueError):
+    """A model whose log-probs the fused functions cannot reproduce."""
+
+
+class ModelHead(NamedTuple):
+    """The last layer: z = softcap(logit_scale * (hidden @ weight.T + bias))."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `grpo_loss` and `linear_logps` beside the weight."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the transformers model within data parallelism, `torch.compile` and PEFT."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            if any(c.is_prompt_learning for c in model.peft_config.values()):
+                raise UnsupportedHeadError(
+                    f"model: expected no prompt learning, got {type(model).__name__}: its virtual"
+                    " tokens are not in input_ids"
+                )
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Return what turns token ids into hidden states, of an unwrapped model."""
+    backbone = getattr(model, "base_model", None)
+    if backbone is model:  # a family whose base_model_prefix names another level
+        backbone = getattr(model, "model", None)
+    if not isinstance(backbone, nn.Module):
+        raise UnsupportedHeadError(
+            f"model: expected a causal language model of transformers with a base_model, got"
+            f" {type(model).__name__}"
+        )
+    return backbone
+
+
+def layer_of(model: nn.Module) -> nn.Module:
+    """Return the layer that makes the logits now; PEFT may have put another in its place."""
+    get = getattr(model, "get_output_embeddings", None)
+    if get is None or (layer := get()) is None:
+        raise UnsupportedHeadError(
+            f"model: expected a model with get_output_embeddings, got {type(model).__name__}"
+        )
+    embedding = model.get_input_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and hasattr(embedding, "base_layer"):
+        raise UnsupportedHeadError(
+            "embed_tokens: expected no adapter where the head is tied to the embedding, got"
+            f" {type(embedding).__name__}: it would change one and not the other"
+        )
+    if hasattr(layer, "modules_to_save"):  # PEFT's copy that is trained in the original's place
+        if layer.disable_adapters or not layer.active_adapters:
+            return layer.original_module
+        (active,) = layer.active_adapters
+        return layer.modules_to_save[active]
+    if hasattr(layer, "base_layer"):
+        raise UnsupportedHeadError(
+            f"lm_head: expected a plain layer, got an adapter, {type(layer).__name__}; train a copy"
+            " of the head with modules_to_save=['lm_head'], or leave the head out of the adapter's"
+            " target_modules"
+        )
+    return layer
+
+
+def describe(model: nn.Module, layer: nn.Module) -> ModelHead:
+    """Return a layer's weight and bias, with the scale and the softcap of the model's config."""
+    config = model.config.get_text_config()
+    kind, scale, softcap = config.model_type, 1.0, None
+    for name, power in SCALE_FIELDS.items():
+        value = getattr(config, name, None)
+        if value is None or isinstance(value, bool) or (kind, name) in IGNORED:
+            continue
+        multiplies = power == 1 or any(k in kind and name == n for k, n in MULTIPLIES)
+        scale *= value if multiplies else 1 / value
+    for name in SOFTCAP_FIELDS:
+        softcap = getattr(config, name, None) or softcap
+    return ModelHead(layer.weight, getattr(layer, "bias", None), float(scale), softcap)

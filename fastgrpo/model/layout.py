@@ -1,0 +1,88 @@
+"""From tokens in the layout of input_ids to the rows that predict them, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo import checks
+
+
+class Layout(NamedTuple):
+    """The trained tokens of a batch, sequence by sequence.
+
+    Row i of everything packed belongs to token `token[i]` of the flattened batch (B * L,), and is
+    predicted by the hidden state at `state[i]`.
+    """
+
+    shape: torch.Size  # (B, L)
+    token: Tensor  # (N,) int64
+    state: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (S + 1,) int64
+
+    @classmethod
+    def of(
+        cls,
+        loss_mask: Tensor,  # (B, L) bool
+        source: Tensor | None,  # (B, L) int64; None: the position before
+        sequence_ids: Tensor | None,  # (B, L) int64; None: the row
+        sequences: int | None,  # None: as many as there are
+    ) -> Layout:
+        rows, length = loss_mask.shape
+        token = loss_mask.flatten().nonzero()[:, 0]
+        row, position = token // length, token % length
+        ids = row if sequence_ids is None else sequence_ids.flatten()[token]
+        if sequence_ids is not None:
+            ids, order = ids.sort(stable=True)
+            token, row, position = token[order], row[order], position[order]
+        if sequences is None:
+            sequences = rows if sequence_ids is None else int(sequence_ids.max()) + 1
+        state = position - 1 if source is None else source.flatten()[token]
+        cu_seqlens = torch.searchsorted(ids, torch.arange(sequences + 1, device=ids.device))
+        return cls(loss_mask.shape, token, row * length + state, cu_seqlens)
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states (N, H) that predict the tokens, of (B, L, H)."""
+        return hidden.flatten(0, 1)[self.state]
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Return what belongs to the tokens (N,), of (B, L)."""
+        return x.flatten()[self.token]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return (B, L) from (N,): 0 at the other tokens."""
+        return x.new_zeros(self.shape).view(-1).index_copy(0, self.token, x).view(self.shape)
+
+
+def check(
+    input_ids: Tensor, attention_mask: Tensor | None, loss_mask: Tensor, **integers: Tensor | None
+) -> None:
+    """Raise ValueError for masks and positions that do not fit the token ids (B, L)."""
+    checks.tensor("input_ids", input_ids, dtypes=(torch.int64,))
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: expected shape (B, L), got {tuple(input_ids.shape)}")
+    shape = tuple(input_ids.shape)
+    checks.tensor("loss_mask", loss_mask, shape, like=input_ids, dtypes=(torch.bool,))
+    if attention_mask is not None:
+        kinds = (torch.bool, torch.int64, torch.int32)
+        checks.tensor("attention_mask", attention_mask, shape, like=input_ids, dtypes=kinds)
+    for name, x in integers.items():
+        if x is not None:
+            checks.tensor(name, x, shape, like=input_ids, dtypes=(torch.int64,))
+    if not checks.looks_at_values(input_ids):
+        return
+    if bool(loss_mask[:, 0].any()) and integers.get("source") is None:
+        raise ValueError("loss_mask: expected False at position 0, which no state predicts")
+    if attention_mask is not None and bool((loss_mask & (attention_mask == 0)).any()):
+        raise ValueError("loss_mask: expected False where attention_mask is 0")
+    if attention_mask is not None and integers.get("source") is None:
+        before = torch.nn.functional.pad(attention_mask[:, :-1], (1, 0))
+        if bool((loss_mask & (before == 0)).any()):
+            raise ValueError(
+                "loss_mask: expected False at the first token of a row, which padding would predict"
+            )
+    source = integers.get("source")
+    if source is not None and bool((loss_mask & ((source < 0) | (source >= shape[1]))).any()):
+        raise ValueError(f"source: expected positions in [0, {shape[1]}) where loss_mask is True")

@@ -1,0 +1,330 @@
+"""`FusedLM` against the model's own logits: values and the gradients of all parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastgrpo
+from fastgrpo import FusedLM, LossConfig, reference
+from model_families import FAMILIES, VOCAB, tiny
+
+LENGTHS = (9, 6, 8)  # tokens of each sequence, the prompt's three among them
+PROMPT = 3
+
+
+def sequences() -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCAB, (n,), generator=g) for n in LENGTHS]
+
+
+def batch(side: str):
+    """input_ids, attention_mask and loss_mask, padded on a side; one token of a turn is a hole."""
+    longest = max(LENGTHS)
+    ids, mask, loss = (torch.zeros(3, longest, dtype=torch.int64) for _ in range(3))
+    for row, tokens in enumerate(sequences()):
+        n = len(tokens)
+        span = slice(longest - n, longest) if side == "left" else slice(0, n)
+        ids[row, span], mask[row, span], loss[row, span] = tokens, 1, 1
+        loss[row, span.start : span.start + PROMPT] = 0
+    loss[0, longest - 3] = 0
+    return ids, mask, loss.bool()
+
+
+def own_logps(model: nn.Module, side: str) -> torch.Tensor:
+    """(3, L) log-probs by the model's own logits of each sequence alone, without any padding."""
+    ids, _, _ = batch(side)
+    rows = torch.zeros(ids.shape)
+    for row, tokens in enumerate(sequences()):
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
+        logps = logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+        end = ids.shape[1] if side == "left" else len(tokens)
+        index = torch.arange(end - len(tokens) + 1, end)
+        rows = rows.index_put((torch.tensor(row), index), logps)
+    return rows
+
+
+def grads_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(actual, wanted, bar=2e-5):
+    assert actual.keys() == wanted.keys() and actual
+    for name, exact in wanted.items():
+        scale = exact.norm().clamp(min=1e-6)
+        assert (actual[name] - exact).norm() / scale <= bar, name
+
+
+@pytest.fixture
+def off_policy():
+    """Advantages (3,), and log-probs near the model's (3, 9)."""
+    g = torch.Generator().manual_seed(2)
+    return torch.tensor([1.0, -0.5, 0.7]), 0.1 * torch.randn(3, max(LENGTHS), generator=g)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, side, off_policy):
+    model, (advantages, noise) = tiny(family), off_policy
+    ids, mask, loss_mask = batch(side)
+    logps = own_logps(model, side)
+    old = (logps.detach() + noise).masked_fill(~loss_mask, 0.0)
+    config = LossConfig.preset("dapo")
+    exact = reference.policy_loss(logps, None, loss_mask, advantages, config, old_logps=old)
+    exact.backward()
+    wanted = grads_of(model)
+    lm = FusedLM(model)
+    out = lm(ids, mask, loss_mask, advantages, old_logps=old, config=config)
+    out.loss.backward()
+    assert (out.logps - logps.detach()).masked_fill(~loss_mask, 0).abs().max() <= 2e-5
+    assert (out.logps[~loss_mask] == 0).all()
+    torch.testing.assert_close(out.loss, exact.float(), rtol=1e-5, atol=1e-6)
+    actual = grads_of(model)
+    assert_same_gradients(actual, {n: g for n, g in wanted.items() if n in actual})
+    missing = wanted.keys() - actual.keys()
+    assert all(wanted[name].abs().max() == 0 for name in missing), missing
+
+
+# ---- layouts -----------------------------------------------------------------------------------
+
+
+def loss_and_grads(model, *arguments, **options):
+    out = FusedLM(model)(*arguments, **options)
+    out.loss.backward()
+    return out, grads_of(model)
+
+
+@pytest.mark.parametrize("config", ["dapo", "gspo", "grpo"])
+def test_packed_rows_are_padded_rows(config, off_policy):
+    """All sequences in one row, with positions that begin anew, one after the other."""
+    model, (advantages, noise) = tiny("qwen2"), off_policy
+    ids, mask, loss_mask = batch("right")
+    options = dict(config=config)
+    padded, wanted = loss_and_grads(
+        model, ids, mask, loss_mask, advantages, old_logps=noise - 3, **options
+    )
+    kept = mask.bool()
+    packed = [x[kept][None] for x in (ids, loss_mask, noise - 3)]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    owner = torch.cat([torch.full((n,), i) for i, n in enumerate(LENGTHS)])[None]
+    out, actual = loss_and_grads(
+        model, packed[0], None, packed[1], advantages,
+        position_ids=positions, sequence_ids=owner, old_logps=packed[2], **options,
+    )  # fmt: skip
+    torch.testing.assert_close(out.loss, padded.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.logps[0], padded.logps[kept], rtol=1e-5, atol=2e-5)
+    assert_same_gradients(actual, wanted)
+
+
+def test_packed_rows_need_positions():
+    ids, _, loss_mask = batch("right")
+    owner = torch.arange(9).expand(3, 9) // 5
+    with pytest.raises(ValueError, match="position_ids: expected for rows that hold several"):
+        FusedLM(tiny("qwen2"))(ids, None, loss_mask, torch.ones(2), sequence_ids=owner)
+
+
+def test_a_shared_prompt_by_source(off_policy):
+    """Two completions after one prompt in one row, under a mask of blocks: as two rows."""
+    model = tiny("qwen2")
+    prompt, first, second = (torch.tensor(x) for x in ([5, 6, 7], [8, 9, 10, 11], [12, 13]))
+    rows = torch.zeros(2, 7, dtype=torch.int64)
+    rows[0], rows[1, :5] = torch.cat([prompt, first]), torch.cat([prompt, second])
+    mask = (rows != 0).long()
+    loss_mask = mask.bool()
+    loss_mask[:, :3] = False
+    advantages = torch.tensor([1.0, -0.5])
+    apart, wanted = loss_and_grads(model, rows, mask, loss_mask, advantages)
+
+    shared = torch.cat([prompt, first, second])[None]
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 3, 4]])
+    source = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 2, 7]])
+    owner = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1]])
+    visible = torch.ones(9, 9).tril().bool()
+    visible[7:, 3:7] = False
+    lm = FusedLM(model)
+    hidden = lm.base_model(
+        input_ids=shared, position_ids=positions, use_cache=False,
+        attention_mask=torch.zeros(1, 1, 9, 9).masked_fill(~visible, -torch.inf),
+    ).last_hidden_state  # fmt: skip
+    lm._hidden = lambda *_: (hidden, None)
+    out = lm(
+        shared, None, torch.arange(9)[None] >= 3, advantages,
+        position_ids=positions, source=source, sequence_ids=owner,
+    )  # fmt: skip
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, apart.loss)
+    assert_same_gradients(grads_of(model), wanted)
+
+
+def test_advantages_and_temperature_per_token(off_policy):
+    model, advantages = tiny("llama"), off_policy[0]
+    ids, mask, loss_mask = batch("left")
+    per_token = advantages[:, None].expand(3, 9).contiguous()
+    warm = torch.full((3, 9), 0.7)
+    one, wanted = loss_and_grads(model, ids, mask, loss_mask, advantages, temperature=0.7)
+    other, actual = loss_and_grads(model, ids, mask, loss_mask, per_token, temperature=warm)
+    torch.testing.assert_close(one.loss, other.loss)
+    torch.testing.assert_close(one.logps, other.logps)
+    assert_same_gradients(actual, wanted)
+
+
+def test_without_advantages_log_probs_and_entropy():
+    model = tiny("gemma2")
+    ids, mask, loss_mask = batch("left")
+    out = FusedLM(model)(ids, mask, loss_mask, entropy="detached")
+    wanted = own_logps(model, "left").masked_fill(~loss_mask, 0)
+    torch.testing.assert_close(out.logps, wanted, rtol=1e-5, atol=2e-5)
+    assert (out.entropy[loss_mask] > 0).all() and (out.entropy[~loss_mask] == 0).all()
+    assert out.logps.requires_grad
+
+
+def test_nothing_to_train_on_is_a_zero_with_a_gradient():
+    model = tiny("qwen2")
+    ids, mask, loss_mask = batch("left")
+    out, grads = loss_and_grads(model, ids, mask, loss_mask & False, torch.ones(3), normalizer=7)
+    assert out.loss == 0 and all((g == 0).all() for g in grads.values()) and grads
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss", "granite-moe-hybrid"])
+@pytest.mark.parametrize("aux_scale", [1.0, 0.5])
+def test_the_routers_loss(family, aux_scale):
+    fields = {} if family != "granite-moe-hybrid" else {"layer_types": ["attention", "attention"]}
+    model = tiny(family, output_router_logits=True, router_aux_loss_coef=0.3, **fields)
+    ids, mask, loss_mask = batch("left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    own = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+    ).aux_loss  # fmt: skip
+    own.mul(0.3 * aux_scale).backward()
+    wanted = grads_of(model)
+    out = FusedLM(model)(ids, mask, loss_mask, torch.zeros(3), aux_scale=aux_scale)
+    out.loss.backward()
+    torch.testing.assert_close(out.metrics["aux_loss"], own.detach())
+    torch.testing.assert_close(out.loss.detach(), 0.3 * aux_scale * own.detach())
+    actual = {name: g for name, g in grads_of(model).items() if name in wanted}
+    assert_same_gradients(actual, wanted)
+
+
+# ---- what it leaves alone ----------------------------------------------------------------------
+
+
+def test_the_check_touches_neither_random_state_nor_modes():
+    model = tiny("gpt2")  # its default has dropout
+    model.train()
+    model.transformer.h[0].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    lm = FusedLM(model)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and lm.model is model
+
+
+def test_what_the_model_has_stays_reachable(tmp_path):
+    model = tiny("qwen2")
+    lm = FusedLM(model)
+    assert lm.config is model.config and lm._no_split_modules == model._no_split_modules
+    assert lm.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2).shape == (1, 5)
+    lm.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").exists()
+    with pytest.raises(AttributeError, match="nonsense"):
+        lm.nonsense  # noqa: B018
+
+
+# ---- what it refuses ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, field, value", [
+    ("cohere", "logit_scale", 1.0), ("granite", "logits_scaling", 1.0),
+    ("gemma2", "final_logit_softcapping", None), ("falcon-h1", "lm_head_multiplier", 1.0),
+])  # fmt: skip
+def test_a_head_that_the_config_does_not_describe_is_refused(family, field, value):
+    """As if next month's model scaled its logits by a field of another name."""
+    model = tiny(family)
+    own = model.forward
+
+    def forward(*args, **kwargs):
+        current = getattr(model.config, field)
+        setattr(model.config, field, right)
+        try:
+            return own(*args, **kwargs)
+        finally:
+            setattr(model.config, field, current)
+
+    right = getattr(model.config, field)
+    setattr(model.config, field, value)
+    if family == "falcon-h1":
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1.5)
+        model.forward = lambda *a, **k: _scaled(own(*a, **k))
+    else:
+        model.forward = forward if family != "cohere" else lambda *a, **k: _scaled(own(*a, **k))
+    with pytest.raises(fastgrpo.UnsupportedHeadError, match="its hidden states and head"):
+        FusedLM(model)
+    assert FusedLM(model, check=False) is not None
+
+
+def _scaled(out):
+    out.logits = out.logits * 0.5
+    return out
+
+
+def test_a_model_that_ignores_the_mask_is_refused():
+    model = tiny("qwen2")
+    backbone, own = model.base_model, model.base_model.forward
+    backbone.forward = lambda *a, attention_mask=None, **k: own(*a, **k)
+    with pytest.raises(fastgrpo.UnsupportedHeadError, match="a row padded on the left"):
+        FusedLM(model)
+
+
+def test_wrapped_models_are_refused_with_the_right_order():
+    model = tiny("qwen2")
+    with pytest.raises(ValueError, match=r"DataParallel.*FusedLM\(model\)"):
+        FusedLM(nn.DataParallel(model))
+    with pytest.raises(ValueError, match=r"compile FusedLM\(model\)"):
+        FusedLM(torch.compile(model))
+    replica = FusedLM(model)
+    replica._is_replica = True
+    ids, mask, loss_mask = batch("left")
+    with pytest.raises(ValueError, match="got nn.DataParallel"):
+        replica(ids, mask, loss_mask)
+
+
+BAD = {
+    "loss_mask: expected False at position 0": dict(loss_mask=torch.ones(3, 9, dtype=torch.bool)),
+    "loss_mask: expected False where attention_mask is 0": dict(
+        attention_mask=torch.zeros(3, 9).long()
+    ),
+    "loss_mask: expected shape": dict(loss_mask=torch.ones(3, 8, dtype=torch.bool)),
+    "input_ids: expected dtype": dict(input_ids=torch.ones(3, 9)),
+    "source: expected positions": dict(source=torch.full((3, 9), 9)),
+    "old_logps: expected float32, got torch.bfloat16; under FSDP2": dict(
+        old_logps=torch.zeros(3, 9).bfloat16()
+    ),
+    "sequence_ids: expected numbers in": dict(sequence_ids=torch.full((3, 9), 3)),
+    "advantages: expected float32": dict(advantages=torch.zeros(3).half()),
+    "ref_logps: expected with advantages": dict(advantages=None, ref_logps=torch.zeros(3, 9)),
+    "advantages: expected shape": dict(advantages=torch.zeros(4)),
+    "entropy: expected config.entropy": dict(entropy="detached"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    ids, mask, loss_mask = batch("left")
+    given = dict(input_ids=ids, attention_mask=mask, loss_mask=loss_mask, advantages=torch.ones(3))
+    with pytest.raises(ValueError, match=message):
+        FusedLM(tiny("qwen2"))(**given | BAD[message])
+
+
+def test_head_of():
+    model = tiny("granite")
+    head = fastgrpo.head_of(model)
+    assert head.weight is model.lm_head.weight and head.logit_scale == 0.25
+    assert head.options() == dict(bias=None, logit_scale=0.25, softcap=None)
+    assert fastgrpo.head_of(torch.compile(model)).weight is model.lm_head.weight
+    assert fastgrpo.head_of(tiny("phi")).bias is not None
+    with pytest.raises(fastgrpo.UnsupportedHeadError, match="got Linear"):
+        fastgrpo.head_of(nn.Linear(2, 2))

@@ -1,0 +1,39 @@
+"""Two processes train a model as one does: DDP and FSDP2, gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RANK = Path(__file__).with_name("rank.py")
+CASES = [
+    "ddp", "ddp-deferred", "ddp-empty", "fsdp", "fsdp-own-unit", "fsdp-tied", "fsdp-deferred",
+    "fsdp-own-unit-deferred", "fsdp-own-unit-empty",
+]  # fmt: skip
+
+
+def train(case: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
+    command = [sys.executable, str(RANK), case, str(folder)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command[1:1] = launcher
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / f"{case}-{processes}.pt")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case, tmp_path):
+    alone, together = (train(case, tmp_path, processes) for processes in (1, 2))
+    assert alone.keys() == {name.removeprefix("module.") for name in together}
+    for name, exact in alone.items():
+        actual = together.get(name, together.get(f"module.{name}"))
+        torch.testing.assert_close(actual, exact, rtol=1e-5, atol=2e-6, msg=name)
