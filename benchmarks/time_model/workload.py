@@ -31,9 +31,10 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+import fastgrpo
 from benchmarks import environment
 from benchmarks.time_model.profiles import LARGER_VOCABS, RANKS, TAUS, RowStats, row_statistics
-from fastgrpo.train.model import Policy, describe_head
+from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import Rollout, generate
 
 END, PAD = "<|endoftext|>", "<pad>"
@@ -212,7 +213,11 @@ def prepare(recipe: Recipe, maths: Path | None, cache: Path | None) -> tuple[Pol
             facts_path.write_text(json.dumps(saved))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return Policy(model.eval(), tokenizer, describe_head(model)), saved["prompts"], saved["facts"]
+    return (
+        Policy(model.eval(), tokenizer, fastgrpo.head_of(model)),
+        saved["prompts"],
+        saved["facts"],
+    )
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
