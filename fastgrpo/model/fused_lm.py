@@ -24,7 +24,7 @@ from fastgrpo.model.head import (
     layer_of,
     unwrapped,
 )
-from fastgrpo.model.layout import Layout
+from fastgrpo.model.layout import Layout, Packed, Rows
 from fastgrpo.objective.config import LossConfig
 
 PER_TOKEN = ("old_logps", "ref_logps", "sampler_logps")
@@ -133,7 +133,10 @@ class FusedLM(nn.Module):
         per_row = advantages is not None and advantages.shape != input_ids.shape
         sequences = len(advantages) if per_row else None
         _check_sequences(sequences, sequence_ids, len(input_ids))
-        where = Layout.of(loss_mask, source, sequence_ids, sequences)
+        if source is None and sequence_ids is None:
+            where: Layout = Rows.of(loss_mask)
+        else:
+            where = Packed.of(loss_mask, source, sequence_ids, sequences)
         hidden, aux_loss = self._hidden(input_ids, attention_mask, position_ids)
         states = where.states(hidden)
         ids = where.tokens(input_ids)
@@ -150,7 +153,7 @@ class FusedLM(nn.Module):
 
         def loss(hidden: Tensor, head: ModelHead) -> GRPOLoss:
             return grpo_loss(
-                hidden, head.weight, ids, None, gains,
+                hidden, head.weight, ids, where.mask, gains,
                 cu_seqlens=where.cu_seqlens, config=config, **packed, **head.options(), **options,
             )  # fmt: skip
 
@@ -181,7 +184,7 @@ class FusedLM(nn.Module):
 
         def logps(hidden: Tensor, head: ModelHead) -> TokenLogps:
             return linear_logps(
-                hidden, head.weight, ids,
+                hidden, head.weight, ids.masked_fill(~where.mask, -100),
                 entropy=entropy, old_logps=old_logps, **head.options(), **options,
             )  # fmt: skip
 
@@ -359,10 +362,14 @@ def _check_sequences(sequences: int | None, sequence_ids: Tensor | None, rows: i
         return
     if sequence_ids is None and sequences != rows:
         raise ValueError(f"advantages: expected shape ({rows},) or (B, L), got ({sequences},)")
-    if sequence_ids is not None and looks_at_values(sequence_ids):
+    if sequence_ids is not None and _looks_at(sequence_ids):
         last = int(sequence_ids.max())
         if last >= sequences or int(sequence_ids.min()) < 0:
             raise ValueError(f"sequence_ids: expected numbers in [0, {sequences}), got {last}")
+
+
+def _looks_at(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and looks_at_values(x)
 
 
 def _refuse_unseparated(
@@ -374,7 +381,7 @@ def _refuse_unseparated(
     """Raise ValueError for packed rows whose sequences would attend to each other."""
     if sequence_ids is None or source is not None or position_ids is not None:
         return
-    several = looks_at_values(sequence_ids) and bool((sequence_ids != sequence_ids[:, :1]).any())
+    several = _looks_at(sequence_ids) and bool((sequence_ids != sequence_ids[:, :1]).any())
     if attention_mask is None and several:
         raise ValueError(
             "position_ids: expected for rows that hold several sequences, beginning at 0 for each:"

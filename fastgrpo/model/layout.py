@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastgrpo import checks
 
 
-class Layout(NamedTuple):
-    """The trained tokens of a batch, sequence by sequence.
+class Layout(Protocol):
+    """Where the trained tokens of a batch are, and the states that predict them.
 
-    Row i of everything packed belongs to token `token[i]` of the flattened batch (B * L,), and is
-    predicted by the hidden state at `state[i]`.
+    "Per token" is what `grpo_loss` takes: (B, L) or packed (N,).
+    """
+
+    @property
+    def mask(self) -> Tensor:
+        """The trained tokens, bool per token."""
+        ...
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Where each packed sequence begins (S + 1,); None: a sequence per row."""
+        ...
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states that predict the tokens, of (B, L, H)."""
+        ...
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Return what belongs to the tokens, of (B, L)."""
+        ...
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return (B, L) from what is per token: 0 at the tokens that are not trained on."""
+        ...
+
+
+class Rows(NamedTuple):
+    """A sequence in each row; every token is predicted by the state before it.
+
+    Entry t of what is per token belongs to token t + 1, so that no hidden state is copied.
+    """
+
+    mask: Tensor  # (B, L)
+    cu_seqlens: None = None
+
+    @classmethod
+    def of(cls, loss_mask: Tensor) -> Rows:
+        return cls(pad(loss_mask[:, 1:], (0, 1)))
+
+    def states(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return pad(x[:, 1:], (0, 1))
+
+    def spread(self, x: Tensor) -> Tensor:
+        return pad(x[:, :-1], (1, 0))
+
+
+class Packed(NamedTuple):
+    """The trained tokens alone, sequence by sequence.
+
+    Row i belongs to token `token[i]` of the flattened batch (B * L,), and is predicted by the
+    hidden state at `state[i]`.
     """
 
     shape: torch.Size  # (B, L)
@@ -29,7 +82,7 @@ class Layout(NamedTuple):
         source: Tensor | None,  # (B, L) int64; None: the position before
         sequence_ids: Tensor | None,  # (B, L) int64; None: the row
         sequences: int | None,  # None: as many as there are
-    ) -> Layout:
+    ) -> Packed:
         rows, length = loss_mask.shape
         token = loss_mask.flatten().nonzero()[:, 0]
         row, position = token // length, token % length
@@ -43,16 +96,17 @@ class Layout(NamedTuple):
         cu_seqlens = torch.searchsorted(ids, torch.arange(sequences + 1, device=ids.device))
         return cls(loss_mask.shape, token, row * length + state, cu_seqlens)
 
+    @property
+    def mask(self) -> Tensor:
+        return torch.ones_like(self.token, dtype=torch.bool)
+
     def states(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states (N, H) that predict the tokens, of (B, L, H)."""
         return hidden.flatten(0, 1)[self.state]
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Return what belongs to the tokens (N,), of (B, L)."""
         return x.flatten()[self.token]
 
     def spread(self, x: Tensor) -> Tensor:
-        """Return (B, L) from (N,): 0 at the other tokens."""
         return x.new_zeros(self.shape).view(-1).index_copy(0, self.token, x).view(self.shape)
 
 
@@ -71,14 +125,14 @@ def check(
     for name, x in integers.items():
         if x is not None:
             checks.tensor(name, x, shape, like=input_ids, dtypes=(torch.int64,))
-    if not checks.looks_at_values(input_ids):
+    if torch.compiler.is_compiling() or not checks.looks_at_values(input_ids):
         return
     if bool(loss_mask[:, 0].any()) and integers.get("source") is None:
         raise ValueError("loss_mask: expected False at position 0, which no state predicts")
     if attention_mask is not None and bool((loss_mask & (attention_mask == 0)).any()):
         raise ValueError("loss_mask: expected False where attention_mask is 0")
     if attention_mask is not None and integers.get("source") is None:
-        before = torch.nn.functional.pad(attention_mask[:, :-1], (1, 0))
+        before = pad(attention_mask[:, :-1], (1, 0))
         if bool((loss_mask & (before == 0)).any()):
             raise ValueError(
                 "loss_mask: expected False at the first token of a row, which padding would predict"

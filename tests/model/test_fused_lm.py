@@ -328,3 +328,52 @@ def test_head_of():
     assert fastgrpo.head_of(tiny("phi")).bias is not None
     with pytest.raises(fastgrpo.UnsupportedHeadError, match="got Linear"):
         fastgrpo.head_of(nn.Linear(2, 2))
+
+
+# ---- under torch.compile and checkpointing -----------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2", "granite"])
+def test_it_compiles_whole(family):
+    """One graph, and at most two recompiles over five shapes."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = tiny(family)
+    lm = FusedLM(model)
+    compiled = torch.compile(lm, backend=counter, fullgraph=True)
+    g = torch.Generator().manual_seed(0)
+    for rows, length in ((3, 9), (4, 9), (2, 12), (5, 7), (3, 15)):
+        ids = torch.randint(3, VOCAB, (rows, length), generator=g)
+        mask = (torch.arange(length) >= torch.arange(rows)[:, None] % 3).long()
+        loss_mask = mask.bool() & (torch.arange(length) > 3)
+        arguments = ids, mask, loss_mask, torch.randn(rows, generator=g)
+        compiled(*arguments, config="dapo").loss.backward()
+        actual = grads_of(model)
+        lm(*arguments, config="dapo").loss.backward()
+        assert_same_gradients(actual, grads_of(model))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_model_checkpoints_within(reentrant):
+    model = tiny("qwen2")
+    ids, mask, loss_mask = batch("left")
+    advantages = torch.ones(3)
+    _, wanted = loss_and_grads(model, ids, mask, loss_mask, advantages)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    if reentrant:
+        model.enable_input_require_grads()
+    _, actual = loss_and_grads(model, ids, mask, loss_mask, advantages)
+    assert_same_gradients(actual, wanted)
+
+
+def test_a_checkpoint_around_it_gives_the_same():
+    model = tiny("qwen2")
+    ids, mask, loss_mask = batch("left")
+    _, wanted = loss_and_grads(model, ids, mask, loss_mask, torch.ones(3))
+    lm = FusedLM(model)
+    torch.utils.checkpoint.checkpoint(
+        lambda: lm(ids, mask, loss_mask, torch.ones(3)).loss, use_reentrant=False
+    ).backward()
+    assert_same_gradients(grads_of(model), wanted)
