@@ -14,7 +14,7 @@ from model_families import VOCAB, tiny
 
 PAGE = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
-OURS = ["A loop of your own", "PEFT", "DDP", "FSDP2"]
+OURS = ["A loop of your own", "PEFT", "DDP", "FSDP2", "accelerate"]
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def alone(tmp_path):
 
 @pytest.mark.parametrize("section", OURS)
 def test_the_blocks_of_a_section(section, alone):
-    if section == "PEFT":
-        pytest.importorskip("peft")
+    if section in ("PEFT", "accelerate"):
+        pytest.importorskip(section.lower())
     blocks = re.findall(r"```python\n(.*?)```", SECTIONS[section], re.DOTALL)
     assert blocks
     g = torch.Generator().manual_seed(0)
@@ -53,4 +53,5 @@ def test_the_blocks_of_a_section(section, alone):
 
 
 def test_every_section_is_run_somewhere():
-    assert set(SECTIONS) - set(OURS) <= {"TRL"}, "TRL's are run by tests/integrations"
+    """TRL's by tests/integrations; what is said of compiling and checkpointing by tests/model."""
+    assert set(SECTIONS) - set(OURS) <= {"TRL", "torch.compile and checkpointing"}
