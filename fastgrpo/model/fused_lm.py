@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fastgrpo.checks import looks_at_values
+from fastgrpo import checks
 from fastgrpo.logps import TokenLogps, linear_logps
 from fastgrpo.loss import GRPOLoss, grpo_loss
 from fastgrpo.model import layout
@@ -130,6 +130,8 @@ class FusedLM(nn.Module):
             position_ids=position_ids, sequence_ids=sequence_ids, source=source,
         )  # fmt: skip
         _refuse_unseparated(attention_mask, position_ids, sequence_ids, source)
+        if advantages is not None:
+            checks.tensor("advantages", advantages, like=input_ids, dtypes=checks.FLOATS)
         per_row = advantages is not None and advantages.shape != input_ids.shape
         sequences = len(advantages) if per_row else None
         _check_sequences(sequences, sequence_ids, len(input_ids))
@@ -369,7 +371,7 @@ def _check_sequences(sequences: int | None, sequence_ids: Tensor | None, rows: i
 
 
 def _looks_at(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and looks_at_values(x)
+    return not torch.compiler.is_compiling() and checks.looks_at_values(x)
 
 
 def _refuse_unseparated(

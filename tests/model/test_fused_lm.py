@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastgrpo
 from fastgrpo import FusedLM, LossConfig, reference
@@ -307,6 +308,7 @@ BAD = {
     "advantages: expected float32": dict(advantages=torch.zeros(3).half()),
     "ref_logps: expected with advantages": dict(advantages=None, ref_logps=torch.zeros(3, 9)),
     "advantages: expected shape": dict(advantages=torch.zeros(4)),
+    "advantages: expected a tensor, got list": dict(advantages=[1.0, 2.0, 3.0]),
     "entropy: expected config.entropy": dict(entropy="detached"),
 }  # fmt: skip
 
@@ -333,11 +335,11 @@ def test_head_of():
 # ---- under torch.compile and checkpointing -----------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen2", "granite"])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("granite", marks=pytest.mark.slow)])
 def test_it_compiles_whole(family):
     """One graph, and at most two recompiles over five shapes."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     model = tiny(family)
     lm = FusedLM(model)
     compiled = torch.compile(lm, backend=counter, fullgraph=True)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 RANK = Path(__file__).with_name("rank.py")
-CASES = [
-    "ddp", "ddp-deferred", "ddp-empty", "fsdp", "fsdp-own-unit", "fsdp-tied", "fsdp-deferred",
-    "fsdp-own-unit-deferred", "fsdp-own-unit-empty",
+CASES = ["ddp", "ddp-empty", "fsdp-own-unit", "fsdp-tied"]
+SLOW = [
+    "ddp-deferred", "fsdp", "fsdp-deferred", "fsdp-own-unit-deferred", "fsdp-own-unit-empty",
 ]  # fmt: skip
 
 
@@ -30,7 +30,9 @@ def train(case: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
     return torch.load(folder / f"{case}-{processes}.pt")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+)
 def test_two_processes_are_one(case, tmp_path):
     alone, together = (train(case, tmp_path, processes) for processes in (1, 2))
     assert alone.keys() == {name.removeprefix("module.") for name in together}
