@@ -85,7 +85,14 @@ TRAINERS = {
         GRPOTrainer, folder, output, max_steps=2, num_iterations=2, beta=0.04
     ),
     "RLOO": lambda folder, output: grpo(
-        RLOOTrainer, folder, output, RLOOConfig, max_steps=2, num_iterations=2, beta=0.04
+        RLOOTrainer,
+        folder,
+        output,
+        RLOOConfig,
+        max_steps=2,
+        num_iterations=2,
+        beta=0.04,
+        learning_rate=2e-4,
     ),
     **{
         name: lambda folder, output, name=name: supervised(name, folder, output)

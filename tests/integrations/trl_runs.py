@@ -24,7 +24,8 @@ OFFLINE = {
     "seed": 0,
     "model_init_kwargs": {"dtype": "float32"},
 }
-# At this learning rate ratios are clipped.
+# At this learning rate ratios are clipped. With Adam's own epsilon a gradient that is rounding
+# error alone would move its parameter as far as any other.
 GRPO_SETTINGS = {
     **OFFLINE,
     "per_device_train_batch_size": 4,
@@ -32,6 +33,7 @@ GRPO_SETTINGS = {
     "max_completion_length": 12,
     "max_steps": 6,
     "learning_rate": 2e-2,
+    "adam_epsilon": 1e-2,
     "temperature": 0.9,
 }
 

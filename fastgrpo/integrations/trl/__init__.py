@@ -1,4 +1,10 @@
-"""TRL 1.15 and 1.16: `patch` gives its trainers other log-probs."""
+"""TRL 1.15 and 1.16: `patch` for all of its trainers, `FastGRPOTrainer` for GRPO.
+
+chunked_head    TRL's head and what may stand in its autograd function's place; `patch`
+settings        from a trainer's settings to a `LossConfig`
+fused_loss      the loss inside the model's forward
+trainer         `FastGRPOTrainer`
+"""
 
 from importlib.util import find_spec
 
@@ -11,5 +17,6 @@ if _MISSING:
     )
 
 from fastgrpo.integrations.trl.chunked_head import Patch, patch  # noqa: E402
+from fastgrpo.integrations.trl.trainer import FastGRPOTrainer  # noqa: E402
 
-__all__ = ["Patch", "patch"]
+__all__ = ["FastGRPOTrainer", "Patch", "patch"]

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import warnings
+from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple
 
@@ -109,6 +110,17 @@ class ExactLogps(StandIn):
             "product with the head; log-probs and entropies are fastgrpo's"
         )
         return self.trl_function.apply(*call._replace(outputs=names))[2:]
+
+
+@contextlib.contextmanager
+def standing_in(stand_in: StandIn) -> Iterator[None]:
+    """Within this context TRL's head calls `stand_in`."""
+    found = getattr(utils, NAME)
+    setattr(utils, NAME, stand_in)
+    try:
+        yield
+    finally:
+        setattr(utils, NAME, found)
 
 
 class Patch(contextlib.AbstractContextManager):
