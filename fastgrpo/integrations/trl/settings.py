@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 
 from fastgrpo import LossConfig
 
-TOKENS = {"aggregation": "token_mean"}
+TOKENS: dict[str, object] = {"aggregation": "token_mean"}
 LOSS_TYPES: dict[str, dict[str, object]] = {
     "grpo": {},
     "bnpo": TOKENS,
@@ -86,8 +86,8 @@ def loss_config(trainer: GRPOTrainer, inputs: Inputs) -> LossConfig:
         "entropy_coef": _entropy_coef(trainer, inputs),
     }
     if trainer.beta:
-        corrects = trainer.args.use_bias_correction_kl
-        fields |= {"beta": trainer.beta, "kl_gradient": "importance" if corrects else "value"}
+        gradient = "importance" if trainer.args.use_bias_correction_kl else "value"
+        fields |= {"beta": trainer.beta, "kl_gradient": gradient}
     try:
         return LossConfig(**fields)
     except ValueError as error:
