@@ -32,11 +32,18 @@ class Completions(NamedTuple):
     def packed(self, scored: Tensor) -> Completions:
         """Return the tokens at `scored` (B, T) bool, without the sequences that have none."""
         lengths = scored.sum(1)
-        lengths, kept = lengths[lengths > 0], lengths > 0
-        advantages = self.advantages[kept if self.advantages.dim() == 1 else scored]
-        rest = (None if x is None else x[scored] for x in self[3:6])
-        bounds = pad(lengths.cumsum(0), (1, 0))
-        return Completions(self.token_ids[scored], self.mask[scored], advantages, *rest, bounds)
+        # As indices: for each mask a GPU would wait for the host.
+        sequences, tokens = lengths.nonzero()[:, 0], scored.flatten().nonzero()[:, 0]
+
+        def at_tokens(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.flatten()[tokens]
+
+        ids, mask, advantages, *logps, _ = self
+        advantages = advantages[sequences] if advantages.dim() == 1 else at_tokens(advantages)
+        bounds = pad(lengths[sequences].cumsum(0), (1, 0))
+        return Completions(
+            at_tokens(ids), at_tokens(mask), advantages, *map(at_tokens, logps), bounds
+        )
 
 
 class FusedLoss(StandIn):
