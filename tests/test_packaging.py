@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fastgrpo
+
 ROOT = Path(__file__).parent.parent
 # What each room of fastgrpo/, or file beside the rooms, may import of the others.
 ROOMS = {
@@ -28,6 +30,8 @@ ROOMS = {
     "loss": {"checks", "ops", "logps", "head", "objective"},
     "model": {"checks", "logps", "loss", "objective"},
     "train": {"advantages", "logps", "loss", "model", "objective"},
+    # Adapters: they call what everybody may call.
+    "integrations": set(),
 }
 BESIDE = {"reference", "testing"}  # for tests and benchmarks
 
@@ -141,3 +145,27 @@ def test_a_loss_needs_torch_and_triton_alone():
     message = run(block)
     assert "pip install 'fastgrpo[train]'" in message
     assert all(f"no {name}" in message for name in EXTRA)
+
+
+def test_integrations_import_public_names_only():
+    public = {f"fastgrpo.{name}" for name in fastgrpo.__all__}
+    paths = list((ROOT / "fastgrpo" / "integrations").rglob("*.py"))
+    for path in paths:
+        for used in imports(path):
+            ours = used.startswith("fastgrpo.") and not used.startswith("fastgrpo.integrations")
+            assert not ours or used in public, f"{path} imports {used}"
+    assert len(paths) > 2
+
+
+def test_a_loss_needs_no_trainer():
+    """The adapter needs the trainer, and says which extra has it."""
+    missing = ["trl", "accelerate", "datasets"]
+    block = WITHOUT.format(missing=missing) + (
+        "try:\n"
+        "    import fastgrpo.integrations.trl\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(error)\n"
+    )
+    message = run(block)
+    assert "pip install 'fastgrpo[trl]'" in message
+    assert all(f"no {name}" in message for name in missing)

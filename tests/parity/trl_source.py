@@ -91,7 +91,7 @@ def trl_trainer(setting, tmp_path, *, use_vllm=False, beta=0.0, trainer=GRPOTrai
 
     `use_vllm` would start an engine and `beta` load a reference model: both are set afterwards.
     """
-    config = {GRPOTrainer: GRPOConfig, GMPOTrainer: GMPOConfig}[trainer]
+    config = GMPOConfig if trainer is GMPOTrainer else GRPOConfig
     args = config(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", num_generations=2,
         per_device_train_batch_size=2, max_completion_length=L_MAX, **overrides,
@@ -130,7 +130,7 @@ def sampling_ratio(trainer, inputs, mask) -> Tensor:
     level, action = mode.split("_")
     ratio = (gap.sum(1, keepdim=True) if level == "sequence" else gap).exp()
     low = trainer.vllm_importance_sampling_clip_min or 0.0
-    high = trainer.vllm_importance_sampling_clip_max
+    high = trainer.vllm_importance_sampling_clip_max or float("inf")
     if action == "truncate":
         return ratio.clamp(low, high)
     return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
