@@ -403,3 +403,12 @@ def test_nothing_to_learn_from_gives_zero(name):
         out.loss.backward()
         assert out.loss == 0 and hidden.grad.eq(0).all() and weight.grad.eq(0).all()
         assert all(value.isfinite() for value in out.metrics.values())
+
+
+def test_gmpos_clip_counts_are_of_its_own_bounds():
+    """What `log_ratio_clamp` moves is not clipped: gmpo's bounds are wider."""
+    batch = make_batch(sequences=3, length=6, off_policy=0.2)
+    for clamp, clipped in ((0.05, False), (None, True)):
+        config = LossConfig.preset("gmpo", log_ratio_clamp=clamp, epsilon_low=0.1, epsilon_high=0.1)
+        metrics = fastgrpo.grpo_loss(*batch[:5], old_logps=batch.old_logps, config=config).metrics
+        assert (metrics["clip_region"] > 0) == clipped

@@ -163,3 +163,18 @@ def test_columns_of_minus_infinity_do_not_exist(route, frozen, level, temperatur
         results.append([out.loss.detach(), out.logps, *grads])
     for actual, wanted in zip(*results, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_of_many_large_ratios_is_finite():
+    """A ratio of e^80 is finite, and so is the mean of 20,000. Their sum in fp32 is not."""
+    n = 20_000
+    hidden, weight = torch.zeros(1, n, 2), torch.zeros(3, 2)
+    ids, mask = torch.zeros(1, n, dtype=torch.int64), torch.ones(1, n, dtype=torch.bool)
+    config = LossConfig(ratio_level="sequence_sum", aggregation="sequence_sum")
+    out = fastgrpo.grpo_loss(
+        hidden, weight, ids, mask, torch.zeros(1), old_logps=torch.full((1, n), -5.0),
+        config=config,
+    )  # fmt: skip
+    assert out.metrics["ratio_mean"].dtype == torch.float32
+    assert out.metrics["ratio_mean"].item() == pytest.approx(math.exp(80), rel=1e-5)
+    assert out.metrics["ratio_max"].isfinite()

@@ -44,11 +44,13 @@ class Known:
         if x is None:
             return logps.new_zeros(()), logps.new_zeros(())
         count = logps.new_full((), len(logps)) if count is None else count.to(logps.dtype)
-        return x.sum(dtype=logps.dtype) / count.clamp(min=1), count
+        total = x if x.dim() == 0 else x.sum(dtype=logps.dtype)
+        return (total / count.clamp(min=1)).to(logps.dtype), count
 
     def value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return a number that is no mean, and the number of rows."""
-        return x, x.new_full((), len(self.scored.logps))
+        logps = self.scored.logps
+        return x.to(logps.dtype), logps.new_full((), len(logps))
 
     def divergence(
         self, other: Tensor | None, where: Tensor | None = None

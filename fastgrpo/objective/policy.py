@@ -97,7 +97,8 @@ def policy_terms(objective: Objective, scored: Logps) -> Terms:
     config, rows, segments = objective.config, objective.rows, objective.segments
     logps, entropy = scored.logps, scored.entropy
     unbounded = _token_log_ratio(config, logps, rows)
-    token_ratio = _bounded(config, unbounded, rows.advantages)
+    clamped = _clamped(config, unbounded)
+    token_ratio = _bounded(config, clamped, rows.advantages)
     log_ratio = _at_level(config.ratio_level, token_ratio, segments)
     sampler = rows.sampler
     if sampler is None and config.needs_sampler:
@@ -130,8 +131,8 @@ def policy_terms(objective: Objective, scored: Logps) -> Terms:
         # Its bounds act on the tokens' log-ratios, before the kernel sees them.
         alive = rows.advantages != 0
         for name, moved in (
-            ("clip_low", unbounded < token_ratio),
-            ("clip_high", unbounded > token_ratio),
+            ("clip_low", clamped < token_ratio),
+            ("clip_high", clamped > token_ratio),
         ):
             stats[STATS.index(name)] = (moved & alive).sum()
     dentropy = None
@@ -184,10 +185,15 @@ def _token_log_ratio(config: LossConfig, logps: Tensor, rows: PolicyRows) -> Ten
     return logps - anchor
 
 
+def _clamped(config: LossConfig, log_ratio: Tensor) -> Tensor:
+    """Return the log-ratio within `log_ratio_clamp`: the very tensor without one."""
+    if config.log_ratio_clamp is None:
+        return log_ratio
+    return log_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
+
+
 def _bounded(config: LossConfig, log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """Return the log-ratio within the config's bounds: the very tensor where it sets none."""
-    if config.log_ratio_clamp is not None:
-        log_ratio = log_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
+    """Return the log-ratio within the surrogate's bounds: the very tensor where it sets none."""
     if config.surrogate == "gmpo":
         # PPO's pessimistic bound, taken token by token before the geometric mean.
         below, above = -config.epsilon_low, config.epsilon_high

@@ -41,7 +41,7 @@ def token_loss(tokens: Tokens, loss: TokenObjective, separate: bool = False) -> 
     ratio = torch_twin(bounded_exp)(log_ratio)
     sums = (torch_twin(k3)(x)[0], ratio, clipped < 0, clipped > 0)
     extrema = (ratio.amin(), ratio.amax()) if len(ratio) else (zero.sum(), zero.sum())
-    stats = torch.stack([*(s.sum(dtype=logps.dtype) for s in sums), *extrema])
+    stats = torch.stack([*(s.sum(dtype=torch.float64) for s in sums), *map(Tensor.double, extrema)])
     return TokenTerms(losses, dlogps, dratio, stats)
 
 
