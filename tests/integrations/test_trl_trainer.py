@@ -227,6 +227,12 @@ def test_a_correction_without_an_upper_bound(mode, tmp_path, fused_calls):
     assert fused_calls and torch.tensor(80.0).exp() < NO_BOUND
 
 
+def test_a_sampler_without_a_correction(tmp_path, fused_calls):
+    given = {**vllm("token_mask", 0.9, 1.1), "vllm_importance_sampling_correction": False}
+    same_call(tmp_path, {"loss_type": "grpo", **given})
+    assert fused_calls
+
+
 def test_advantages_per_token(compact, tmp_path, fused_calls):
     signs = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
     same_call(tmp_path, {"loss_type": "dapo"}, advantages=signs)
@@ -239,6 +245,13 @@ def test_advantages_per_token(compact, tmp_path, fused_calls):
 def test_on_policy(given, compact, tmp_path, fused_calls):
     same_call(tmp_path, given, without=("old_per_token_logps", "sampling_per_token_logps"))
     assert fused_calls
+
+
+def test_a_threshold_that_the_policy_itself_exceeds(tmp_path, fused_calls):
+    given = {"loss_type": "grpo", "off_policy_mask_threshold": -0.05}
+    with pytest.warns(UserWarning, match="off_policy_mask_threshold=-0.05"):
+        same_call(tmp_path, given, without=("old_per_token_logps", "sampling_per_token_logps"))
+    assert not fused_calls
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

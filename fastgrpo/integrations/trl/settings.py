@@ -115,6 +115,9 @@ def _without_equal(trainer: GRPOTrainer, inputs: Inputs) -> list[str]:
             f"entropy_coef={trainer.entropy_coef}: a mean over tokens beside "
             f"loss_type={trainer.loss_type!r}, a mean over sequences"
         )
+    threshold = trainer.off_policy_mask_threshold
+    if threshold is not None and threshold < 0 and _on_policy(inputs):
+        found.append(f"off_policy_mask_threshold={threshold}, which the policy itself exceeds")
     if corrects(trainer) and inputs.get("sampling_per_token_logps") is None:
         found.append("vllm_importance_sampling_correction=True without the sampler's log-probs")
     return found
@@ -142,13 +145,15 @@ def _shape(trainer: GRPOTrainer) -> dict[str, object]:
 
 def _masks(trainer: GRPOTrainer, inputs: Inputs) -> dict[str, object]:
     """Return what takes the policy loss from tokens and sequences."""
-    threshold = trainer.off_policy_mask_threshold
-    given = (inputs.get("old_per_token_logps"), inputs.get("sampling_per_token_logps"))
-    # Without either the policy is its own sampler: the gap is 0.
-    if threshold is not None and threshold >= 0 and all(x is None for x in given):
-        threshold = None
+    # Where the policy is its own sampler the gap is 0, and below any threshold that is fused.
+    threshold = None if _on_policy(inputs) else trainer.off_policy_mask_threshold
     quantile = trainer.top_entropy_quantile
     return {"off_policy_mask_threshold": threshold, "top_entropy_quantile": quantile}
+
+
+def _on_policy(inputs: Inputs) -> bool:
+    names = ("old_per_token_logps", "sampling_per_token_logps")
+    return all(inputs.get(name) is None for name in names)
 
 
 def _correction(trainer: GRPOTrainer) -> dict[str, object]:
