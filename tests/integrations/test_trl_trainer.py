@@ -38,7 +38,7 @@ from fastgrpo.integrations.trl.settings import (  # noqa: E402
 from fastgrpo.testing import relative_error  # noqa: E402
 from trl_cases import CASES, vllm  # noqa: E402
 from trl_runs import grpo, logged, prompts  # noqa: E402
-from trl_source import make_setting, trl_loss, trl_trainer  # noqa: E402
+from trl_source import exact_logps, make_setting, trl_loss, trl_trainer  # noqa: E402
 
 SEVERAL_UPDATES = {"beta": 0.04, "num_iterations": 3, "gradient_accumulation_steps": 2}
 
@@ -126,7 +126,7 @@ def test_an_entropy_bonus(loss_type, folder, tmp_path, fused_calls):
 
 def test_an_adaptive_entropy_bonus(folder, tmp_path, fused_calls):
     wanted = same_runs(
-        folder, tmp_path, use_adaptive_entropy=True, entropy_target=1.9, entropy_coef=0.0,
+        folder, tmp_path, use_adaptive_entropy=True, entropy_target=1.9, entropy_coef=0.1,
         entropy_coef_delta=0.05, entropy_coef_max=0.2, gradient_accumulation_steps=2,
     )  # fmt: skip
     assert fused_calls and len({entry["entropy_coef"] for entry in wanted}) > 2
@@ -244,6 +244,14 @@ def test_advantages_per_token(compact, tmp_path, fused_calls):
 ], ids=str)  # fmt: skip
 def test_on_policy(given, compact, tmp_path, fused_calls):
     same_call(tmp_path, given, without=("old_per_token_logps", "sampling_per_token_logps"))
+    assert fused_calls
+
+
+def test_vespo_bounds_token_log_ratios(tmp_path, fused_calls):
+    """One token 25 nats from the sampler's, others making up for 20 of them."""
+    old = exact_logps(*make_setting(torch.float32))[0].detach() + 20.1 / 8
+    old[0, 3] -= 25 + 20.1 / 8
+    same_call(tmp_path, {"loss_type": "vespo"}, old_per_token_logps=old)
     assert fused_calls
 
 
