@@ -247,6 +247,15 @@ def test_on_policy(given, compact, tmp_path, fused_calls):
     assert fused_calls
 
 
+def test_as_many_tokens_as_completions(compact, tmp_path, fused_calls):
+    """Advantages are one for each completion, not for each token."""
+    lengths = torch.tensor([3, 1, 2, 0, 0, 0])
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    given = {"loss_type": "grpo"}
+    same_call(tmp_path, given, completion_mask=mask, tool_mask=torch.ones_like(mask))
+    assert fused_calls
+
+
 def test_vespo_bounds_token_log_ratios(tmp_path, fused_calls):
     """One token 25 nats from the sampler's, others making up for 20 of them."""
     old = exact_logps(*make_setting(torch.float32))[0].detach() + 20.1 / 8
