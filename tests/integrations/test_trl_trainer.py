@@ -256,6 +256,15 @@ def test_as_many_tokens_as_completions(compact, tmp_path, fused_calls):
     assert fused_calls
 
 
+def test_the_off_policy_mask_asks_the_sampler_first(tmp_path, fused_calls):
+    inputs = make_setting(torch.float32).inputs
+    far = inputs["old_per_token_logps"].clone()
+    far[1] += 5
+    given = {"loss_type": "grpo", "off_policy_mask_threshold": 2.0}
+    same_call(tmp_path, given, sampling_per_token_logps=far)
+    assert fused_calls and inputs["advantages"][1] < 0
+
+
 def test_vespo_bounds_token_log_ratios(tmp_path, fused_calls):
     """One token 25 nats from the sampler's, others making up for 20 of them."""
     old = exact_logps(*make_setting(torch.float32))[0].detach() + 20.1 / 8

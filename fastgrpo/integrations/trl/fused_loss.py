@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 
 from fastgrpo import grpo_loss
 from fastgrpo.integrations.trl.chunked_head import HeadCall, Outputs, StandIn, standing_in
-from fastgrpo.integrations.trl.settings import Inputs, corrects, loss_config, loss_mask, normalizer
+from fastgrpo.integrations.trl.settings import Inputs, loss_config, loss_mask, normalizer
 
 
 class Completions(NamedTuple):
@@ -55,14 +55,13 @@ class FusedLoss(StandIn):
     def __init__(self, trainer: GRPOTrainer, inputs: Inputs) -> None:
         self.config = loss_config(trainer, inputs)
         self.normalizer = normalizer(trainer, inputs)
-        reads_sampler = corrects(trainer) or self.config.off_policy_mask_threshold is not None
         self.completions = Completions(
             inputs["completion_ids"],
             loss_mask(inputs),
             inputs["advantages"],
             inputs.get("old_per_token_logps"),
             inputs.get("ref_per_token_logps"),
-            inputs.get("sampling_per_token_logps") if reads_sampler else None,
+            inputs.get("sampling_per_token_logps"),
         )
         self.scored = inputs["completion_mask"].bool()
         self.prompt_length = inputs["prompt_ids"].shape[1]
