@@ -92,11 +92,11 @@ class FusedLoss(StandIn):
             bias=bias,
             **call.transform(),
         )
-        self.loss = out.loss.float()
+        self.loss = out.loss
         # What a tool wrote was not scored here. Away from its old log-prob TRL's ratio could
         # overflow, and infinity times a mask of 0 is NaN.
         old = torch.zeros_like(out.logps) if rows.old_logps is None else rows.old_logps
-        logps, entropy = torch.where(rows.mask, out.logps, old).float(), out.entropy.float()
+        logps, entropy = torch.where(rows.mask, out.logps, old), out.entropy
         if everywhere:
             logps, entropy = (pad(x, (before, 0)).flatten() for x in (logps, entropy))
         return logps, entropy, None, None, None
