@@ -139,7 +139,14 @@ class FusedLM(nn.Module):
             where: Layout = Rows.of(loss_mask)
         else:
             where = Packed.of(loss_mask, source, sequence_ids, sequences)
+        if advantages is None and config != "grpo":
+            raise ValueError(f"config: expected with advantages only, got {config!r}")
         hidden, aux_loss = self._hidden(input_ids, attention_mask, position_ids)
+        if aux_scale != 1 and (aux_loss is None or advantages is None):
+            raise ValueError(
+                "aux_scale: expected 1 without advantages, and for a model whose config does not"
+                f" set output_router_logits; got {aux_scale!r}"
+            )
         states = where.states(hidden)
         ids = where.tokens(input_ids)
         if isinstance(temperature := options.get("temperature"), Tensor) and temperature.dim():
@@ -199,13 +206,18 @@ class FusedLM(nn.Module):
         """Return the last hidden states (B, L, H), and a router's auxiliary loss ()."""
         model = unwrapped(self.model)
         backbone = backbone_of(model)
+        takes = inspect.signature(backbone.forward).parameters
+        has_positions = "position_ids" in takes or "kwargs" in takes
+        if position_ids is not None and not has_positions:
+            raise ValueError(
+                f"position_ids: expected None for {type(model).__name__}, which takes none"
+            )
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         given = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
         if attention_mask is not None:
             given["attention_mask"] = attention_mask.long()
-        takes = inspect.signature(backbone.forward).parameters
-        if "position_ids" not in takes and "kwargs" not in takes:
+        if not has_positions:
             del given["position_ids"]
         if not getattr(model.config.get_text_config(), "output_router_logits", False):
             return backbone(**given, use_cache=False).last_hidden_state, None

@@ -309,6 +309,8 @@ BAD = {
     "ref_logps: expected with advantages": dict(advantages=None, ref_logps=torch.zeros(3, 9)),
     "advantages: expected shape": dict(advantages=torch.zeros(4)),
     "advantages: expected a tensor, got list": dict(advantages=[1.0, 2.0, 3.0]),
+    "aux_scale: expected 1 without advantages": dict(aux_scale=0.5),
+    "config: expected with advantages only, got 'dapo'": dict(advantages=None, config="dapo"),
     "entropy: expected config.entropy": dict(entropy="detached"),
 }  # fmt: skip
 
@@ -319,6 +321,19 @@ def test_bad_input(message):
     given = dict(input_ids=ids, attention_mask=mask, loss_mask=loss_mask, advantages=torch.ones(3))
     with pytest.raises(ValueError, match=message):
         FusedLM(tiny("qwen2"))(**given | BAD[message])
+
+
+def test_positions_that_a_model_does_not_take_are_refused():
+    model = tiny("qwen2")
+    own = model.base_model.forward
+    model.base_model.forward = lambda input_ids, attention_mask=None, use_cache=False: own(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+    )
+    ids, mask, loss_mask = batch("left")
+    lm = FusedLM(model, check=False)
+    assert lm(ids, mask, loss_mask).logps.shape == ids.shape
+    with pytest.raises(ValueError, match="position_ids: expected None for Qwen2ForCausalLM"):
+        lm(ids, mask, loss_mask, position_ids=torch.arange(9).expand(3, 9))
 
 
 def test_head_of():
