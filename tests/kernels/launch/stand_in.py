@@ -18,6 +18,8 @@ import triton
 
 from fastgrpo_kernels import anchored_variant, runtime
 
+# Freed memory is overwritten: what no kernel computes cannot be a right answer of before.
+FORGETFUL_MALLOC = "glibc.malloc.perturb=170:glibc.malloc.tcache_count=0"
 SOURCE = Path(__file__).with_name("stand_in_driver.c")
 ROOT = SOURCE.parents[3]
 # Architecture class -> compute capability, and the bytes of shared memory that a block can have.
@@ -53,6 +55,7 @@ def environment(folder: Path, part: str) -> dict[str, str]:
         "LD_LIBRARY_PATH": f"{folder}:{path}" if path else folder,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
         anchored_variant.SWITCH: "0",
+        "GLIBC_TUNABLES": FORGETFUL_MALLOC,
         "STAND_IN_LOG": folder / f"{part}.log",
         "STAND_IN_SHARED": PARTS[part][1],
     }
