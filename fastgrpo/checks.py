@@ -127,6 +127,24 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> N
         tensor("bias", bias, (weight.shape[0],), like=hidden, dtypes=same)
 
 
+def lora(lora: object, hidden: Tensor, weight: Tensor, sparsity: float) -> None:
+    """Check an adapter (A, B) of the head, A (R, H) and B (V, R)."""
+    if lora is None:
+        return
+    if not isinstance(lora, tuple) or len(lora) != 2:
+        raise ValueError(f"lora: expected a tuple (A, B) of two tensors, got {lora!r:.80}")
+    a, b = lora
+    same = (hidden.dtype, torch.float32) if hidden.dtype.itemsize == 2 else (hidden.dtype,)
+    tensor("lora[0]", a, like=hidden, dtypes=same)
+    if a.dim() != 2 or a.shape[1] != weight.shape[1] or not a.shape[0]:
+        raise ValueError(f"lora[0]: expected shape (R, {weight.shape[1]}), got {tuple(a.shape)}")
+    tensor("lora[1]", b, (weight.shape[0], a.shape[0]), like=hidden, dtypes=same)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: expected a frozen weight with lora, got one with requires_grad")
+    if sparsity:
+        raise ValueError(f"sparsity: expected 0 with lora, got {sparsity}")
+
+
 def transform(logit_scale: float, softcap: float | None, workspace_mb: float | None) -> None:
     finite("logit_scale", logit_scale)
     if softcap is not None:

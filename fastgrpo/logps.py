@@ -30,6 +30,7 @@ def linear_logps(
     token_ids: Tensor,  # (...) int64
     *,
     bias: Tensor | None = None,  # (V,)
+    lora: tuple[Tensor, Tensor] | None = None,  # (R, H), (V, R)
     temperature: float | Tensor = 1.0,  # or (...) per token
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -57,6 +58,9 @@ def linear_logps(
             whatever they hold (NaN too) changes nothing. Out of range: ValueError on a CPU and
             inside `fastgrpo.checked()`, otherwise the row's log-prob is NaN.
         bias: (V,), in hidden's dtype or fp32.
+        lora: (A, B) of an adapter on a frozen weight, which counts as weight + B @ A: A (R, H) with
+            its scaling, B (V, R). The gradients are A's and B's; no tensor is as large as the
+            weight. Kernels that keep logits in registers are not used. Not with `sparsity`.
         temperature: a number > 0, or a tensor: (), or (...) of one per token.
         logit_scale: factor on the logits (Cohere; Granite's `logits_scaling` is 1 over it).
         softcap: c in c * tanh(z / c) (Gemma); None for none.
@@ -86,7 +90,8 @@ def linear_logps(
             raise RuntimeError, forward-mode derivatives NotImplementedError.
     """
     checks.head(hidden, weight, bias, backend)
-    checks.no_forward_mode(hidden, weight, bias)
+    checks.lora(lora, hidden, weight, sparsity)
+    checks.no_forward_mode(hidden, weight, bias, *(lora or ()))
     checks.transform(logit_scale, softcap, workspace_mb)
     checks.sparsity(sparsity, seed)
     shape = tuple(hidden.shape[:-1])
@@ -100,12 +105,14 @@ def linear_logps(
     one_of("entropy", entropy, ("none", "detached", "differentiable"))
     one_of("backend", backend, ("auto", "triton", "torch"))
     ids = token_ids.reshape(-1)
+    mask = ids != ignore_index
     operands = ops.Operands(
-        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        hidden=with_low_rank(hidden.reshape(-1, hidden.shape[-1]), mask, lora),
         weight=weight,
         token_ids=ids,
-        mask=ids != ignore_index,
+        mask=mask,
         bias=bias,
+        lora=None if lora is None else lora[1],
         temperature=temperature_tensor(temperature, hidden),
         logit_scale=float(logit_scale),
         softcap=float(softcap or 0.0),
@@ -125,7 +132,7 @@ def score(
     estimate: Tensor | None,  # (N,) log-probs of about the same policy
 ) -> tuple[TokenLogps, Tensor | None]:
     """Return the scores of rows, and `sparse.METRICS` (len, 2) where entries were drawn."""
-    hidden, weight, bias = operands.hidden, operands.weight, operands.bias
+    hidden, weight, bias = operands.hidden, operands.trained(), operands.bias
     grad = torch.is_grad_enabled()
     head_needs = weight.requires_grad or (bias is not None and bias.requires_grad)
     sparsity = float(sparsity) if grad and (hidden.requires_grad or head_needs) else 0.0
@@ -143,6 +150,23 @@ def score(
         entropies = scores.entropy.detach() if entropy == "detached" else scores.entropy
     metrics = scores.draw_metrics if len(scores.draw_metrics) else None
     return TokenLogps(scores.logps, entropies, scores.lse), metrics
+
+
+def with_low_rank(
+    hidden: Tensor,  # (N, H)
+    mask: Tensor,  # (N,) bool
+    lora: tuple[Tensor, Tensor] | None,  # (R, H), (V, R)
+) -> Tensor:
+    """Return hidden with hidden @ A.T as further columns: (N, H + R), (N, H) without `lora`."""
+    if lora is None:
+        return hidden
+    a, _ = lora
+    dtype = torch.promote_types(hidden.dtype, a.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        # What is masked may be NaN, and would reach the gradient of A as 0 * NaN.
+        kept = hidden.masked_fill(~mask[:, None], 0.0)
+        low = kept.to(dtype) @ a.to(dtype).t()
+    return torch.cat([hidden, low.to(hidden.dtype)], 1)
 
 
 def draw_seed(seed: int | None, like: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from fastgrpo import checks, ops
 from fastgrpo.checks import one_of
 from fastgrpo.head import sparse
-from fastgrpo.logps import Backend, draw_seed, scalar_tensor, score, temperature_tensor
+from fastgrpo.logps import (
+    Backend,
+    draw_seed,
+    scalar_tensor,
+    score,
+    temperature_tensor,
+    with_low_rank,
+)
 from fastgrpo.objective.call import LossCall
 from fastgrpo.objective.config import LossConfig, config_of_preset
 from fastgrpo.objective.metrics import METRICS, Given
@@ -49,6 +56,7 @@ def grpo_loss(
     normalizer: float | int | Tensor | None = None,
     config: str | LossConfig = "grpo",
     bias: Tensor | None = None,  # (V,)
+    lora: tuple[Tensor, Tensor] | None = None,  # (R, H), (V, R)
     temperature: float | Tensor = 1.0,  # (), or as completion_ids
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -93,7 +101,7 @@ def grpo_loss(
             B * max_completion_length for the fixed length (`count_normalizer`). Where gradients are
             averaged over ranks, divide it by their number. None: counted in this call.
         config: a preset's name or a `LossConfig`.
-        bias, temperature, logit_scale, softcap, workspace_mb, backend: as in `linear_logps`.
+        bias, lora, temperature, logit_scale, softcap, workspace_mb, backend: as in `linear_logps`.
         skip_zero_advantage: do not even score tokens with advantage 0, which have no gradient here:
             2NVH less for each. Loss and gradients are the same; their log-probs and entropies are
             returned as 0, and metrics are means over the others.
@@ -134,7 +142,8 @@ def grpo_loss(
     """
     config = config_of_preset(config) if isinstance(config, str) else config
     checks.head(hidden, weight, bias, backend)
-    checks.no_forward_mode(hidden, weight, bias)
+    checks.lora(lora, hidden, weight, sparsity)
+    checks.no_forward_mode(hidden, weight, bias, *(lora or ()))
     checks.transform(logit_scale, softcap, workspace_mb)
     checks.sparsity(sparsity, seed)
     one_of("backend", backend, ("auto", "triton", "torch"))
@@ -155,12 +164,14 @@ def grpo_loss(
     mask = _check_tokens(hidden, completion_ids, completion_mask, temperature, call)
     check_call(config, call, hidden, sparsity, skip_zero_advantage)
     call = _flat(call, hidden)
+    mask = mask.detach().reshape(-1)
     operands = ops.Operands(
-        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        hidden=with_low_rank(hidden.reshape(-1, hidden.shape[-1]), mask, lora),
         weight=weight,
         token_ids=completion_ids.detach().reshape(-1),
-        mask=mask.detach().reshape(-1),
+        mask=mask,
         bias=bias,
+        lora=None if lora is None else lora[1],
         temperature=temperature_tensor(temperature, hidden),
         logit_scale=float(logit_scale),
         softcap=float(softcap or 0.0),
@@ -178,7 +189,8 @@ def grpo_loss(
         metrics = metrics if drawn is None else torch.cat([metrics, drawn])
     else:
         grad = torch.is_grad_enabled()
-        needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        differentiable = (operands.hidden, operands.trained(), bias)
+        needs = [grad and x is not None and x.requires_grad for x in differentiable]
         sparsity = float(sparsity) if any(needs) else 0.0
         loss, logps, entropy, metrics, *_ = ops.grpo_loss(
             **operands._asdict(),

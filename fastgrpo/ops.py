@@ -57,11 +57,12 @@ def _without_autocast(fn: Callable) -> Callable:
 class Operands(NamedTuple):
     """Rows and head: the first parameters of every op that scores rows."""
 
-    hidden: Tensor  # (N, H)
+    hidden: Tensor  # (N, H), or (N, H + R) with lora
     weight: Tensor  # (V, H)
     token_ids: Tensor  # (N,)
     mask: Tensor  # (N,) bool
     bias: Tensor | None  # (V,)
+    lora: Tensor | None  # (V, R): the columns of the weight beyond H
     temperature: Tensor | None  # (N,) or (), None = 1
     logit_scale: float
     softcap: float
@@ -78,7 +79,7 @@ class Operands(NamedTuple):
 
     def head(self) -> Head:
         bias = None if self.bias is None else self.bias.contiguous()
-        return Head(self.weight, bias, self.logit_scale, self.softcap)
+        return Head(self.weight, bias, self.logit_scale, self.softcap, self.lora)
 
     def rows(self, where: Index, ids_name: str = "token_ids") -> Rows:
         """Select rows and check their values (token ids, temperatures)."""
@@ -97,9 +98,19 @@ class Operands(NamedTuple):
         """Return the random words that decide which entries of the selected rows are kept."""
         return sparse.Words.of(sparsity, draw_seed, len(self.mask), len(self.weight))[where]
 
+    def trained(self) -> Tensor:
+        """Return what a gradient with respect to the weight belongs to."""
+        return getattr(self, trained(self.lora))
+
     def dtypes(self) -> tuple[torch.dtype | None, ...]:
-        """Return the dtypes of hidden, weight and bias."""
-        return tuple(None if x is None else x.dtype for x in (self.hidden, self.weight, self.bias))
+        """Return the dtypes of hidden, of the weight that gradients are of, and of bias."""
+        tensors = (self.hidden, self.trained(), self.bias)
+        return tuple(None if x is None else x.dtype for x in tensors)
+
+
+def trained(lora: Tensor | None) -> str:
+    """Return the name of the tensor that a gradient with respect to the weight belongs to."""
+    return "weight" if lora is None else "lora"
 
 
 def _parameters(fn: Callable) -> type:
@@ -123,6 +134,7 @@ def linear_logps(
     token_ids: Tensor,  # (N,)
     mask: Tensor,  # (N,) bool
     bias: Tensor | None,  # (V,)
+    lora: Tensor | None,  # (V, R)
     temperature: Tensor | None,  # (N,) or (), None = 1
     logit_scale: float,
     softcap: float,
@@ -140,8 +152,8 @@ def linear_logps(
     the fields of `sparse.Entries`, (N, K), (N, K), (N,) and (N,), and `sparse.METRICS` (len, 2).
     """
     given = Operands(
-        hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, workspace_mb,
-        backend,
+        hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap,
+        workspace_mb, backend,
     )  # fmt: skip
     n, where = len(mask), unmasked(mask)
     rows, head = given.rows(where), given.head()
@@ -166,7 +178,7 @@ def linear_logps(
 
 
 @linear_logps.register_fake
-def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, workspace_mb,
+def _(hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap, workspace_mb,
       backend, with_entropy, with_jacobian, sparsity, draw_seed, old_logps):  # fmt: skip
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     n, drawn = hidden.shape[0], old_logps is not None
@@ -190,7 +202,7 @@ def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, 
 
 _LinearLogps = _parameters(linear_logps._init_fn)
 # What the backward takes unchanged: tensors and options given to the forward, and its results.
-_TENSORS = ("hidden", "weight", "token_ids", "mask", "bias", "temperature", "draw_seed")
+_TENSORS = ("hidden", "weight", "token_ids", "mask", "bias", "lora", "temperature", "draw_seed")
 _OPTIONS = ("logit_scale", "softcap", "workspace_mb", "backend", "sparsity")
 _RESULTS = ("logps", "lse", "entropy", "kept_ids", "kept_logits", "kept_count", "anchor")
 
@@ -221,21 +233,21 @@ def _linear_logps_backward(ctx, dlogps, dlse, dentropy, *_):
         (jacobian,) = ctx.saved_tensors
         return tuple(_LinearLogps(hidden=(jacobian * dlogps[:, None]).to(ctx.dtype)))
     saved = dict(zip(_TENSORS + _RESULTS, ctx.saved_tensors, strict=True))
-    needs = _LinearLogps(*ctx.needs_input_grad)
+    needs, head = _LinearLogps(*ctx.needs_input_grad), trained(saved["lora"])
     dhidden, dweight, dbias = linear_logps_bwd(
         **saved,
         **ctx.options,
         dlogps=torch.zeros_like(saved["lse"]) if dlogps is None else dlogps.contiguous(),
         dentropy=None if dentropy is None else dentropy.contiguous(),
         need_hidden=needs.hidden,
-        need_weight=needs.weight,
+        need_weight=getattr(needs, head),
         need_bias=needs.bias,
     )
-    return tuple(_LinearLogps(
-        hidden=dhidden if needs.hidden else None,
-        weight=dweight if needs.weight else None,
-        bias=dbias if needs.bias else None,
-    ))  # fmt: skip
+    return tuple(_LinearLogps(**{
+        "hidden": dhidden if needs.hidden else None,
+        head: dweight if getattr(needs, head) else None,
+        "bias": dbias if needs.bias else None,
+    }))  # fmt: skip
 
 
 linear_logps.register_autograd(_linear_logps_backward, setup_context=_linear_logps_setup)
@@ -249,6 +261,7 @@ def linear_logps_bwd(
     token_ids: Tensor,
     mask: Tensor,
     bias: Tensor | None,
+    lora: Tensor | None,
     temperature: Tensor | None,
     logit_scale: float,
     softcap: float,
@@ -270,10 +283,10 @@ def linear_logps_bwd(
     kept_count: Tensor,  # (N,) int32
     anchor: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients with respect to hidden, weight and bias, in their dtypes."""
+    """Return the gradients with respect to hidden, weight or lora, and bias, in their dtypes."""
     given = Operands(
-        hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, workspace_mb,
-        backend,
+        hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap,
+        workspace_mb, backend,
     )  # fmt: skip
     upstream, needs = Upstream(dlogps, dentropy), Needs(need_hidden, need_weight, need_bias)
     n, where = len(mask), unmasked(mask & upstream.alive())
@@ -296,12 +309,12 @@ def linear_logps_bwd(
 
 
 @linear_logps_bwd.register_fake
-def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, workspace_mb,
+def _(hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap, workspace_mb,
       backend, logps, lse, entropy, dlogps, dentropy, need_hidden, need_weight, need_bias, sparsity,
       draw_seed, kept_ids, kept_logits, kept_count, anchor):  # fmt: skip
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if need_weight else hidden.new_empty(0),
+        torch.empty_like(weight if lora is None else lora) if need_weight else hidden.new_empty(0),
         torch.empty_like(bias) if need_bias else hidden.new_empty(0),
     )
 
@@ -319,6 +332,7 @@ def grpo_loss(
     token_ids: Tensor,  # (N,)
     mask: Tensor,  # (N,) bool
     bias: Tensor | None,  # (V,)
+    lora: Tensor | None,  # (V, R)
     temperature: Tensor | None,  # (N,) or (), None = 1
     logit_scale: float,
     softcap: float,
@@ -348,8 +362,8 @@ def grpo_loss(
     and bias have the dtypes of these (fp32 for fp16).
     """
     given = Operands(
-        hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, workspace_mb,
-        backend,
+        hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap,
+        workspace_mb, backend,
     )  # fmt: skip
     call = LossCall(
         cu_seqlens, advantages, old_logps, ref_logps, sampler_logps, groups, entropy_threshold,
@@ -379,7 +393,7 @@ def grpo_loss(
 
 
 @grpo_loss.register_fake
-def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, workspace_mb,
+def _(hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap, workspace_mb,
       backend, cu_seqlens, advantages, old_logps, ref_logps, sampler_logps, groups,
       entropy_threshold, normalizer, seed, config_key, need_hidden, need_weight, need_bias,
       skip_zero_advantage, sparsity, draw_seed):  # fmt: skip
@@ -398,7 +412,7 @@ def _(hidden, weight, token_ids, mask, bias, temperature, logit_scale, softcap, 
         entropy=new(n if needs_entropy(config_from_key(config_key)) else 0),
         metrics=new(metrics, 2),
         dhidden=gradient(hidden, need_hidden),
-        dweight=gradient(weight, need_weight),
+        dweight=gradient(weight if lora is None else lora, need_weight),
         dbias=gradient(bias, need_bias),
     ))  # fmt: skip
 
@@ -412,6 +426,7 @@ def _grpo_loss_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*(x for name, x in results._asdict().items() if name != "loss"))
     ctx.dtypes = Operands(*(getattr(given, name) for name in Operands._fields)).dtypes()
     ctx.needs = Needs(given.need_hidden, given.need_weight, given.need_bias)
+    ctx.head = trained(given.lora)
     ctx.save_for_backward(results.dhidden, results.dweight, results.dbias)
 
 
@@ -424,7 +439,7 @@ def _grpo_loss_backward(ctx, dloss, *_):
         _scaled(grad, dloss, dtype) if need else None
         for grad, need, dtype in zip(made, ctx.needs, ctx.dtypes, strict=True)
     ))  # fmt: skip
-    return tuple(_GRPOLoss(**grads._asdict()))
+    return tuple(_GRPOLoss(**{"hidden": grads.hidden, ctx.head: grads.weight, "bias": grads.bias}))
 
 
 grpo_loss.register_autograd(_grpo_loss_backward, setup_context=_grpo_loss_setup)

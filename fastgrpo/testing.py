@@ -74,15 +74,20 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Within this context, remember the largest storage, in bytes, that any operation returned."""
+    """Within this context, remember the largest storage, in bytes, that any operation made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.data_ptr() for x in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        made = [x.nbytes() for x in _storages(out) if x.data_ptr() not in given]
+        self.bytes = max(self.bytes, *made, 0)
         return out
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [x.untyped_storage() for x in leaves if isinstance(x, Tensor)]

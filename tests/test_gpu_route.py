@@ -198,6 +198,30 @@ def test_log_probs_bias_and_softcap(gpu_plan, backend):
         assert relative_error(actual.bfloat16(), exact_grad) <= 1.25 * rounding
 
 
+@pytest.mark.parametrize("workspace_mb", CHUNKS.values(), ids=CHUNKS)
+def test_an_adapter_on_the_head(gpu_plan, backend, workspace_mb):
+    """Hidden states and the weight have three more columns; dweight is of these alone."""
+    batch = make_batch(sequences=8, length=16, dtype=torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    ids, low = batch.completion_ids.flatten(), torch.randn(8 * 16, 3, generator=g)
+    hidden = torch.cat([batch.hidden.flatten(0, 1), low.bfloat16()], 1)
+    head = Head(batch.weight, lora=torch.randn(len(batch.weight), 3, generator=g).bfloat16())
+    whole = torch.cat([head.weight, head.lora], 1)
+    leaves = [x.double().requires_grad_() for x in (hidden, whole)]
+    logps, _, _ = reference.token_logps(*leaves, ids)
+    upstream = torch.randn(logps.shape, generator=g)
+    dhidden, dweight = torch.autograd.grad((logps * upstream).sum(), leaves)
+    rows, plan = Rows(hidden, ids), gpu_plan(hidden, head.weight, backend, workspace_mb)
+    needs = Needs(True, True, False)
+    scored, made = loops.logps_and_grads(rows, head, plan, needs, Linear(upstream))
+    assert rms(scored.logps, logps) <= 1e-5
+    recomputed = loops.logps_bwd(rows, head, plan, scored, Upstream(upstream), needs)
+    for grads in (made, recomputed):
+        for actual, wanted in zip(grads, (dhidden, dweight[:, -3:]), strict=False):
+            rounding = relative_error(wanted.bfloat16(), wanted)
+            assert relative_error(actual.bfloat16(), wanted) <= 1.25 * rounding
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows_at_once", [16, 32])
 def test_targets_are_scattered_once_a_chunk_where_dweight_is_whole(gpu_plan, rows_at_once, dtype):

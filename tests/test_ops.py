@@ -28,8 +28,18 @@ def test_opcheck_linear_logps(entropy, jacobian):
     weight.requires_grad_(not jacobian)
     bias = torch.randn(len(weight), requires_grad=not jacobian)
     temperature = torch.rand(len(ids)) + 0.5
-    operands = (hidden, weight, ids, mask, bias, temperature, 1.0, 0.0, None, "torch")
+    operands = (hidden, weight, ids, mask, bias, None, temperature, 1.0, 0.0, None, "torch")
     torch.library.opcheck(ops.linear_logps, (*operands, entropy, jacobian, 0.0, None, None))
+
+
+def test_opcheck_lora():
+    hidden, weight, (ids, mask), policy = flat(make_batch())
+    hidden = torch.cat([hidden, torch.randn(len(ids), 2)], 1).detach().requires_grad_()
+    lora = torch.randn(len(weight), 2, requires_grad=True)
+    operands = (hidden, weight.detach(), ids, mask, None, lora, None, 1.0, 0.0, None, "torch")
+    torch.library.opcheck(ops.linear_logps, (*operands, True, False, 0.0, None, None))
+    call = (*policy, None, None, None, None, LossConfig.preset("grpo").key)
+    torch.library.opcheck(ops.grpo_loss, (*operands, *call, True, True, False, False, 0.0, None))
 
 
 @pytest.mark.parametrize("drawn_in", ["forward", "backward"])
@@ -37,7 +47,7 @@ def test_opcheck_sparse_linear_logps(drawn_in):
     batch = make_batch()
     hidden, weight, (ids, mask), (_, _, old_logps, *_) = flat(batch)
     old_logps = old_logps if drawn_in == "forward" else None
-    operands = (hidden, weight, ids, mask, None, None, 1.0, 0.0, None, "torch")
+    operands = (hidden, weight, ids, mask, None, None, None, 1.0, 0.0, None, "torch")
     drawn = (0.01, torch.tensor(3), old_logps)
     torch.library.opcheck(ops.linear_logps, (*operands, True, False, *drawn))
 
@@ -57,7 +67,7 @@ def test_opcheck_grpo_loss(preset, sparsity):
     groups, threshold, normalizer = torch.arange(4) % 2, torch.tensor(1.0), torch.tensor(3.0)
     torch.library.opcheck(
         ops.grpo_loss,
-        (hidden, weight, ids, mask, None, None, 1.0, 0.0, None, "torch")
+        (hidden, weight, ids, mask, None, None, None, 1.0, 0.0, None, "torch")
         + (*policy, groups, threshold, normalizer, None, config.key)
         + (True, True, False, False, sparsity, seed),
     )

@@ -21,7 +21,7 @@ class Grads(NamedTuple):
     """The gradients; None for one that is not needed."""
 
     hidden: Tensor | None  # (n, H) accumulation dtype
-    weight: Tensor | None  # (V, H) weight's dtype; fp32 for fp16
+    weight: Tensor | None  # as `Head.trained`, in its dtype; fp32 for fp16
     bias: Tensor | None  # (V,) accumulation dtype
 
 
@@ -116,7 +116,7 @@ class Targets(NamedTuple):
         if self.coef is not None and dhidden is not None:
             # An id outside the vocabulary has a coefficient of 0 or NaN: any row will do.
             ids = rows.ids.clamp(0, len(head.weight) - 1)
-            dhidden.addcmul_(self.coef[:, None], head.weight[ids].to(dhidden.dtype))
+            dhidden.addcmul_(self.coef[:, None], head.weight_rows(ids, dhidden.dtype))
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ class GradSums:
     """
 
     plan: Plan
+    columns: slice  # of hidden states: those that dweight is a sum of
     dhidden: Tensor | None  # (n, H)
     dweight: Tensor | None  # (V, H)
     dbias: Tensor | None  # (V,)
@@ -138,7 +139,7 @@ class GradSums:
     @classmethod
     def of(cls, rows: Rows, head: Head, plan: Plan, needs: Needs, whole: bool) -> GradSums:
         """Return empty sums; `whole` where dweight is summed over several chunks of rows."""
-        weight, dtype = head.weight, plan.accumulator
+        weight, dtype = head.trained, plan.accumulator
         # fp16 gradients stay fp32 here: a loss scaler must multiply them before they are rounded.
         final = dtype if weight.dtype == torch.float16 else weight.dtype
         in_place = whole or final == dtype
@@ -146,6 +147,7 @@ class GradSums:
         scratch_shape = (plan.slice_width, weight.shape[1])
         return cls(
             plan,
+            head.trained_columns,
             rows.hidden.new_zeros(rows.hidden.shape, dtype=dtype) if needs.hidden else None,
             new_weight(weight, dtype=dtype if in_place else final) if needs.weight else None,
             weight.new_zeros(len(weight), dtype=dtype) if needs.bias else None,
@@ -177,7 +179,7 @@ class GradSums:
         if dhidden is not None:
             matmul(dhidden, dz, part.weight, accumulate=v.start > 0)
         if self.dweight is not None:
-            matmul(self._dweight(v), dz.t(), hidden, accumulate)
+            matmul(self._dweight(v), dz.t(), hidden[:, self.columns], accumulate)
         if self.dbias is not None:
             self.dbias[v].add_(dz.sum(0, dtype=self.dbias.dtype))
 
@@ -208,7 +210,7 @@ class GradSums:
         scatter_rows = self.plan.kernels.scatter_rows
         where = (targets.sorted_ids, targets.order, targets.coef)
         if self.dweight is not None:
-            scatter_rows(self._dweight(v), *where, hidden, v.start)
+            scatter_rows(self._dweight(v), *where, hidden[:, self.columns], v.start)
         if self.dbias is not None:
             ones = torch.ones_like(targets.coef)[:, None]
             scatter_rows(self.dbias[v][:, None], *where, ones, v.start)

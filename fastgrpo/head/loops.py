@@ -68,7 +68,7 @@ def logps_fwd(rows: Rows, head: Head, plan: Plan, with_entropy: bool) -> Logps:
     kernels = plan.kernels
     if plan.uses_anchored(rows, head):
         return kernels.anchored_logps_fwd(rows, head, with_entropy).scored
-    if kernels.linear_logps_fwd is not None:
+    if kernels.linear_logps_fwd is not None and head.lora is None:
         return kernels.linear_logps_fwd(rows, head, with_entropy)
     state = RowState.start(rows, plan.accumulator)
     in_place = kernels.tile_exp is not None and not (with_entropy or head.softcap)

@@ -37,7 +37,7 @@ class VocabSlice(NamedTuple):
     """A slice of the vocabulary, in the dtypes that GEMMs take."""
 
     columns: slice
-    weight: Tensor  # (Vs, H) in the operands' dtype
+    weight: Tensor  # (Vs, H) in the operands' dtype, (Vs, H + R) with `Head.lora`
     bias: Tensor | None  # (Vs,) in the results' dtype
 
 
@@ -78,7 +78,8 @@ class Plan(NamedTuple):
                 f"got {workspace_mb}"
             )
         width = min(vocab, SLICE)
-        copied = weight.dtype != accumulator
+        # With `Head.lora`, whose columns hidden states have too, slices are put together.
+        copied = weight.dtype != accumulator or hidden.shape[1] > hidden_size
         if copied:
             # A slice of the weight and a slice of its gradient, both in fp32, may take half of the
             # workspace.
@@ -116,7 +117,7 @@ class Plan(NamedTuple):
         a GPU that is accepted: it saves 2NVH of 8NVH. On a CPU, where fp32 copies of the operands
         take memory too, it is not.
         """
-        by_slice = needs.weight and head.weight.dtype != self.accumulator
+        by_slice = needs.weight and head.lora is None and head.weight.dtype != self.accumulator
         return n <= self.chunk or not by_slice or self.fp32_dweight
 
     def exps_chunk(self, n: int, head: Head, needs: Needs) -> int:
@@ -134,7 +135,7 @@ class Plan(NamedTuple):
         """Yield the vocabulary slice by slice."""
         for columns in chunks(len(head.weight), width):
             bias = None if head.bias is None else head.bias[columns].to(self.accumulator)
-            yield VocabSlice(columns, head.weight[columns].to(self.operand), bias)
+            yield VocabSlice(columns, head.weight_rows(columns, self.operand), bias)
 
     def uses_anchored(self, rows: Rows, head: Head) -> bool:
         """Whether a kernel scores these rows anchored at their own logit."""

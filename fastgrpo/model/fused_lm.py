@@ -49,7 +49,7 @@ class FusedLM(nn.Module):
 
     Raises:
         UnsupportedHeadError: for a model whose log-probs come out different, and for heads that
-            cannot be expressed: adapters on the head itself, prompt learning.
+            cannot be expressed, such as one with DoRA or dropout on the head, or prompt learning.
         ValueError: for a model that is wrapped already.
     """
 
@@ -121,6 +121,8 @@ class FusedLM(nn.Module):
                 "FusedLM: expected one process per device, got nn.DataParallel; use"
                 " DistributedDataParallel(FusedLM(model))"
             )
+        if "adapter_names" in options:
+            raise ValueError("adapter_names: expected none, the same adapters for all rows")
         if self._to_be_checked:
             self._check()
         per_token = dict(old_logps=old_logps, ref_logps=ref_logps, sampler_logps=sampler_logps)

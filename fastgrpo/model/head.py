@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -27,16 +28,22 @@ class UnsupportedHeadError(ValueError):
 
 
 class ModelHead(NamedTuple):
-    """The last layer: z = softcap(logit_scale * (hidden @ weight.T + bias))."""
+    """The last layer: z = softcap(logit_scale * (hidden @ weight.T + bias)).
+
+    With `lora` = (A, B) the weight counts as weight + B @ A.
+    """
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    lora: tuple[Tensor, Tensor] | None = None  # (R, H), (V, R)
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of `grpo_loss` and `linear_logps` beside the weight."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        options = self._asdict()
+        del options["weight"]
+        return options
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -88,17 +95,18 @@ def layer_of(model: nn.Module) -> nn.Module:
             return layer.original_module
         (active,) = layer.active_adapters
         return layer.modules_to_save[active]
-    if hasattr(layer, "base_layer"):
+    if hasattr(layer, "token_adapter"):
         raise UnsupportedHeadError(
-            f"lm_head: expected a plain layer, got an adapter, {type(layer).__name__}; train a copy"
-            " of the head with modules_to_save=['lm_head'], or leave the head out of the adapter's"
-            " target_modules"
+            "lm_head: expected no trainable_token_indices on the head, got"
+            f" {type(layer).__name__}; train a copy of it with modules_to_save=['lm_head']"
         )
+    if hasattr(layer, "base_layer"):
+        _check_adapter(layer)
     return layer
 
 
 def describe(model: nn.Module, layer: nn.Module) -> ModelHead:
-    """Return a layer's weight and bias, with the scale and the softcap of the model's config."""
+    """Return a layer's weight, bias and adapter, with the scale and softcap of the config."""
     config = model.config.get_text_config()
     kind, scale, softcap = config.model_type, 1.0, None
     for name, power in SCALE_FIELDS.items():
@@ -109,4 +117,46 @@ def describe(model: nn.Module, layer: nn.Module) -> ModelHead:
         scale *= value if multiplies else 1 / value
     for name in SOFTCAP_FIELDS:
         softcap = getattr(config, name, None) or softcap
-    return ModelHead(layer.weight, getattr(layer, "bias", None), float(scale), softcap)
+    layer, lora = _without_adapter(layer)
+    return ModelHead(layer.weight, getattr(layer, "bias", None), float(scale), softcap, lora)
+
+
+def _check_adapter(layer: Any) -> None:
+    """Raise UnsupportedHeadError for an adapter that is not plain or rank-stabilised LoRA."""
+    if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "lora_variant", "scaling")):
+        raise UnsupportedHeadError(
+            f"lm_head: expected a plain layer or LoRA on it, got {type(layer).__name__}; train a"
+            " copy of the head with modules_to_save=['lm_head'], or leave the head out of the"
+            " adapter's target_modules"
+        )
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        variant, dropout = layer.lora_variant.get(name), layer.lora_dropout[name]
+        if variant is not None:
+            kind = getattr(variant, "__name__", type(variant).__name__)
+            raise UnsupportedHeadError(f"lm_head: expected plain LoRA, got {kind} in {name!r}")
+        if getattr(dropout, "p", 0.0) > 0:
+            raise UnsupportedHeadError(
+                f"lm_head: expected lora_dropout=0, got {dropout.p} in {name!r}: what it drops is"
+                " not the same in two passes over a batch"
+            )
+        if layer.lora_B[name].bias is not None:
+            raise UnsupportedHeadError(f"lm_head: expected lora_bias=False, got True in {name!r}")
+
+
+def _without_adapter(layer: Any) -> tuple[nn.Module, tuple[Tensor, Tensor] | None]:
+    """Return the layer beneath an adapter, and (A, B) of what it adds: B @ A.
+
+    None where there is no adapter, where it is switched off, and where it is merged into the layer.
+    """
+    if not hasattr(layer, "base_layer"):
+        return layer, None
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as the layer does itself when it is called
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
+        return layer.base_layer, None
+    downs = [layer.lora_A[name].weight * layer.scaling[name] for name in names]
+    ups = [layer.lora_B[name].weight for name in names]
+    return layer.base_layer, (torch.cat(downs), torch.cat(ups, 1))

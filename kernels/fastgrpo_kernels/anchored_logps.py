@@ -72,12 +72,14 @@ def mask_words(vocab_size: int) -> int:
 def has_anchored(rows: Rows, head: Head) -> bool:
     """Whether `anchored_logps_fwd` takes these operands on this device.
 
-    It needs 16-bit operands of one dtype, and a weight that TMA can address. `hidden` is copied if
-    TMA cannot address it: the choice of kernel must not depend on where the rows are in memory.
+    It needs 16-bit operands of one dtype, and a weight that TMA can address, without `Head.lora`.
+    `hidden` is copied if TMA cannot address it: the choice of kernel must not depend on where the
+    rows are in memory.
     """
     hidden, weight = rows.hidden, head.weight
     return (
         (16, architecture(hidden.device)) in LAUNCHES["anchored_logps"]
+        and head.lora is None
         and hidden.dtype == weight.dtype
         and hidden.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[1] % 8 == 0

@@ -20,12 +20,33 @@ def take(rows: PerRow, index: slice | Tensor) -> PerRow:
 
 
 class Head(NamedTuple):
-    """The lm_head: z = softcap(logit_scale * (h @ weight.T + bias)) / temperature."""
+    """The lm_head: z = softcap(logit_scale * (h @ weight.T + bias)) / temperature.
+
+    With `lora`, R more columns of the weight, hidden states are (n, H + R): their last R columns
+    multiply these. Then a gradient with respect to the weight is one with respect to `lora` alone,
+    and every logit is made in a tile: no kernel that keeps logits in registers reads `lora`.
+    """
 
     weight: Tensor  # (V, H)
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
     softcap: float = 0.0  # 0 = off
+    lora: Tensor | None = None  # (V, R)
+
+    @property
+    def trained(self) -> Tensor:
+        """What a gradient with respect to the weight has the shape of: (V, H) or (V, R)."""
+        return self.weight if self.lora is None else self.lora
+
+    @property
+    def trained_columns(self) -> slice:
+        """The columns of hidden states that multiply `trained`."""
+        return slice(0 if self.lora is None else self.weight.shape[1], None)
+
+    def weight_rows(self, ids: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Return whole rows of the weight, (n, H) or (n, H + R)."""
+        weight = self.weight[ids].to(dtype)
+        return weight if self.lora is None else torch.cat([weight, self.lora[ids].to(dtype)], 1)
 
 
 class Rows(NamedTuple):

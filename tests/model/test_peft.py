@@ -70,12 +70,83 @@ def test_adapters_that_come_later_are_found():
     assert not torch.allclose(before, lm(IDS, MASK, LOSS_MASK).logps)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.1}])
-def test_adapters_on_the_head_are_refused_by_name(options):
-    model = adapted(target_modules=["q_proj", "lm_head"], **options)
+def on_the_head(family="qwen2", **options):
+    return adapted(family, target_modules=["q_proj", "lm_head"], **options)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2", "granite", "cohere"])
+def test_lora_on_the_head(family):
+    """Tied or not, with a softcap or a scale; W is frozen and gets no gradient."""
+    names = assert_same_as_its_logits(on_the_head(family))
+    assert sum("lm_head" in name for name in names) == 2
+    assert all("lora" in name for name in names)
+
+
+def test_lora_on_the_head_that_is_rank_stabilised():
+    model = on_the_head(use_rslora=True, lora_alpha=16)
+    assert model.get_output_embeddings().scaling["default"] == 8
+    assert_same_as_its_logits(model)
+
+
+def test_several_active_adapters_on_the_head():
+    model = on_the_head()
+    model.add_adapter("other", peft.LoraConfig(
+        init_lora_weights=False, target_modules=["lm_head"], r=3, lora_alpha=5
+    ))  # fmt: skip
+    model.base_model.set_adapter(["default", "other"])
+    names = assert_same_as_its_logits(model)
+    assert sum("lm_head" in name for name in names) == 4
+    model.base_model.set_adapter("other")
+    names = assert_same_as_its_logits(model)
+    assert sum("lm_head" in name for name in names) == 2
+
+
+def test_lora_on_the_head_switched_off_and_merged():
+    model = on_the_head()
+    lm = FusedLM(model)
+    active = lm(IDS, MASK, LOSS_MASK).logps
+    with model.disable_adapter():
+        plain = FusedLM(model)(IDS, MASK, LOSS_MASK).logps
+    assert (active - plain).abs().max() > 0.01
+    model.merge_adapter()
+    assert model.get_output_embeddings().merged
+    assert (lm(IDS, MASK, LOSS_MASK).logps - active).abs().max() < 1e-5
+    assert head_of(model).lora is None
+    with model.disable_adapter():
+        unmerged = lm(IDS, MASK, LOSS_MASK).logps
+    assert (unmerged - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"use_dora": True}, "expected plain LoRA, got DoraLinearVariant"),
+        ({"lora_dropout": 0.1}, "expected lora_dropout=0, got 0.1"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_by_name(options, name):
+    model = on_the_head(**options)
     for construct in (FusedLM, head_of):
-        with pytest.raises(UnsupportedHeadError, match="lm_head: expected a plain layer"):
+        with pytest.raises(UnsupportedHeadError, match=f"lm_head: {name}"):
             construct(model)
+
+
+def test_another_kind_of_adapter_on_the_head_is_refused_by_name():
+    config = peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    with pytest.raises(UnsupportedHeadError, match="lm_head: expected a plain layer or LoRA"):
+        FusedLM(peft.get_peft_model(tiny("qwen2"), config))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_trainable_tokens_of_the_head_are_refused(family):
+    model = adapted(family, trainable_token_indices={"lm_head": [1, 2]})
+    with pytest.raises(UnsupportedHeadError, match="expected no trainable_token_indices"):
+        FusedLM(model)
+
+
+def test_adapters_per_sample_are_refused():
+    with pytest.raises(ValueError, match="adapter_names: expected none"):
+        FusedLM(on_the_head())(IDS, MASK, LOSS_MASK, adapter_names=["default", "__base__"])
 
 
 def test_an_adapter_on_the_embedding_of_a_tied_head_is_refused():
