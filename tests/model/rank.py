@@ -37,17 +37,27 @@ def batches(case: str, step: int) -> list[tuple[torch.Tensor, ...]]:
     return found
 
 
+def with_lora(model: nn.Module) -> nn.Module:
+    """Adapters on a layer of the backbone and on the head, which change it from the start."""
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"])
+    return peft.get_peft_model(model, config)
+
+
 def wrapped(case: str) -> nn.Module:
-    lm = FusedLM(tiny("qwen2", tie_word_embeddings="tied" in case))
+    model = tiny("qwen2", tie_word_embeddings="tied" in case)
+    lm = FusedLM(with_lora(model) if "lora" in case else model)
     if not dist.is_initialized():
         return lm
     if case.startswith("ddp"):
         return DistributedDataParallel(lm)
     fp32 = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for layer in lm.model.model.layers:
+    for layer in model.model.layers:
         fully_shard(layer, mp_policy=fp32)
     if "own-unit" in case:
-        fully_shard(lm.model.lm_head, mp_policy=fp32)
+        fully_shard(model.lm_head, mp_policy=fp32)
     return fully_shard(lm, mp_policy=fp32)
 
 

@@ -14,6 +14,7 @@ RANK = Path(__file__).with_name("rank.py")
 CASES = ["ddp", "ddp-empty", "fsdp-own-unit", "fsdp-tied"]
 SLOW = [
     "ddp-deferred", "fsdp", "fsdp-deferred", "fsdp-own-unit-deferred", "fsdp-own-unit-empty",
+    "ddp-lora", "fsdp-lora", "fsdp-own-unit-lora",
 ]  # fmt: skip
 
 
@@ -36,6 +37,8 @@ def train(case: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
 def test_two_processes_are_one(case, tmp_path):
     alone, together = (train(case, tmp_path, processes) for processes in (1, 2))
     assert alone.keys() == {name.removeprefix("module.") for name in together}
+    if "lora" in case:
+        assert any("lm_head.lora_B" in name for name in alone)
     for name, exact in alone.items():
         actual = together.get(name, together.get(f"module.{name}"))
         torch.testing.assert_close(actual, exact, rtol=1e-5, atol=2e-6, msg=name)
