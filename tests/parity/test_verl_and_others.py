@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastgrpo import LossConfig
+from padded_rollout import Rollout
 
 # ---- verl ----------------------------------------------------------------------------------------
 
@@ -68,8 +69,12 @@ def test_verl_aggregation(mode, rollout, equal):
     equal(loss, config, normalizer=normalizer)
 
 
-def test_verl_gspo(rollout, equal):
-    """Its ratio is that of the sequence in value, a token's in gradient; bounded by e^10."""
+@pytest.mark.parametrize("mode, normalizer", [("token-mean", None), ("seq-mean-token-mean", 7)])
+def test_verl_gspo(mode, normalizer, rollout, equal):
+    """Its ratio is that of the sequence in value, a token's in gradient; bounded by e^10.
+
+    Since 0.9.1 `loss_agg_mode` holds here too. Its default is the mean over tokens.
+    """
     advantages = torch.randn(rollout.completion_ids.shape, generator=torch.manual_seed(1))
     batch = rollout._replace(advantages=advantages)
 
@@ -77,10 +82,13 @@ def test_verl_gspo(rollout, equal):
         log_s = r.logps - r.logps.detach() + r.sequence_mean(r.logps - r.old).detach()
         s = log_s.clamp(max=10).exp()
         losses = torch.maximum(-r.A * s, -r.A * s.clamp(1 - 0.02, 1 + 0.03))
+        if mode == "token-mean":
+            return r.token_mean(losses)
         return r.sequence_mean(losses)[r.lengths > 0].mean()
 
-    config = LossConfig.preset("gspo_token", epsilon_low=0.02, epsilon_high=0.03)
-    out = equal(loss, config, batch=batch, normalizer=7)
+    options = {"aggregation": "token_mean"} if mode == "token-mean" else {}
+    config = LossConfig.preset("gspo_token", epsilon_low=0.02, epsilon_high=0.03, **options)
+    out = equal(loss, config, batch=batch, normalizer=normalizer)
     assert out.metrics["clip_low"] > 0 and out.metrics["clip_high"] > 0
 
 
@@ -229,31 +237,136 @@ def test_verl_kl_loss(name, kl, gradient, far, equal):
 # ---- OpenRLHF ------------------------------------------------------------------------------------
 
 
+def openrlhf_ppo(r, dual_clip=None):
+    ratio = (r.logps - r.old).clamp(-20, 20).exp()
+    objective = torch.minimum(ratio * r.A, ratio.clamp(0.8, 1.2) * r.A)
+    if dual_clip is None:
+        return -objective
+    return -torch.where(r.A < 0, torch.maximum(objective, dual_clip * r.A), objective)
+
+
 def test_openrlhf(far, equal):
+    equal(lambda r: r.token_mean(openrlhf_ppo(r)), "openrlhf_rf++", batch=far)
+
+
+def test_openrlhf_dual_clip(far, equal):
+    config = LossConfig.preset("openrlhf_rf++", delta=3.0)
+    equal(lambda r: r.token_mean(openrlhf_ppo(r, dual_clip=3.0)), config, batch=far)
+
+
+def test_openrlhf_sequence_mean(far, equal):
+    """Sequences without a token do not count: 7 of 8."""
+    config = LossConfig.preset("openrlhf_rf++", aggregation="sequence_mean")
+
     def loss(r):
-        ratio = (r.logps - r.old).clamp(-20, 20).exp()
-        return r.token_mean(-torch.minimum(ratio * r.A, ratio.clamp(0.8, 1.2) * r.A))
+        return r.sequence_mean(openrlhf_ppo(r)).sum() / (r.lengths > 0).sum()
 
-    equal(loss, "openrlhf_rf++", batch=far)
+    equal(loss, config, batch=far, normalizer=7)
 
 
-@pytest.mark.parametrize("kind", ["tis", "icepop", "seq-mask-tis"])
-def test_openrlhf_correction(kind, corrected, equal):
-    """seq-mask-tis decides by sequence, and leaves the weight of a token as it is."""
+@pytest.mark.parametrize("corrects", [False, True])
+def test_openrlhf_gspo(corrects, corrected, equal):
+    """With the correction the ratio is to the sampler, and has no other weight."""
+    batch, _, _ = corrected("tis")
+
+    def loss(r):
+        gap = r.logps - (r.sampler if corrects else r.old)
+        ratio = r.sequence_mean(gap).exp()
+        losses = -torch.minimum(ratio * r.A, ratio.clamp(0.98, 1.03) * r.A)
+        return r.sequence_mean(losses).sum() / (r.lengths > 0).sum()
+
+    anchor = "sampler" if corrects else "old"
+    config = LossConfig.preset("gspo", anchor=anchor, epsilon_low=0.02, epsilon_high=0.03)
+    out = equal(loss, config, batch=batch, normalizer=7)
+    assert out.metrics["clip_low"] > 0 and out.metrics["clip_high"] > 0
+
+
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+def test_openrlhf_kl_loss(kl, far, equal):
+    """Both are bounded by 10 in value, and k3's exponent as well, where its value is beyond 10."""
+    ref = far.ref_logps.clone()
+    ref[0, 0], ref[1, 0] = -40.0, 40.0
+    batch = far._replace(ref_logps=ref)
+
+    def loss(r):
+        gap = r.logps - r.ref
+        held = gap.clamp(min=-10)
+        value = gap.square() / 2 if kl == "k2" else (-held).exp() - 1 + held
+        assert (value[r.mask] > 10).any()
+        return r.token_mean(openrlhf_ppo(r) + 0.3 * value.clamp(-10, 10))
+
+    config = LossConfig.preset("openrlhf_rf++", beta=0.3, kl=kl, kl_output_clamp=10.0)
+    equal(loss, config, batch=batch)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k3"])
+def test_openrlhf_unbiased_kl_gradient(kl, rollout, equal):
+    """The value of either is bounded, the gradient that of k2. Its weight is 1 on-policy."""
+    ref = rollout.ref_logps.clone()
+    ref[0, 0] = -40.0
+
+    def loss(r):
+        gap = r.logps - r.ref
+        value = (gap if kl == "k1" else (-gap).exp() - 1 + gap).clamp(-10, 10)
+        surrogate = gap.square() / 2
+        kl_loss = value.detach() + surrogate - surrogate.detach()
+        r.old = r.logps.detach()
+        return r.token_mean(openrlhf_ppo(r) + 0.3 * kl_loss)
+
+    config = LossConfig.preset(
+        "openrlhf_rf++", beta=0.3, kl=kl, kl_output_clamp=10.0, kl_gradient="straight_through"
+    )
+    equal(loss, config, batch=rollout._replace(ref_logps=ref), on_policy=True)
+
+
+@pytest.mark.parametrize("level, mode, kind", [
+    ("token", "clip", "tis"),
+    ("token", "mask", "icepop"),
+    ("seq", "mask", "seq-mask-tis"),
+])  # fmt: skip
+def test_openrlhf_correction(level, mode, kind, corrected, equal):
+    """Level seq decides by the sequence's geometric mean, and leaves a token's weight as it is."""
     batch, (low, high), config = corrected(kind)
 
     def loss(r):
-        ratio = (r.logps - r.old).clamp(-20, 20).exp()
-        losses = -torch.minimum(ratio * r.A, ratio.clamp(0.8, 1.2) * r.A)
         gap = r.old - r.sampler
-        judged = (r.sequence_mean(gap) if kind == "seq-mask-tis" else gap).exp()
+        judged = (r.sequence_mean(gap) if level == "seq" else gap).exp()
         kept = (judged >= low) & (judged <= high)
-        weight = gap.exp().clamp(low, high) if kind == "tis" else gap.exp() * kept
-        return r.token_mean(weight * losses)
+        weight = judged.clamp(low, high) if mode == "clip" else gap.exp() * kept
+        return r.token_mean(weight * openrlhf_ppo(r))
 
     config = LossConfig.preset("openrlhf_rf++", **config)
     out = equal(loss, config, batch=batch)
     assert 0 < out.metrics["correction_clipped"] < 1
+
+
+@pytest.mark.parametrize("gating, level, delta", [
+    ("binary_kl", "token", 5e-4),
+    ("binary_kl", "seq", 3e-3),
+    ("tv", "token", 1e-2),
+    ("tv", "seq", 2e-2),
+])  # fmt: skip
+def test_openrlhf_divergence_gate(gating, level, delta, corrected, equal):
+    """What a gate drops is out of our mask, and stays in the count that we are given."""
+    batch, _, _ = corrected("tis")
+    whole = Rollout(batch)
+    p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (whole.sampler, whole.old))
+    if gating == "tv":
+        statistic = (p - q).abs()
+    else:
+        statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    if level == "seq":
+        statistic = whole.sequence_mean(statistic)
+    kept = whole.mask & (statistic <= delta)
+    assert 0 < kept.sum() < whole.mask.sum()
+
+    def loss(r):
+        weight = torch.where(kept, (whole.old - whole.sampler).exp(), 0.0)
+        return (weight * openrlhf_ppo(r))[whole.mask].sum() / whole.mask.sum()
+
+    config = LossConfig.preset("openrlhf_rf++", correction="token_tis", correction_max=1e9)
+    count = whole.mask.sum().item()
+    equal(loss, config, batch=batch._replace(completion_mask=kept), normalizer=count)
 
 
 # ---- ROLL ----------------------------------------------------------------------------------------
