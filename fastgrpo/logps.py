@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo import checks, ops
+from fastgrpo import autocast, checks, ops
 from fastgrpo.checks import one_of
 
 Backend = Literal["auto", "triton", "torch"]
@@ -81,6 +81,11 @@ def linear_logps(
             and torch elsewhere. "triton" raises instead, "torch" never takes them. The environment
             variable FASTGRPO_BACKEND names what "auto" is.
 
+    Autocast on CUDA casts hidden and weight to its dtype, as it does for a linear layer. Logits
+    stay fp32, and gradients have the dtypes of what was given. A weight of another dtype is copied
+    by each call. On a CPU, where no product turns 16-bit operands into fp32, autocast changes
+    nothing.
+
     Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With
     a frozen head (weight and bias without gradient) 4NVH in all, and no GEMM in the backward. With
     `sparsity` and `old_logps` 2NVH in all; without `old_logps` 2NVH more on rows with a gradient.
@@ -89,6 +94,7 @@ def linear_logps(
         ValueError: for any argument of the wrong shape, dtype, device or value. Second derivatives
             raise RuntimeError, forward-mode derivatives NotImplementedError.
     """
+    hidden, weight = autocast.operand(hidden), autocast.operand(weight)
     checks.head(hidden, weight, bias, backend)
     checks.lora(lora, hidden, weight, sparsity)
     checks.no_forward_mode(hidden, weight, bias, *(lora or ()))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgrpo import checks, ops
+from fastgrpo import autocast, checks, ops
 from fastgrpo.checks import one_of
 from fastgrpo.head import sparse
 from fastgrpo.logps import (
@@ -112,6 +112,8 @@ def grpo_loss(
         seed: of what `sparsity` and surrogate "clip_cov" draw: one for each call and rank. None:
             PyTorch's generator.
 
+    Autocast acts on hidden and weight as in `linear_logps`.
+
     Metrics, means over unmasked tokens unless said otherwise:
         ratio_mean, ratio_min, ratio_max   of the ratio at its level
         clip_low, clip_high, clip_region   share held by a lower bound, an upper one, either
@@ -141,6 +143,7 @@ def grpo_loss(
             NotImplementedError.
     """
     config = config_of_preset(config) if isinstance(config, str) else config
+    hidden, weight = autocast.operand(hidden), autocast.operand(weight)
     checks.head(hidden, weight, bias, backend)
     checks.lora(lora, hidden, weight, sparsity)
     checks.no_forward_mode(hidden, weight, bias, *(lora or ()))

@@ -13,6 +13,7 @@ import fastgrpo
 ROOT = Path(__file__).parent.parent
 # What each room of fastgrpo/, or file beside the rooms, may import of the others.
 ROOMS = {
+    "autocast": set(),
     "checks": set(),
     "packing": set(),
     "torch_kernels": set(),
@@ -26,8 +27,8 @@ ROOMS = {
     "advantages": {"checks", "backend", "dispatch"},
     "ops": {"checks", "packing", "backend", "head", "dispatch", "objective"},
     "doctor": {"dispatch"},
-    "logps": {"checks", "ops"},
-    "loss": {"checks", "ops", "logps", "head", "objective"},
+    "logps": {"autocast", "checks", "ops"},
+    "loss": {"autocast", "checks", "ops", "logps", "head", "objective"},
     "model": {"checks", "logps", "loss", "objective"},
     "train": {"advantages", "logps", "loss", "model", "objective"},
     # Adapters: they call what everybody may call.

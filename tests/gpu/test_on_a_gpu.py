@@ -56,6 +56,22 @@ def moved(x, device=DEVICE):
     return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
 
 
+def test_autocast_gives_products_of_16_bits():
+    batch = moved(make_batch(**SHAPES["ragged"]))
+    hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    half = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+
+    def run(*operands):
+        loss = fastgrpo.grpo_loss(*operands, *batch[2:5], old_logps=batch.old_logps).loss
+        return loss, *torch.autograd.grad(loss, operands)
+
+    wanted = run(*half)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        actual = run(hidden, weight)
+    for x, y in zip(actual, wanted, strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, y.float())
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
