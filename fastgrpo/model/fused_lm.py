@@ -60,7 +60,7 @@ class FusedLM(nn.Module):
         layer_of(unwrapped(model))
         self.model = model
         self._to_be_checked = check
-        if check and not any(p.is_meta for p in model.parameters()):
+        if check and not _on_meta(model):
             self._check()
 
     def __getattr__(self, name: str) -> Any:
@@ -267,8 +267,18 @@ class FusedLM(nn.Module):
                 f" {policy.output_dtype}: the loss and its log-probs would be rounded"
             )
 
-    @torch.no_grad()
     def _check(self) -> None:
+        """Compare log-probs with the model's own forward, until they have been found equal."""
+        _refuse_meta(self.model)
+        self._to_be_checked = False  # in the call that is compared
+        try:
+            self._compare()
+        except BaseException:
+            self._to_be_checked = True
+            raise
+
+    @torch.no_grad()
+    def _compare(self) -> None:
         """Raise UnsupportedHeadError unless log-probs are those of the model's own forward."""
         model = unwrapped(self.model)
         weight = describe(model, layer_of(model)).weight
@@ -279,7 +289,6 @@ class FusedLM(nn.Module):
         short, padded = ids[1:, :5], ids.clone()
         padded[1, 3:], padded[1, :3] = short[0], 0
         mask[1, :3] = 0
-        self._to_be_checked = False
         # Autocast would round the model's own logits, and the tolerance is that of its dtype.
         with _evaluation(self.model), torch.autocast(device.type, enabled=False):
             expected = [_own_logps(model, row) for row in (ids[:1], short)]
@@ -296,7 +305,6 @@ class FusedLM(nn.Module):
         ):
             error = (actual.double() - wanted.double()).abs().max().item()
             if not error <= tolerance:
-                self._to_be_checked = True
                 raise UnsupportedHeadError(
                     f"model: expected {name} of {type(model).__name__} to give log-probs within"
                     f" {tolerance} nats of its own forward, got {error:.2g}, with"
@@ -310,7 +318,8 @@ def head_of(model: nn.Module) -> ModelHead:
 
     It is compared with the model's own forward first, as in `FusedLM`. `model` may be wrapped by
     PEFT, DistributedDataParallel or `torch.compile`. Raises UnsupportedHeadError for a head that
-    cannot be expressed, and ValueError for one that FSDP2 has sharded: use `FusedLM` there.
+    cannot be expressed, and ValueError for one that FSDP2 has sharded, where `FusedLM` is the way,
+    and for a model on the meta device.
     """
     inner = unwrapped(model)
     head = describe(inner, layer_of(inner))
@@ -319,8 +328,22 @@ def head_of(model: nn.Module) -> ModelHead:
             "model: expected a head that is not sharded, got a DTensor; use"
             " fully_shard(FusedLM(model)), in which the head is gathered for the loss"
         )
+    _refuse_meta(inner)
     FusedLM(inner)
     return head
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    """Raise ValueError for a model that has nothing to be compared yet."""
+    if _on_meta(model):
+        raise ValueError(
+            "model: expected parameters with values, got some on the meta device; materialise them"
+            " first, with to_empty and load_state_dict"
+        )
 
 
 def _own_logps(model: nn.Module, ids: Tensor) -> Tensor:

@@ -209,6 +209,60 @@ def test_the_routers_loss(family, aux_scale):
     assert_same_gradients(actual, wanted)
 
 
+# ---- on the meta device ------------------------------------------------------------------------
+
+
+def materialised(scale: float = 1.0):
+    """FusedLM of a model made on the meta device, whose own logits are scaled, with its parameters
+    put in since then; and the model that these are of.
+    """
+    source = tiny("qwen2")
+    with torch.device("meta"):
+        model = type(source)(source.config)
+    own = model.forward
+    model.forward = lambda *args, **kwargs: _scaled(own(*args, **kwargs), scale)
+    lm = FusedLM(model.eval())
+    lm.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict())
+    for name, buffer in source.named_buffers():  # those that no state dict holds
+        model.get_buffer(name).copy_(buffer)
+    return lm, source
+
+
+def test_a_model_on_the_meta_device_is_compared_at_its_first_call():
+    ids, mask, loss_mask = batch("left")
+    lm, source = materialised()
+    assert torch.equal(lm(ids, mask, loss_mask).logps, FusedLM(source)(ids, mask, loss_mask).logps)
+    lm.model.forward = None  # what has passed is not compared again
+    lm(ids, mask, loss_mask)
+
+
+def test_a_wrong_head_is_refused_at_every_call_after_meta():
+    lm, _ = materialised(scale=0.5)
+    for _ in range(2):
+        with pytest.raises(fastgrpo.UnsupportedHeadError, match="its hidden states and head"):
+            lm(*batch("left"))
+
+
+def test_a_check_that_could_not_end_is_taken_again(monkeypatch):
+    lm, _ = materialised(scale=0.5)
+    with monkeypatch.context() as failing:
+        failing.setattr(lm.model, "forward", lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lm(*batch("left"))
+    with pytest.raises(fastgrpo.UnsupportedHeadError, match="its hidden states and head"):
+        lm(*batch("left"))
+
+
+def test_a_call_on_the_meta_device_says_what_to_do():
+    source = tiny("qwen2")
+    with torch.device("meta"):
+        lm = FusedLM(type(source)(source.config))
+    for call in (lambda: lm(*batch("left")), lambda: fastgrpo.head_of(lm.model)):
+        with pytest.raises(ValueError, match=r"^model: .* on the meta device; materialise them"):
+            call()
+
+
 # ---- what it leaves alone ----------------------------------------------------------------------
 
 
@@ -267,8 +321,8 @@ def test_a_head_that_the_config_does_not_describe_is_refused(family, field, valu
     assert FusedLM(model, check=False) is not None
 
 
-def _scaled(out):
-    out.logits = out.logits * 0.5
+def _scaled(out, scale=0.5):
+    out.logits = out.logits * scale
     return out
 
 
