@@ -59,8 +59,9 @@ def tensor(
         raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
     if type(x).__name__ == "DTensor":
         raise ValueError(
-            f"{name}: expected a plain tensor, got a DTensor; gather it with "
-            "full_tensor(grad_placements=[Partial('avg')]), or its gradient is not reduced"
+            f"{name}: expected a plain tensor, got a DTensor; gather it with {name}.full_tensor("
+            f"grad_placements=[Partial('avg')] * {name}.device_mesh.ndim), or its gradient is not "
+            "reduced"
         )
     if shape is not None and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastgrpo_kernels.runtime import INTERPRETED
 
@@ -15,6 +19,14 @@ BACKENDS = ["triton"] if INTERPRETED else ["torch"]
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs on a CPU here: "triton" only in a process with TRITON_INTERPRET=1."""
     return request.param
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

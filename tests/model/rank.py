@@ -5,6 +5,7 @@ Alone it trains on the whole batch. The last parameters go to FOLDER/CASE-<proce
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgrpo import FusedLM
+from fastgrpo import FusedLM, GRPOLoss, grpo_loss
 from model_families import VOCAB, tiny
 
 STEPS, MICRO_BATCHES = 2, 2
@@ -46,7 +49,47 @@ def with_lora(model: nn.Module) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
+class Gathered(nn.Module):
+    """A head that is sharded by hand, and gathered by what the error says of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.register_buffer("states", torch.randn(VOCAB, 8, generator=g))
+        weight = torch.randn(VOCAB, 8, generator=g)
+        if dist.is_initialized():
+            mesh = init_device_mesh("cpu", (1, dist.get_world_size()))
+            weight = distribute_tensor(weight, mesh, [Replicate(), Shard(0)])
+        self.weight = nn.Parameter(weight)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+        advantages: torch.Tensor,
+        *,
+        old_logps: torch.Tensor,
+        **options: object,
+    ) -> GRPOLoss:
+        def loss(weight: torch.Tensor) -> GRPOLoss:
+            return grpo_loss(
+                self.states[ids[:, :-1]], weight, ids[:, 1:], loss_mask[:, 1:], advantages,
+                old_logps=old_logps[:, 1:], **options,
+            )  # fmt: skip
+
+        if not dist.is_initialized():
+            return loss(self.weight)
+        try:
+            loss(self.weight)
+        except ValueError as error:
+            recipe = re.search("gather it with (.*), or", str(error))[1]
+        return loss(eval(recipe, {"weight": self.weight, "Partial": Partial}))
+
+
 def wrapped(case: str) -> nn.Module:
+    if case == "gathered":
+        return Gathered()
     model = tiny("qwen2", tie_word_embeddings="tied" in case)
     lm = FusedLM(with_lora(model) if "lora" in case else model)
     if not dist.is_initialized():

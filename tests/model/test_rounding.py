@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fastgrpo import FusedLM
@@ -16,9 +15,8 @@ ADVANTAGES = torch.tensor([1.0, -1.0])
 
 
 @pytest.fixture
-def sharded(tmp_path):
+def sharded(alone):
     """Makes a FusedLM in bf16, sharded over a process group of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
 
     def make(**policy):
         lm = FusedLM(tiny("qwen2"))
@@ -27,8 +25,7 @@ def sharded(tmp_path):
             fully_shard(layer, mp_policy=policy)
         return fully_shard(lm, mp_policy=policy)
 
-    yield make
-    dist.destroy_process_group()
+    return make
 
 
 def test_the_ratio_of_a_policy_to_itself_is_one(sharded):

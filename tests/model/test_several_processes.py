@@ -1,4 +1,4 @@
-"""Two processes train a model as one does: DDP and FSDP2, gloo."""
+"""Two processes train as one does: DDP, FSDP2, a head that is gathered by hand; gloo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 RANK = Path(__file__).with_name("rank.py")
-CASES = ["ddp", "ddp-empty", "fsdp-own-unit", "fsdp-tied"]
+CASES = ["ddp", "ddp-empty", "fsdp-own-unit", "fsdp-tied", "gathered"]
 SLOW = [
     "ddp-deferred", "fsdp", "fsdp-deferred", "fsdp-own-unit-deferred", "fsdp-own-unit-empty",
     "ddp-lora", "fsdp-lora", "fsdp-own-unit-lora",
