@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastgrpo_kernels.runtime import capturing
+
 _values_checked_on_gpu: ContextVar[bool] = ContextVar("values_checked_on_gpu", default=False)
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
@@ -34,6 +36,16 @@ def checked(enabled: bool = True) -> Iterator[None]:
 
 def looks_at_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or _values_checked_on_gpu.get()
+
+
+def no_capture(device: torch.device) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: the host cannot wait for a number then."""
+    if capturing(device):
+        raise RuntimeError(
+            "fastgrpo: expected a call outside of a CUDA graph, got one while a graph is captured"
+            f" on {device}; the host waits for the number of unmasked rows. Capture the model"
+            " alone, and call fastgrpo on what it returns; torch.compile does that by itself"
+        )
 
 
 def no_forward_mode(*tensors: Tensor | None) -> None:

@@ -41,6 +41,7 @@ from fastgrpo.packing import Index, live_first, spread, unmasked
 from fastgrpo_kernels import Head, Kept, Logps, Rows, Upstream
 
 Result = TypeVar("Result")
+WAITS = (torch.Tag.cudagraph_unsafe,)  # the host counts rows: no compiled graph holds these ops
 
 
 def _without_autocast(fn: Callable) -> Callable:
@@ -126,7 +127,7 @@ Scores = namedtuple(
 )
 
 
-@custom_op("fastgrpo::linear_logps", mutates_args=())
+@custom_op("fastgrpo::linear_logps", mutates_args=(), tags=WAITS)
 @_without_autocast
 def linear_logps(
     hidden: Tensor,  # (N, H)
@@ -253,7 +254,7 @@ def _linear_logps_backward(ctx, dlogps, dlse, dentropy, *_):
 linear_logps.register_autograd(_linear_logps_backward, setup_context=_linear_logps_setup)
 
 
-@custom_op("fastgrpo::linear_logps_bwd", mutates_args=())
+@custom_op("fastgrpo::linear_logps_bwd", mutates_args=(), tags=WAITS)
 @_without_autocast
 def linear_logps_bwd(
     hidden: Tensor,
@@ -324,7 +325,7 @@ def _(hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, sof
 Losses = namedtuple("Losses", "loss logps entropy metrics dhidden dweight dbias")
 
 
-@custom_op("fastgrpo::grpo_loss", mutates_args=())
+@custom_op("fastgrpo::grpo_loss", mutates_args=(), tags=WAITS)
 @_without_autocast
 def grpo_loss(
     hidden: Tensor,  # (N, H)
@@ -448,7 +449,7 @@ grpo_loss.register_autograd(_grpo_loss_backward, setup_context=_grpo_loss_setup)
 # ---- policy_loss -------------------------------------------------------------------------------
 
 
-@custom_op("fastgrpo::policy_loss", mutates_args=())
+@custom_op("fastgrpo::policy_loss", mutates_args=(), tags=WAITS)
 @_without_autocast
 def policy_loss(
     logps: Tensor,  # (N,)

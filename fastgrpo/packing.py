@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgrpo import checks
+
 Index = Tensor | slice
 """Selected rows: their indices, or slice(None) for all rows, which copies nothing."""
 
 
 def unmasked(mask: Tensor) -> Index:
     """Return the rows where mask (N,) is True. One host synchronisation."""
+    checks.no_capture(mask.device)
     rows = mask.nonzero()[:, 0]
     return slice(None) if len(rows) == len(mask) else rows
 
@@ -23,6 +26,7 @@ def live_first(mask: Tensor, inert: Tensor | None) -> tuple[Index, int]:
     if inert is None:
         rows = unmasked(mask)
         return rows, len(mask) if isinstance(rows, slice) else len(rows)
+    checks.no_capture(mask.device)
     rank = torch.where(mask, inert.to(torch.uint8), 2)
     num_live, rest = torch.stack([(rank == 0).sum(), (rank == 1).sum()]).tolist()
     if num_live == len(mask):

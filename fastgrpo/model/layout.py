@@ -84,6 +84,7 @@ class Packed(NamedTuple):
         sequences: int | None,  # None: as many as there are
     ) -> Packed:
         rows, length = loss_mask.shape
+        checks.no_capture(loss_mask.device)
         token = loss_mask.flatten().nonzero()[:, 0]
         row, position = token // length, token % length
         ids = row if sequence_ids is None else sequence_ids.flatten()[token]

@@ -217,6 +217,20 @@ def test_more_logits_than_an_int32_counts():
     assert (logps[last] - wanted).abs().max() <= 2e-5
 
 
+def test_a_capture_is_refused_and_goes_on():
+    """The error comes before what would spoil the capture."""
+    batch = moved(make_batch(**SHAPES["ragged"]))
+    ids, hidden = batch.completion_ids.clamp(min=0), batch.hidden.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        twice = hidden * 2
+        with pytest.raises(RuntimeError, match="outside of a CUDA graph"):
+            fastgrpo.linear_logps(twice, batch.weight, ids)
+    hidden.fill_(3.0)
+    graph.replay()
+    assert (twice == 6).all()
+
+
 def test_a_loss_waits_for_the_host_twice_at_most():
     batch = moved(make_batch(**SHAPES["aligned"], dtype=torch.bfloat16))
     hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
