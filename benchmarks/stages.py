@@ -36,8 +36,8 @@ class Record:
     The file is right at any moment, for a process may end in any call. A stage counts as skipped
     until it has ended, and `running` names the one in work. `stages` has the seconds of those that
     have ended; they are not begun again. `warnings` has each warning with the first stage that gave
-    it: that other kernels run than the one asked for, say. Raises ValueError if the file is one of
-    another device or commit.
+    it: that other kernels run than the one asked for, say. Raises ValueError if the file is no
+    record, or one of another device or commit.
     """
 
     def __init__(self, path: Path, budget: float) -> None:
@@ -56,7 +56,7 @@ class Record:
             **{section: [] for section in SECTIONS},
         }
         if path.exists():
-            found = json.loads(path.read_text())
+            found = _read(path)
             if _origin(found) != _origin(self.content):
                 here, there = _origin(self.content), _origin(found)
                 raise ValueError(f"{path.name}: expected a record of {here}, got one of {there}")
@@ -108,6 +108,18 @@ class Record:
         unfinished = self.path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
         unfinished.replace(self.path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a record; a file that is none raises ValueError."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # JSON's errors, and those of its bytes
+        raise ValueError(f"{path.name}: expected a record, got what is no JSON: {error}") from None
+    fields = ("device", "commit", "stages", "skipped")
+    if not isinstance(content, dict) or not content.keys() >= set(fields):
+        raise ValueError(f"{path.name}: expected a record, with {fields}, got {str(content)[:80]}")
+    return content
 
 
 def _origin(content: dict[str, Any]) -> str:

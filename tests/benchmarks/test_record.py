@@ -150,6 +150,16 @@ def test_a_record_of_another_commit_is_not_gone_on_with(tmp_path, monkeypatch):
         Record(path, budget=1)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"device": "cpu"}', "no JSON", ""])
+def test_a_file_that_is_no_record_is_left_as_it_is(content, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit):
+        record.main(["--output", str(path)])
+    assert "--output: r.json: expected a record, " in capsys.readouterr().err
+    assert path.read_text() == content
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
