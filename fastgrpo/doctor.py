@@ -88,8 +88,6 @@ def main() -> int:
     print(_versions())
     try:
         asked = choice.named("auto")
-        for name in ("FASTGRPO_ANCHORED", "FASTGRPO_SELF_CHECK", anchored_variant.SWITCH):
-            switch(name, True)
     except ValueError as error:
         print(f"\nWRONG: {error}")
         return 1

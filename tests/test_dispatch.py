@@ -96,17 +96,19 @@ def test_environment_variables_take_the_place_of_auto(hopper, monkeypatch):
     ("FASTGRPO_BACKEND", "cuda", r"one of \['auto', 'triton', 'torch'\]"),
     ("FASTGRPO_BACKEND", "", r"one of \['auto', 'triton', 'torch'\]"),
     ("FASTGRPO_ANCHORED", "no", "0 or 1, or no such variable"),
+    ("FASTGRPO_SELF_CHECK", "2", "0 or 1, or no such variable"),
+    ("FASTGRPO_WARP_SPECIALIZE", "on", "0 or 1, or no such variable"),
 ])  # fmt: skip
-def test_a_bad_value_is_an_error_that_names_the_variable(
-    hopper, monkeypatch, name, value, expected
-):
+def test_a_bad_value_is_an_error_that_names_the_variable(monkeypatch, name, value, expected):
+    """On a CPU too, where no kernel reads it."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name}: expected {expected}, got '{value}'"):
         kernels_of()
 
 
-def test_the_variable_reaches_every_public_function(monkeypatch):
-    monkeypatch.setenv("FASTGRPO_BACKEND", "cuda")
+@pytest.mark.parametrize("name", ["FASTGRPO_BACKEND", "FASTGRPO_ANCHORED"])
+def test_the_variable_reaches_every_public_function(monkeypatch, name):
+    monkeypatch.setenv(name, "cuda")
     hidden, ids = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
     rewards = torch.tensor([1.0, 0.0])
     for call in (
@@ -114,7 +116,7 @@ def test_the_variable_reaches_every_public_function(monkeypatch):
         lambda: fastgrpo.grpo_loss(hidden, hidden[0], ids, ids == 0, rewards),
         lambda: fastgrpo.group_advantages(rewards, 2),
     ):
-        with pytest.raises(ValueError, match="FASTGRPO_BACKEND"):
+        with pytest.raises(ValueError, match=name):
             call()
 
 

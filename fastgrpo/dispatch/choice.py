@@ -27,10 +27,11 @@ import fastgrpo_kernels
 from fastgrpo import torch_kernels
 from fastgrpo.backend import Kernels
 from fastgrpo.dispatch import self_check, verdicts
-from fastgrpo_kernels import Head, Rows
+from fastgrpo_kernels import Head, Rows, anchored_variant
 from fastgrpo_kernels.runtime import INTERPRETED, LaunchError, capturing, obstacle, switch
 
 BACKENDS = ("auto", "triton", "torch")
+SWITCHES = ("FASTGRPO_ANCHORED", "FASTGRPO_SELF_CHECK", anchored_variant.SWITCH)
 MOST_SECONDS = 120.0  # of a check; what was not looked at by then is not looked at
 Result = TypeVar("Result")
 log = logging.getLogger("fastgrpo")
@@ -87,7 +88,12 @@ _lock = threading.RLock()
 
 
 def named(backend: str) -> str:
-    """Return the backend that "auto" stands for by FASTGRPO_BACKEND; another name is itself."""
+    """Return the backend that "auto" stands for by FASTGRPO_BACKEND; another name is itself.
+
+    Raises ValueError for a wrong value of any variable, whether or not this call will read it.
+    """
+    for name in SWITCHES:
+        switch(name, default=True)
     asked = os.environ.get("FASTGRPO_BACKEND", "auto") if backend == "auto" else backend
     if asked not in BACKENDS:
         raise ValueError(f"FASTGRPO_BACKEND: expected one of {list(BACKENDS)}, got {asked!r}")
