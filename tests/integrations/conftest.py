@@ -30,3 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_model(folder)
     return folder
+
+
+@pytest.fixture(params=[False, True], ids=["all rows", "rows with a label"])
+def compact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """TRL scores every position on devices without Triton, and those with a label elsewhere."""
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: request.param)
+    return request.param

@@ -227,13 +227,6 @@ def model(folder):
     return made
 
 
-@pytest.fixture(params=[False, True], ids=["all rows", "rows with a label"])
-def compact(request, monkeypatch):
-    """TRL scores every position on devices without Triton, and those with a label elsewhere."""
-    monkeypatch.setattr(utils, "_use_triton", lambda device: request.param)
-    return request.param
-
-
 def model_results(model, labels):
     ids = torch.randint(2, 14, labels.shape, generator=torch.Generator().manual_seed(0))
     out = model(input_ids=ids, labels=labels, fused_lm_head=True)

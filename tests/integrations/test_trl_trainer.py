@@ -57,13 +57,6 @@ def fused_calls(monkeypatch) -> list[tuple[int, ...]]:
     return seen
 
 
-@pytest.fixture(params=[False, True], ids=["all rows", "rows with a label"])
-def compact(request, monkeypatch):
-    """TRL scores every position on devices without Triton, and those with a label elsewhere."""
-    monkeypatch.setattr(utils, "_use_triton", lambda device: request.param)
-    return request.param
-
-
 def run(trainer, folder, output, **settings):
     made = grpo(trainer, folder, output, **settings)
     made.train()
