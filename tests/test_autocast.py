@@ -72,6 +72,21 @@ def test_an_fp32_state_may_meet_a_16_bit_weight_there(as_on_cuda):
     assert torch.equal(mixed, fastgrpo.linear_logps(hidden, weight, ids).logps)
 
 
+def test_an_adapter_stays_as_it_is_there(as_on_cuda, backend):
+    """Its products are of 16 bits as well: with the operands that it meets."""
+    hidden, weight, ids, _ = operands()
+    a, b = torch.randn(2, hidden.shape[-1]), torch.randn(len(weight), 2)
+    lora = (a.requires_grad_(), b.requires_grad_())
+    found = []
+    for dtype in (FP32, BF16):
+        out = fastgrpo.linear_logps(
+            hidden.to(dtype), weight.to(dtype), ids, lora=lora, backend=backend
+        )
+        found.append((out.logps, *torch.autograd.grad(out.logps.sum(), lora)))
+    for actual, wanted in zip(*found, strict=True):
+        assert actual.dtype == FP32 and torch.equal(actual, wanted)
+
+
 def test_on_a_cpu_it_changes_nothing(backend):
     batch = make_batch()
     for function in functions(backend):
