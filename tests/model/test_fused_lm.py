@@ -394,7 +394,7 @@ def test_head_of():
     model = tiny("granite")
     head = fastgrpo.head_of(model)
     assert head.weight is model.lm_head.weight and head.logit_scale == 0.25
-    assert head.options() == dict(bias=None, logit_scale=0.25, softcap=None)
+    assert head.options() == dict(bias=None, logit_scale=0.25, softcap=None, lora=None)
     assert fastgrpo.head_of(torch.compile(model)).weight is model.lm_head.weight
     assert fastgrpo.head_of(tiny("phi")).bias is not None
     with pytest.raises(fastgrpo.UnsupportedHeadError, match="got Linear"):
