@@ -14,8 +14,10 @@ import pytest
 import torch
 
 pytest.importorskip("trl", minversion="1.15")
+pytest.importorskip("peft")
 
 import trl  # noqa: E402
+from peft import LoraConfig, PromptTuningConfig, get_peft_model  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,7 +29,7 @@ from transformers import (  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
-from fastgrpo.integrations.trl import FastGRPOTrainer, chunked_head, fused_loss, settings  # noqa: E402
+from fastgrpo.integrations.trl import FastGRPOTrainer, chunked_head, fused_loss  # noqa: E402
 from fastgrpo.integrations.trl.settings import (  # noqa: E402
     CORRECTIONS,
     LOSS_TYPES,
@@ -37,7 +39,7 @@ from fastgrpo.integrations.trl.settings import (  # noqa: E402
 )
 from fastgrpo.testing import relative_error  # noqa: E402
 from trl_cases import CASES, vllm  # noqa: E402
-from trl_runs import grpo, logged, prompts  # noqa: E402
+from trl_runs import LORA, grpo, logged, prompts  # noqa: E402
 from trl_source import exact_logps, make_setting, trl_loss, trl_trainer  # noqa: E402
 
 SEVERAL_UPDATES = {"beta": 0.04, "num_iterations": 3, "gradient_accumulation_steps": 2}
@@ -67,6 +69,11 @@ def same_runs(folder, output, **settings):
     """Train both; compare what they log at every step. Return what TRL logs."""
     stock = run(GRPOTrainer, folder, output, **settings)
     ours = run(FastGRPOTrainer, folder, output, **settings)
+    return same_logs(stock, ours)
+
+
+def same_logs(stock, ours):
+    """Compare what two trainers logged. Return what TRL's did."""
     wanted, actual = logged(stock), logged(ours)
     assert len(wanted) == stock.args.max_steps
     for theirs, step in zip(wanted, actual, strict=True):
@@ -106,6 +113,45 @@ def test_rows_with_a_label(compact, folder, tmp_path, fused_calls):
 def test_other_settings(settings, folder, tmp_path, fused_calls):
     same_runs(folder, tmp_path, max_steps=4, **settings)
     assert fused_calls
+
+
+ADAPTERS = {
+    "layers": LORA,
+    "a copy of the head": {**LORA, "modules_to_save": ["lm_head"]},
+    # Scaled less: from a gradient of norm 30, rounding errors grow at each step.
+    "the embedding": {**LORA, "lora_alpha": 4, "target_modules": ["embed_tokens", "down_proj"]},
+}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_lora(adapter, beta, folder, tmp_path, fused_calls):
+    """The reference is the model without its adapters."""
+    settings = {**SEVERAL_UPDATES, "beta": beta, "peft_config": LoraConfig(**ADAPTERS[adapter])}
+    wanted = same_runs(folder, tmp_path, **settings)
+    assert len(fused_calls) == 6 * 2
+    assert max(entry["clip_ratio/region_mean"] for entry in wanted) > 0.1
+    assert all(entry["grad_norm"] > 0.01 for entry in wanted)
+    assert not beta or max(entry["kl"] for entry in wanted) > 0.01
+
+
+def test_lora_that_goes_on(compact, folder, tmp_path, fused_calls):
+    """Of adapters that a model comes with, the reference is a copy."""
+    trainers = []
+    for trainer in (GRPOTrainer, FastGRPOTrainer):
+        torch.manual_seed(0)
+        given = LoraConfig(**LORA, init_lora_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), given)
+        trainers.append(run(trainer, model, tmp_path, **SEVERAL_UPDATES))
+    wanted = same_logs(*trainers)
+    assert len(fused_calls) == 6 * 2
+    assert wanted[0]["kl"] == pytest.approx(0, abs=1e-6) and wanted[2]["kl"] > 0.01
+
+
+def test_an_adapter_of_the_head_is_refused_by_trl(folder, tmp_path):
+    lora = LoraConfig(**{**LORA, "target_modules": ["lm_head"]})
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        grpo(FastGRPOTrainer, folder, tmp_path, peft_config=lora)
 
 
 @pytest.mark.parametrize("loss_type", set(LOSS_TYPES) - {"grpo", "sapo"})
@@ -308,6 +354,9 @@ NOT_FUSED = {
     "entropy_coef=0.1": {"loss_type": "grpo", "entropy_coef": 0.1},
     "entropy_coef=0.2": {"loss_type": "sapo", "entropy_coef": 0.2},
     "top_entropy_quantile=0.5": {"top_entropy_quantile": 0.5, "entropy_coef": 0.1},
+    "PROMPT_TUNING": {
+        "peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    },
     "ratio_level": {"loss_type": "vespo", "importance_sampling_level": "sequence"},
 }
 
@@ -349,12 +398,11 @@ OTHER_MACHINES = {
         use_vllm=True, vllm_importance_sampling_correction=True
     ),
     "loss_type='new'": claim(lambda trainer: trainer, "loss_type", "new"),
-    "PEFT": lambda trainer: None,
 }
 
 
 @pytest.mark.parametrize("named", OTHER_MACHINES)
-def test_what_was_never_tried_is_left_to_trl(named, folder, tmp_path, monkeypatch):
+def test_what_was_never_tried_is_left_to_trl(named, folder, tmp_path):
     trainer = grpo(FastGRPOTrainer, folder, tmp_path, top_entropy_quantile=0.5)
     inputs = make_setting(torch.float32).inputs
     inputs = {k: v for k, v in inputs.items() if k != "sampling_per_token_logps"}
@@ -362,8 +410,6 @@ def test_what_was_never_tried_is_left_to_trl(named, folder, tmp_path, monkeypatc
     trainer.current_gradient_accumulation_steps = 1
     loss_config(trainer, inputs)
     OTHER_MACHINES[named](trainer)
-    if named == "PEFT":
-        monkeypatch.setattr(settings, "is_peft_model", lambda model: model is trainer.model)
     with pytest.raises(NotFused, match=named):
         loss_config(trainer, inputs)
 

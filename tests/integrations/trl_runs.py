@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig
 
 from fastgrpo.train.arithmetic import character_tokenizer
@@ -36,16 +36,17 @@ GRPO_SETTINGS = {
     "adam_epsilon": 1e-2,
     "temperature": 0.9,
 }
+LORA = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "up_proj"]}
 
 
-def save_tiny_model(folder: Path) -> None:
+def save_tiny_model(folder: Path, tied: bool = True) -> None:
     """Write a Qwen2 model and a tokenizer of 14 tokens: every second completion ends by itself."""
     tokenizer = character_tokenizer()
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        initializer_range=0.2, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2, tie_word_embeddings=tied, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
@@ -62,10 +63,22 @@ def thirds(completion_ids: list[list[int]], **_: object) -> list[float]:
     return [sum(i % 3 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def grpo(trainer: type, folder: Path, output: Path, config: type = GRPOConfig, **settings: object):
-    """A trainer of the folder's model."""
-    args = config(output_dir=str(output), **{**GRPO_SETTINGS, **settings})
-    return trainer(model=str(folder), reward_funcs=thirds, args=args, train_dataset=prompts())
+def grpo(
+    trainer: type,
+    model: Path | PreTrainedModel,
+    output: Path,
+    config: type = GRPOConfig,
+    peft_config: object = None,
+    **settings: object,
+):
+    """A trainer of a model, or of the one in a folder."""
+    return trainer(
+        model=str(model) if isinstance(model, Path) else model,
+        reward_funcs=thirds,
+        args=config(output_dir=str(output), **{**GRPO_SETTINGS, **settings}),
+        train_dataset=prompts(),
+        peft_config=peft_config,
+    )
 
 
 def logged(trainer) -> list[dict[str, float]]:

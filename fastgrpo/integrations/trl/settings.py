@@ -101,8 +101,8 @@ def _without_equal(trainer: GRPOTrainer, inputs: Inputs) -> list[str]:
         found.append(f"loss_type={trainer.loss_type!r}")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         found.append("a model that FSDP or DeepSpeed shards")
-    if is_peft_model(trainer.model):
-        found.append("a PEFT model")
+    if virtual := _virtual_tokens(trainer):
+        found.append(f"{virtual}, whose virtual tokens have hidden states too")
     if trainer.args.torch_compile:
         found.append("torch_compile=True")
     quantile = trainer.top_entropy_quantile
@@ -121,6 +121,12 @@ def _without_equal(trainer: GRPOTrainer, inputs: Inputs) -> list[str]:
     if corrects(trainer) and inputs.get("sampling_per_token_logps") is None:
         found.append("vllm_importance_sampling_correction=True without the sampler's log-probs")
     return found
+
+
+def _virtual_tokens(trainer: GRPOTrainer) -> str | None:
+    """Return the name of a PEFT method that puts tokens of its own before the prompt."""
+    configs = trainer.model.peft_config.values() if is_peft_model(trainer.model) else ()
+    return next((config.peft_type.value for config in configs if config.is_prompt_learning), None)
 
 
 def corrects(trainer: GRPOTrainer) -> bool:

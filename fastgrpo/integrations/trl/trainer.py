@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
@@ -27,7 +28,8 @@ class FastGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: object, **kwargs: object) -> None:
         with patch():  # raises before a model is loaded
             super().__init__(*args, **kwargs)
-        add_fused_loss(self.model)
+        peft = is_peft_model(self.model)
+        add_fused_loss(self.model.get_base_model() if peft else self.model)
 
     def _get_per_token_logps_and_entropies(
         self, *args: object, **kwargs: object
