@@ -12,6 +12,8 @@ from datasets import Dataset
 pytest.importorskip("trl", minversion="1.15")
 
 import trl  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor import Shard, distribute_tensor  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 from trl.experimental.async_grpo import (  # noqa: E402
@@ -295,6 +297,28 @@ def test_sharded_heads_are_left_to_trl(monkeypatch, calls):
         actual = function().apply(*given, *OPTIONS["plain"])
     assert not calls
     assert torch.equal(actual[0], ChunkedLogProbFunction.apply(*given, *OPTIONS["plain"])[0])
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_head_that_was_gathered_is_refused_where_it_is_trained(mesh, calls):
+    """The gradient that TRL gives its shards is not reduced over the ranks."""
+    hidden, weight, bias, targets = operands()
+    shards = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+    given = OPTIONS["plain"]
+    with patch():
+        function().apply(hidden, shards.full_tensor(), bias, targets, *given)
+        trained = shards.requires_grad_().full_tensor()
+        with pytest.raises(RuntimeError, match="lm_head.weight: .* sharded by itself"):
+            function().apply(hidden, trained, bias, targets, *given)
+    assert len(calls) == 1
 
 
 def test_leaving_restores():

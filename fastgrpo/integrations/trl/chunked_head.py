@@ -28,6 +28,8 @@ from fastgrpo import linear_logps
 VERSIONS = ((1, 15), (1, 16))
 NAME = "_ChunkedLogProbFunction"
 OURS = ("log_probs", "entropy")
+# The backward of `DTensor.full_tensor()`.
+GATHERED = "_ToTorchTensorBackward"
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -49,7 +51,11 @@ class HeadCall(NamedTuple):
 
         Hidden states have autocast's dtype, or else their own, as in TRL. An fp32 weight beside
         16-bit hidden states stays as it is, so that its gradient is fp32 too.
+
+        Raises:
+            RuntimeError: for a head that is trained, and that TRL had to gather from its shards.
         """
+        refuse_gathered(self.weight)
         hidden, device = self.hidden, self.hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -67,6 +73,16 @@ class HeadCall(NamedTuple):
             "logit_scale": self.logit_scale,
             "softcap": self.final_logit_softcapping,
         }
+
+
+def refuse_gathered(weight: Tensor) -> None:
+    """Raise for a gathered head with a gradient: each rank would keep its own rows' alone."""
+    if type(weight.grad_fn).__name__ == GATHERED:
+        raise RuntimeError(
+            "lm_head.weight: expected a head that is frozen, or that FSDP shards with the last "
+            "norm or the whole model, got one that is sharded by itself: TRL gathers it, and its "
+            "gradient would not be reduced over the ranks. Freeze the head, or train under DDP"
+        )
 
 
 class StandIn(abc.ABC):
@@ -159,7 +175,8 @@ def patch() -> Patch:
 
     Raises:
         RuntimeError: for a version of TRL other than 1.15 and 1.16, and where the function that
-            would be replaced takes other arguments.
+            would be replaced takes other arguments. A head that is trained, and that FSDP2 shards
+            as a unit of its own, raises at the first log-probs.
     """
     return Patch().__enter__()
 

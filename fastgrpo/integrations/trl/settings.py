@@ -99,8 +99,10 @@ def _without_equal(trainer: GRPOTrainer, inputs: Inputs) -> list[str]:
     found = []
     if trainer.loss_type not in LOSS_TYPES:
         found.append(f"loss_type={trainer.loss_type!r}")
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        found.append("a model that FSDP or DeepSpeed shards")
+    if trainer.is_deepspeed_enabled:
+        found.append("a model that DeepSpeed shards")
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        found.append("a model that FSDP 1 shards")
     if virtual := _virtual_tokens(trainer):
         found.append(f"{virtual}, whose virtual tokens have hidden states too")
     if trainer.args.torch_compile:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -18,11 +20,14 @@ class FastGRPOTrainer(GRPOTrainer):
     It takes what `GRPOTrainer` takes, and logs what it logs. Loss and gradients are TRL's but for
     rounding. All log-probs are those of `fastgrpo.linear_logps`, as under `patch`.
 
+    It runs under DDP and FSDP2, and trains LoRA. A head that is trained, and that FSDP2 shards as a
+    unit of its own, raises at the first loss.
+
     Where a setting has no equal in `LossConfig`, TRL's own loss runs on these log-probs, and a
     warning names the setting once.
 
     Raises:
-        RuntimeError: as `patch` does.
+        RuntimeError: as `patch` and what stands under it do.
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -30,6 +35,15 @@ class FastGRPOTrainer(GRPOTrainer):
             super().__init__(*args, **kwargs)
         peft = is_peft_model(self.model)
         add_fused_loss(self.model.get_base_model() if peft else self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # Log-probs and the loss leave a model that FSDP2 shards as its outputs. Rounded to 16 bits,
+        # those of the old policy would not be the ones in the loss.
+        plugin = self.accelerator.state.fsdp_plugin if self.accelerator.is_fsdp2 else None
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+            plugin.mixed_precision_policy = policy
 
     def _get_per_token_logps_and_entropies(
         self, *args: object, **kwargs: object
