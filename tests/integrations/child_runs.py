@@ -1,4 +1,4 @@
-"""Runs of TRL's trainers and of ours on each of two ranks: see test_trl_child_processes."""
+"""Runs of TRL's trainers and of ours in processes of their own: see test_trl_child_processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+import trl
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
@@ -28,6 +29,7 @@ CASES = {
     "bf16": ("tied", {"loss_type": "dapo", "bf16": True}, None),
 }
 RUNS = {
+    "alone": ("dapo", "grpo", "lora"),
     "ddp": ("grpo", "lora"),
     "fsdp": ("dapo", "grpo", "lora", "copy of the head", "bf16"),
 }
@@ -74,7 +76,7 @@ def run(trainer: type, folder: Path, output: Path, lora, **settings) -> dict[str
 
     made = grpo(
         trainer, folder, output, max_steps=4, beta=0.04, num_iterations=2,
-        gradient_accumulation_steps=2, ddp_backend="gloo",
+        gradient_accumulation_steps=2, ddp_backend="gloo" if "RANK" in os.environ else None,
         peft_config=LoraConfig(**lora) if lora else None, **settings,
     )  # fmt: skip
     assert made.is_fsdp_enabled == ("fsdp" in settings), "accelerate passed over it"
@@ -94,7 +96,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     sharding, output = sys.argv[1], Path(sys.argv[2])
     allow_fsdp_on_cpus()
-    results = {}
+    results = {"version": trl.__version__}
     for name in RUNS[sharding]:
         model, settings, lora = CASES[name]
         settings = {**settings, **(FSDP if sharding == "fsdp" else {})}
@@ -105,4 +107,4 @@ if __name__ == "__main__":
         ):
             with context():
                 results[name, kind] = run(trainer, output / model, output, lora, **settings)
-    torch.save(results, output / f"rank{os.environ['RANK']}.pt")
+    torch.save(results, output / f"rank{os.environ.get('RANK', 0)}.pt")

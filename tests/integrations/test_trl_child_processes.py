@@ -1,4 +1,4 @@
-"""Two processes: DDP and FSDP2."""
+"""Two processes, DDP and FSDP2, and another version of TRL: each in processes of its own."""
 
 from __future__ import annotations
 
@@ -81,3 +81,28 @@ def test_log_probs_leave_fsdp2_unrounded(sharded):
     assert len(gaps) == 8
     for first, then in ((0, 2), (4, 6)):
         assert max(gaps[first : first + 2]) < 1e-6 and min(gaps[then : then + 2]) > 0.1
+
+
+@pytest.fixture(scope="module")
+def trl_1_15(tmp_path_factory) -> Path:
+    """A folder with TRL 1.15 alone; what it imports is this environment's."""
+    folder = tmp_path_factory.mktemp("trl-1.15")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder),
+         "trl==1.15.*"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say(f"trl 1.15 cannot be installed: {done.stderr[-500:]}")
+    return folder
+
+
+@pytest.mark.slow
+def test_trl_1_15(trl_1_15, tmp_path):
+    """Its own log-probs need Triton's interpreter on a CPU; ours are of the torch backend."""
+    environment = {"TRITON_INTERPRET": "1", "FASTGRPO_BACKEND": "torch"}
+    ranks = results("alone", tmp_path, first=[trl_1_15], **environment)
+    assert ranks[0]["version"].startswith("1.15.")
+    for name in ("dapo", "grpo", "lora"):
+        assert_same(ranks, name)
