@@ -104,6 +104,9 @@ def test_rows_with_a_label(compact, folder, tmp_path, fused_calls):
      "epsilon_high": 1.5},
     {"mask_truncated_completions": True, "num_iterations": 2},
     {"top_entropy_quantile": 0.5, "num_iterations": 2},
+    {"loss_type": "vespo", "importance_sampling_level": "sequence", "num_iterations": 2},
+    {"loss_type": "vespo", "importance_sampling_level": "sequence", "num_iterations": 2,
+     "beta": 0.04, "use_bias_correction_kl": False},
     {"off_policy_mask_threshold": 0.01, "num_iterations": 2},
 ], ids=str)  # fmt: skip
 def test_other_settings(settings, folder, tmp_path, fused_calls):
@@ -353,7 +356,7 @@ NOT_FUSED = {
     "PROMPT_TUNING": {
         "peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     },
-    "ratio_level": {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+    "ratio_level": {"loss_type": "vespo", "importance_sampling_level": "sequence", "beta": 0.04},
 }
 
 

@@ -81,7 +81,7 @@ def loss_config(trainer: GRPOTrainer, inputs: Inputs) -> LossConfig:
         **_shape(trainer),
         **_masks(trainer, inputs),
         **_correction(trainer),
-        "ratio_level": trainer.importance_sampling_level,
+        "ratio_level": _ratio_level(trainer),
         "entropy": "detached",
         "entropy_coef": _entropy_coef(trainer, inputs),
     }
@@ -134,6 +134,16 @@ def _virtual_tokens(trainer: GRPOTrainer) -> str | None:
 def corrects(trainer: GRPOTrainer) -> bool:
     """Whether the policy loss is weighed by the gap between trainer and inference engine."""
     return trainer.use_vllm and trainer.vllm_importance_sampling_correction
+
+
+def _ratio_level(trainer: GRPOTrainer) -> str:
+    """Return whose ratios count. VESPO's weight is the sequence's at either level: only a KL that
+    is corrected by the ratio tells them apart.
+    """
+    corrected_kl = trainer.beta and trainer.args.use_bias_correction_kl
+    if trainer.loss_type == "vespo" and not corrected_kl:
+        return "token"
+    return trainer.importance_sampling_level
 
 
 def _shape(trainer: GRPOTrainer) -> dict[str, object]:
