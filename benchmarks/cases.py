@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.data import LossInputs, random_batch, rl_batch
+from benchmarks.data import LossInputs, profile_batch, random_batch, rl_batch
 from benchmarks.measure import MODES, Errors, Outcome, check, errors, oracle, run, sampling_noise
 from benchmarks.peak_memory import allocated_peak_mib, resident_peak_mib
+from benchmarks.profiles import expected_kept, newest_profile
 from benchmarks.providers import Provider
 from benchmarks.shapes import Shape
-from benchmarks.time_model.profiles import expected_kept, newest_profile, rl_like_batch
 from benchmarks.timing import GemmBound, bound_dtype, describe, interleave, summary
 
 BOUND = "GEMM bound"
@@ -30,7 +30,7 @@ def make_batch(shape: Shape, dtype: torch.dtype, mode: str, device: torch.device
     if policy is None:
         batch = random_batch(shape, dtype, device)
     else:
-        batch = rl_like_batch(shape, dtype, device, profile=newest_profile(policy))
+        batch = profile_batch(shape, dtype, device, profile=newest_profile(policy))
     batch = batch.to(dtype, frozen=MODES[mode].frozen)
     if MODES[mode].zero_advantage or MODES[mode].padding:
         batch = rl_batch(batch, MODES[mode].zero_advantage, MODES[mode].padding)

@@ -8,7 +8,14 @@ import math
 import torch
 from torch import Tensor
 
+from benchmarks.profiles import Profile
 from benchmarks.shapes import Shape
+
+# The share of the tokens from which the clip takes the gradient: about what a second pass over the
+# same tokens meets after one update at learning rate 1e-5 (one_update in the profile).
+CLIPPED = 0.02
+# Standard deviation of what sets rows of one recorded curve apart, in nats of a logit.
+APART = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +46,19 @@ class LossInputs:
         ids: Tensor,  # (N,)
         sequences: int,
         generator: torch.Generator,
+        *,
+        clipped: float = 0.0,
     ) -> LossInputs:
-        """Return a dense batch: every row is live and no ratio is clipped."""
+        """Return a batch of rows, a share `clipped` of which has no gradient, for the clip."""
         rows, device = len(ids), ids.device
         advantages = torch.randn(sequences, generator=generator, device=device)
-        # Inside the clip range (log 0.8, log 1.2) by more than the noise that bf16 logits add.
+        # Inside the clip range (log 0.8, log 1.2) by more than the noise that bf16 logits add, and
+        # outside of it by as much, on the side where the advantage pushes on.
         drift = (torch.rand(rows, generator=generator, device=device) - 0.5) * 0.2
-        old_logps = _logps(hidden, weight, ids) + drift
+        chosen = torch.randperm(rows, generator=generator, device=device)[: round(clipped * rows)]
         length = rows // sequences
+        drift[chosen] -= 0.45 * advantages.sign()[chosen // length]
+        old_logps = _logps(hidden, weight, ids) + drift
         return cls(
             hidden=hidden.view(sequences, length, -1).requires_grad_(),
             weight=weight.requires_grad_(),
@@ -89,6 +101,51 @@ def random_batch(
     )
     hidden = (normal(shape.rows, shape.hidden) + lean * weight[ids].float()).to(dtype)
     return LossInputs.of_rows(hidden, weight, ids, shape.sequences, generator)
+
+
+def profile_batch(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    *,
+    profile: Profile,
+    clipped: float = CLIPPED,
+    seed: int = 0,
+) -> LossInputs:
+    """Return a batch whose rows have the probabilities of `profile`'s, at a head of any shape.
+
+    There are H recorded curves. Each is laid over the vocabulary in a random order of its own, and
+    so gives one logit to every token. These (V, H) logits, turned by a random rotation, are the
+    weight. A hidden state picks one of the curves, and adds a little of all the others. Rows of
+    every curve come equally often, and tokens are drawn from their rows.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    n, v, h = shape.rows, shape.vocab, shape.hidden
+    curves = profile.extended(v).to(device)
+    curves = curves - curves.mean(1, keepdim=True)
+    spread = curves.square().mean(1).sqrt()
+    # Directions of the head, in the order of their curves' entropy.
+    of_direction = (torch.arange(h, device=device) + 0.5).div(h).mul(len(curves)).long()
+    logits = torch.empty(h, v, device=device)
+    for direction, curve in zip(logits, of_direction, strict=True):
+        order = torch.randperm(v, generator=generator, device=device)
+        direction[order] = curves[curve] / spread[curve]
+    turn = torch.linalg.qr(torch.randn(h, h, generator=generator, device=device)).Q
+    weight = (logits.T @ turn).div_(math.sqrt(h)).to(dtype)
+
+    states = torch.randn(n, h, generator=generator, device=device) * (APART / math.sqrt(h))
+    rows = torch.randperm(n, generator=generator, device=device)
+    picked = (torch.arange(n, device=device) + 0.5).div(n).mul(h).long()
+    states[rows, picked] = spread[of_direction[picked]]
+    hidden = (states @ turn).mul_(math.sqrt(h)).to(dtype)
+
+    classifier = weight.float().T
+    drawn = [
+        torch.multinomial((block.float() @ classifier).softmax(-1), 1, generator=generator)
+        for block in hidden.split(512)
+    ]
+    ids = torch.cat(drawn)[:, 0]
+    return LossInputs.of_rows(hidden, weight, ids, shape.sequences, generator, clipped=clipped)
 
 
 def rl_batch(batch: LossInputs, zero_advantage: float = 0.5, padding: float = 0.0) -> LossInputs:

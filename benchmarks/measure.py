@@ -20,7 +20,7 @@ class Mode(NamedTuple):
     zero_advantage: float = 0.0  # share of the completions
     padding: float = 0.0  # share of the positions
     skip_zero_advantage: bool = False  # no log-probs of completions without an advantage
-    policy: str | None = None  # rows of this policy of the workload record; None: random rows
+    policy: str | None = None  # rows of this policy of the profile; None: random rows
 
 
 MODES = {
@@ -33,10 +33,11 @@ MODES = {
     "half_masked": Mode(gemms=3, padding=0.5),
     "skip_90": Mode(gemms=3, zero_advantage=0.9),
     "rl": Mode(gemms=3, zero_advantage=0.5, padding=0.25),
-    # Rows of three policies. A sparse backward keeps a different number of entries of each.
-    "policy": Mode(gemms=3, policy="sharpened 2"),
-    "policy_sharp": Mode(gemms=3, policy="sharpened 4"),
-    "policy_flat": Mode(gemms=3, policy="as trained"),
+    # Rows of a real model at three temperatures, of each of which a sparse backward keeps a
+    # different number of entries. A few tokens are clipped.
+    "policy": Mode(gemms=3, policy="temperature 1"),
+    "policy_sharp": Mode(gemms=3, policy="temperature 0.6"),
+    "policy_flat": Mode(gemms=3, policy="temperature 1.3"),
 }
 
 

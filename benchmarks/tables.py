@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.cases import BOUND
 from benchmarks.environment import RESULTS, ROOT
+from benchmarks.profiles import newest_record
 from benchmarks.time_model import roofline
 from benchmarks.time_model.machines import MACHINES
-from benchmarks.time_model.profiles import newest_workload
 
 # Each document, and the path of the records' folder in its links.
 DOCUMENTS = {
@@ -117,31 +117,47 @@ def modes_table(record: Row) -> str:
     return "\n".join(lines)
 
 
-def workload_table(record: Row) -> str:
-    """Return what each policy's rows look like; those of the unsharpened one also by entropy."""
+def profile_table(record: Row) -> str:
+    """Return what each policy's rows look like; those of temperature 1 also by entropy."""
     lines = [
         "| rows | share | entropy, nats | mass beyond 64: median / p90 | kept at 1e-2 "
-        "| kept at 1e-3: mean / p90 / max | kept at 1e-4 | at 1e-3, V = 151936 |",
+        "| kept at 1e-3: mean / p90 / max | kept at 1e-4 | top-p and top-k: mean / median |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for policy in record["policies"]:
         mean, deciles = policy["entropy"]["mean"], policy["entropy"]["deciles"]
         spread = f"{mean:.2f} (p90 {deciles[8]:.2f})"
         lines.append(_rows_like(f"{policy['name']}, all", spread, policy))
-        for band in policy["bands"] if policy["sharpness"] == 1 else ():
+        for band in policy["bands"] if policy["temperature"] == 1 else ():
             upper = f" to {band['to']:g}" if band["to"] < 99 else " and more"
             lines.append(_rows_like(policy["name"], f"{band['from']:g}{upper}", band))
     return "\n".join(lines)
 
 
 def _rows_like(name: str, entropy: str, part: Row) -> str:
-    kept, tail = part["kept"], part["tail_mass"]["64"]
-    at, larger = kept["0.001"], part["kept_extrapolated"]["151936"]["0.001"]["mean"]
+    kept, tail, nucleus = part["kept"], part["tail_mass"]["64"], part["nucleus"]
+    at = kept["0.001"]
     return (
         f"| {name} | {part['share']:.3f} | {entropy} | {tail['p50']:.1e} / {tail['p90']:.1e} "
         f"| {kept['0.01']['mean']:.1f} | {at['mean']:.1f} / {at['p90']:.1f} / {at['max']:.0f} "
-        f"| {kept['0.0001']['mean']:.0f} | {larger:.1f} |"
+        f"| {kept['0.0001']['mean']:.0f} | {nucleus['mean']:.0f} / {nucleus['p50']:.0f} |"
     )
+
+
+def clipping_table(record: Row) -> str:
+    """Return the tokens that a clip silences after one update, by learning rate."""
+    titles = "| learning rate | tokens | clipped | ratio off the range "
+    lines = [f"{titles}| log-ratio, absolute: median / p99 |", "|---|---|---|---|---|"]
+    for update in record["one_update"]["updates"]:
+        for name in ("same_tokens", "other_tokens"):
+            found = update[name]
+            change = found["log_ratio"]
+            lines.append(
+                f"| {update['learning_rate']:.0e} | {name.replace('_', ' ')} "
+                f"| {found['clipped']:.2%} | {found['outside']:.2%} "
+                f"| {change['p50']:.1e} / {change['p99']:.1e} |"
+            )
+    return "\n".join(lines)
 
 
 def _recorded(kind: str, render: Callable[[Row], str]) -> Callable[[Path, str], str]:
@@ -152,6 +168,8 @@ def _recorded(kind: str, render: Callable[[Row], str]) -> Callable[[Path, str], 
         if path is None:
             return "No record yet."
         record = json.loads(path.read_text())
+        # Rows of a profile that another one has replaced are not what the documents describe.
+        record["speed"] = [row for row in record["speed"] if _current(row)]
         return f"{_caption(path, record, folder)}\n\n{render(record)}"
 
     return table
@@ -164,15 +182,26 @@ def _beside(record: Row) -> str:
     return roofline.measured_table(roofline.machine_of(record), record)
 
 
-def _workload(results: Path, folder: str) -> str:
-    path, record = newest_workload(results)
-    model, training = record["model"], record["training"]
+def _profile(results: Path, folder: str) -> str:
+    path, record = newest_record(results)
+    model, rows = record["model"], sum(policy["rows"] for policy in record["policies"])
     facts = (
-        f"{model['parameters'] / 1e6:.0f}M parameters, V = {model['vocab']}, "
-        f"H = {model['hidden']}, {training['tokens'] / 1e3:,.0f} thousand tokens, "
-        f"loss {training['final_loss']:.2f} at the end"
+        f"{model['name']}, {model['parameters'] / 1e6:.0f}M parameters, V = {model['vocab']}, "
+        f"H = {model['hidden']}, {rows:,} rows"
     )
-    return f"{facts}; record {_link(path, folder)}.\n\n{workload_table(record)}"
+    return f"{facts}; record {_link(path, folder)}.\n\n{profile_table(record)}"
+
+
+def _clipping(results: Path, folder: str) -> str:
+    path, record = newest_record(results)
+    settings = record["one_update"]["settings"]
+    facts = (
+        f"{record['model']['name']}; {settings['loss']}; {settings['optimizer']}; "
+        f"{settings['prompts']} prompts x {settings['group']} completions, "
+        f"{settings['tokens_learnt']:,} of {settings['tokens']:,} tokens learnt from; "
+        f"{settings['rewards']}"
+    )
+    return f"{facts}; record {_link(path, folder)}.\n\n{clipping_table(record)}"
 
 
 def _predicted(results: Path, folder: str) -> str:
@@ -185,8 +214,13 @@ def _predicted(results: Path, folder: str) -> str:
 
 def _curve(results: Path, folder: str) -> str:
     machine, rows = MACHINES["h200"], 16384
-    title = f"Predicted, {machine.name}, {rows} tokens: ms (in products of the forward, 2NVH)."
-    return f"{title}\n\n{roofline.kept_table(machine, rows)}"
+    path, record = newest_record(results)
+    means = sorted(round(policy["kept"]["0.001"]["mean"]) for policy in record["policies"])
+    title = (
+        f"Predicted, {machine.name}, {rows} tokens: ms (in products of the forward, 2NVH). Of the "
+        f"kept entries, {means} are the means at tau = 1e-3 in {_link(path, folder)}."
+    )
+    return f"{title}\n\n{roofline.kept_table(machine, rows, sorted({30, 250, *means}))}"
 
 
 def _learning(results: Path, folder: str) -> str:
@@ -224,7 +258,8 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "accuracy-cuda": _recorded("cuda", accuracy_table),
     "model-cpu": _recorded("cpu", _beside),
     "model-cuda": _recorded("cuda", _beside),
-    "workload": _workload,
+    "profile": _profile,
+    "clipping": _clipping,
     "predicted": _predicted,
     "predicted-kept": _curve,
     "sparse-learning": _learning,
@@ -254,6 +289,11 @@ def _caption(path: Path, record: Row, folder: str) -> str:
         f"{record['device']}, {record['threads']} threads, {installed}; "
         f"commit {record['commit'][:7]}, record {_link(path, folder)}."
     )
+
+
+def _current(row: Row) -> bool:
+    """Return whether a row is not of a policy, or of one whose profile is still there."""
+    return "profile" not in row or (RESULTS / row["profile"].partition(",")[0]).exists()
 
 
 def _link(path: Path, folder: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.environment import RESULTS
@@ -20,6 +21,7 @@ from benchmarks.time_model.machines import MACHINES, Machine, cpu_machine
 from benchmarks.time_model.routes import (
     BOUND,
     CPU_ROUTES,
+    KEPT,
     ROUTES,
     SPARSE,
     Case,
@@ -37,7 +39,7 @@ def predictions(machine: Machine, case: Case) -> dict[str, float]:
 
 def compare(machine: Machine, row: dict[str, Any]) -> float | None:
     """Return the predicted milliseconds of a speed row of a record, if its provider is modelled."""
-    case = case_of(row["shape"], row["mode"], row.get("kept", 46.0))
+    case = case_of(row["shape"], row["mode"], row.get("kept", KEPT))
     if row["provider"] == BOUND:  # the measured bound never skips
         case = case._replace(scored=1.0, live=1.0)
     return predictions(machine, case).get(row["provider"])
@@ -109,7 +111,7 @@ def predicted_table(
     return "\n".join(lines)
 
 
-def kept_table(machine: Machine, rows: int, kept: tuple[int, ...] = (10, 34, 100, 272)) -> str:
+def kept_table(machine: Machine, rows: int, kept: Sequence[int]) -> str:
     """Return predicted milliseconds of the sparse backward by kept entries and live rows.
 
     In brackets stands the time in forward products, 2NVH. A dense loss needs three of them.

@@ -195,7 +195,7 @@ def test_newest_record_of_each_kind(tmp_path):
     # The checks of a GPU session, without its measurements.
     checks = {"date": "2026-01-04", "gpu": {"name": "H200"}, "speed": []}
     (tmp_path / "checks.json").write_text(json.dumps(checks))
-    (tmp_path / "workload.json").write_text(json.dumps({"date": "2026-02-01", "gpu": None}))
+    (tmp_path / "profile.json").write_text(json.dumps({"date": "2026-02-01", "gpu": None}))
     assert tables.newest("cpu", tmp_path).name == "a.json"
     assert tables.newest("cuda", tmp_path).name == "c.json"
 
@@ -208,6 +208,17 @@ def test_tables_are_filled_between_their_markers(made):
     assert filled.count(f"benchmarks/results/{made.name}") == 2
     assert "| 64 x 1031 x 128 fp32 | fastgrpo torch |" in filled
     assert tables.fill(filled, made.parent) == filled
+
+
+def test_rows_of_a_replaced_profile_are_left_out(made, tmp_path):
+    text, content = "<!-- table:modes-cpu --><!-- /table -->", json.loads(made.read_text())
+    for row in content["speed"]:
+        if row["mode"] == "policy_flat":
+            row["profile"] = "profile-of-another-model.json, temperature 1"
+    (tmp_path / "cpu.json").write_text(json.dumps(content))
+    filled = tables.fill(text, tmp_path)
+    assert "| policy_flat |" in tables.fill(text, made.parent)
+    assert "| policy_flat |" not in filled and "| policy |" in filled
 
 
 def test_table_without_a_record_says_so(tmp_path):
