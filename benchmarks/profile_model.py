@@ -40,6 +40,7 @@ from benchmarks.profiles import (
     curve_ranks,
     row_statistics,
 )
+from fastgrpo import ModelHead
 from fastgrpo.train import gsm8k
 from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import Rollout, generate
@@ -232,7 +233,7 @@ def main(arguments: list[str] | None = None) -> Path:
 
     begun = time.monotonic()
     policy = load(options.model)
-    if policy.head.options() != {"bias": None, "logit_scale": 1.0, "softcap": None}:
+    if policy.head != ModelHead(policy.head.weight, None, 1.0, None):
         parser.error(f"expected a head that is a product alone, got {policy.head.options()}")
     examples = gsm8k.read_examples(str(options.prompts), policy.tokenizer)
     prompts = [example.prompt for example in examples[: options.completions + options.groups]]

@@ -145,7 +145,7 @@ def lora(lora: object, hidden: Tensor, weight: Tensor, sparsity: float) -> None:
     if lora is None:
         return
     if not isinstance(lora, tuple) or len(lora) != 2:
-        raise ValueError(f"lora: expected a tuple (A, B) of two tensors, got {lora!r:.80}")
+        raise ValueError(f"lora: expected a tuple (A, B), got {type(lora).__name__}")
     a, b = lora
     same = (hidden.dtype, torch.float32) if hidden.dtype.itemsize == 2 else (hidden.dtype,)
     tensor("lora[0]", a, like=hidden, dtypes=same)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgrpo import autocast, checks, ops
 from fastgrpo.checks import one_of
+from fastgrpo.low_rank import with_adapter
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -59,8 +60,9 @@ def linear_logps(
             inside `fastgrpo.checked()`, otherwise the row's log-prob is NaN.
         bias: (V,), in hidden's dtype or fp32.
         lora: (A, B) of an adapter on a frozen weight, which counts as weight + B @ A: A (R, H) with
-            its scaling, B (V, R). The gradients are A's and B's; no tensor is as large as the
-            weight. Kernels that keep logits in registers are not used. Not with `sparsity`.
+            its scaling, B (V, R), each in hidden's dtype or fp32. B @ A is never made. Kernels that
+            keep logits in registers are not used. Not with `sparsity`. In fp16, hidden @ A.T must
+            be below 65,504.
         temperature: a number > 0, or a tensor: (), or (...) of one per token.
         logit_scale: factor on the logits (Cohere; Granite's `logits_scaling` is 1 over it).
         softcap: c in c * tanh(z / c) (Gemma); None for none.
@@ -87,8 +89,9 @@ def linear_logps(
     nothing.
 
     Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With
-    a frozen head (weight and bias without gradient) 4NVH in all, and no GEMM in the backward. With
-    `sparsity` and `old_logps` 2NVH in all; without `old_logps` 2NVH more on rows with a gradient.
+    a frozen head (weight, bias and lora without gradient) 4NVH in all, and no GEMM in the backward.
+    A trained `lora` costs 2NVH forward and 4NVH backward. With `sparsity` and `old_logps` 2NVH in
+    all; without `old_logps` 2NVH more on rows with a gradient.
 
     Raises:
         ValueError: for any argument of the wrong shape, dtype, device or value. Second derivatives
@@ -111,14 +114,14 @@ def linear_logps(
     one_of("entropy", entropy, ("none", "detached", "differentiable"))
     one_of("backend", backend, ("auto", "triton", "torch"))
     ids = token_ids.reshape(-1)
-    mask = ids != ignore_index
+    rows, columns = with_adapter(hidden.reshape(-1, hidden.shape[-1]), lora)
     operands = ops.Operands(
-        hidden=with_low_rank(hidden.reshape(-1, hidden.shape[-1]), mask, lora),
+        hidden=rows,
         weight=weight,
         token_ids=ids,
-        mask=mask,
+        mask=ids != ignore_index,
         bias=bias,
-        lora=None if lora is None else lora[1],
+        lora=columns,
         temperature=temperature_tensor(temperature, hidden),
         logit_scale=float(logit_scale),
         softcap=float(softcap or 0.0),
@@ -156,23 +159,6 @@ def score(
         entropies = scores.entropy.detach() if entropy == "detached" else scores.entropy
     metrics = scores.draw_metrics if len(scores.draw_metrics) else None
     return TokenLogps(scores.logps, entropies, scores.lse), metrics
-
-
-def with_low_rank(
-    hidden: Tensor,  # (N, H)
-    mask: Tensor,  # (N,) bool
-    lora: tuple[Tensor, Tensor] | None,  # (R, H), (V, R)
-) -> Tensor:
-    """Return hidden with hidden @ A.T as further columns: (N, H + R), (N, H) without `lora`."""
-    if lora is None:
-        return hidden
-    a, _ = lora
-    dtype = torch.promote_types(hidden.dtype, a.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        # What is masked may be NaN, and would reach the gradient of A as 0 * NaN.
-        kept = hidden.masked_fill(~mask[:, None], 0.0)
-        low = kept.to(dtype) @ a.to(dtype).t()
-    return torch.cat([hidden, low.to(hidden.dtype)], 1)
 
 
 def draw_seed(seed: int | None, like: Tensor) -> Tensor:

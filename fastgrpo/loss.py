@@ -10,14 +10,8 @@ from torch import Tensor, nn
 from fastgrpo import autocast, checks, ops
 from fastgrpo.checks import one_of
 from fastgrpo.head import sparse
-from fastgrpo.logps import (
-    Backend,
-    draw_seed,
-    scalar_tensor,
-    score,
-    temperature_tensor,
-    with_low_rank,
-)
+from fastgrpo.logps import Backend, draw_seed, scalar_tensor, score, temperature_tensor
+from fastgrpo.low_rank import with_adapter
 from fastgrpo.objective.call import LossCall
 from fastgrpo.objective.config import LossConfig, config_of_preset
 from fastgrpo.objective.metrics import METRICS, Given
@@ -29,7 +23,7 @@ class GRPOLoss(NamedTuple):
     """What `grpo_loss` returns."""
 
     loss: Tensor
-    """() fp32, differentiable in hidden, weight and bias."""
+    """() fp32, differentiable in hidden, weight, bias and lora."""
     logps: Tensor
     """As completion_ids, fp32, nats, detached: the next epoch's old_logps. 0 where masked."""
     entropy: Tensor | None
@@ -66,7 +60,7 @@ def grpo_loss(
     sparsity: float = 0.0,
     seed: int | None = None,
 ) -> GRPOLoss:
-    """Return the loss of a batch of completions; `loss.backward()` costs no further GEMM.
+    """Return the loss of a batch of completions; `loss.backward()` costs no GEMM with V.
 
     Equivalent to, for the preset "grpo" (A is the advantage, d = ref_logps - logps):
 
@@ -167,14 +161,14 @@ def grpo_loss(
     mask = _check_tokens(hidden, completion_ids, completion_mask, temperature, call)
     check_call(config, call, hidden, sparsity, skip_zero_advantage)
     call = _flat(call, hidden)
-    mask = mask.detach().reshape(-1)
+    rows, columns = with_adapter(hidden.reshape(-1, hidden.shape[-1]), lora)
     operands = ops.Operands(
-        hidden=with_low_rank(hidden.reshape(-1, hidden.shape[-1]), mask, lora),
+        hidden=rows,
         weight=weight,
         token_ids=completion_ids.detach().reshape(-1),
-        mask=mask,
+        mask=mask.detach().reshape(-1),
         bias=bias,
-        lora=None if lora is None else lora[1],
+        lora=columns,
         temperature=temperature_tensor(temperature, hidden),
         logit_scale=float(logit_scale),
         softcap=float(softcap or 0.0),

@@ -58,12 +58,12 @@ def _without_autocast(fn: Callable) -> Callable:
 class Operands(NamedTuple):
     """Rows and head: the first parameters of every op that scores rows."""
 
-    hidden: Tensor  # (N, H), or (N, H + R) with lora
+    hidden: Tensor  # (N, H), or (N, H + K) with lora
     weight: Tensor  # (V, H)
     token_ids: Tensor  # (N,)
     mask: Tensor  # (N,) bool
     bias: Tensor | None  # (V,)
-    lora: Tensor | None  # (V, R): the columns of the weight beyond H
+    lora: Tensor | None  # (V, K): the columns of the weight beyond H
     temperature: Tensor | None  # (N,) or (), None = 1
     logit_scale: float
     softcap: float
@@ -101,7 +101,7 @@ class Operands(NamedTuple):
 
     def trained(self) -> Tensor:
         """Return what a gradient with respect to the weight belongs to."""
-        return getattr(self, trained(self.lora))
+        return getattr(self, _name_of_trained(self.lora))
 
     def dtypes(self) -> tuple[torch.dtype | None, ...]:
         """Return the dtypes of hidden, of the weight that gradients are of, and of bias."""
@@ -109,7 +109,7 @@ class Operands(NamedTuple):
         return tuple(None if x is None else x.dtype for x in tensors)
 
 
-def trained(lora: Tensor | None) -> str:
+def _name_of_trained(lora: Tensor | None) -> str:
     """Return the name of the tensor that a gradient with respect to the weight belongs to."""
     return "weight" if lora is None else "lora"
 
@@ -135,7 +135,7 @@ def linear_logps(
     token_ids: Tensor,  # (N,)
     mask: Tensor,  # (N,) bool
     bias: Tensor | None,  # (V,)
-    lora: Tensor | None,  # (V, R)
+    lora: Tensor | None,  # (V, K); then hidden is (N, H + K), and a gradient is lora's
     temperature: Tensor | None,  # (N,) or (), None = 1
     logit_scale: float,
     softcap: float,
@@ -234,19 +234,19 @@ def _linear_logps_backward(ctx, dlogps, dlse, dentropy, *_):
         (jacobian,) = ctx.saved_tensors
         return tuple(_LinearLogps(hidden=(jacobian * dlogps[:, None]).to(ctx.dtype)))
     saved = dict(zip(_TENSORS + _RESULTS, ctx.saved_tensors, strict=True))
-    needs, head = _LinearLogps(*ctx.needs_input_grad), trained(saved["lora"])
+    needs, trained = _LinearLogps(*ctx.needs_input_grad), _name_of_trained(saved["lora"])
     dhidden, dweight, dbias = linear_logps_bwd(
         **saved,
         **ctx.options,
         dlogps=torch.zeros_like(saved["lse"]) if dlogps is None else dlogps.contiguous(),
         dentropy=None if dentropy is None else dentropy.contiguous(),
         need_hidden=needs.hidden,
-        need_weight=getattr(needs, head),
+        need_weight=getattr(needs, trained),
         need_bias=needs.bias,
     )
     return tuple(_LinearLogps(**{
         "hidden": dhidden if needs.hidden else None,
-        head: dweight if getattr(needs, head) else None,
+        trained: dweight if getattr(needs, trained) else None,
         "bias": dbias if needs.bias else None,
     }))  # fmt: skip
 
@@ -333,7 +333,7 @@ def grpo_loss(
     token_ids: Tensor,  # (N,)
     mask: Tensor,  # (N,) bool
     bias: Tensor | None,  # (V,)
-    lora: Tensor | None,  # (V, R)
+    lora: Tensor | None,  # (V, K); then hidden is (N, H + K), and a gradient is lora's
     temperature: Tensor | None,  # (N,) or (), None = 1
     logit_scale: float,
     softcap: float,
@@ -427,7 +427,7 @@ def _grpo_loss_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*(x for name, x in results._asdict().items() if name != "loss"))
     ctx.dtypes = Operands(*(getattr(given, name) for name in Operands._fields)).dtypes()
     ctx.needs = Needs(given.need_hidden, given.need_weight, given.need_bias)
-    ctx.head = trained(given.lora)
+    ctx.trained = _name_of_trained(given.lora)
     ctx.save_for_backward(results.dhidden, results.dweight, results.dbias)
 
 
@@ -440,7 +440,8 @@ def _grpo_loss_backward(ctx, dloss, *_):
         _scaled(grad, dloss, dtype) if need else None
         for grad, need, dtype in zip(made, ctx.needs, ctx.dtypes, strict=True)
     ))  # fmt: skip
-    return tuple(_GRPOLoss(**{"hidden": grads.hidden, ctx.head: grads.weight, "bias": grads.bias}))
+    named = {"hidden": grads.hidden, ctx.trained: grads.weight, "bias": grads.bias}
+    return tuple(_GRPOLoss(**named))
 
 
 grpo_loss.register_autograd(_grpo_loss_backward, setup_context=_grpo_loss_setup)
@@ -525,7 +526,9 @@ def _poison(grads: Grads, loss: Tensor) -> None:
     """Make the gradients non-finite if the loss is: a row without a gradient would not do it."""
     for grad in grads:
         if grad is not None and grad.numel():
-            grad.view(-1)[:1].add_(0.0 * loss)
+            # The last column too: with an adapter it is the adapter's.
+            for index in (0, -1):
+                grad[(index,) * grad.dim()].add_(0.0 * loss)
 
 
 def _kept(dtype: torch.dtype | None) -> torch.dtype | None:

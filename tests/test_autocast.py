@@ -73,7 +73,7 @@ def test_an_fp32_state_may_meet_a_16_bit_weight_there(as_on_cuda):
 
 
 def test_an_adapter_stays_as_it_is_there(as_on_cuda, backend):
-    """Its products are of 16 bits as well: with the operands that it meets."""
+    """It meets operands of 16 bits, and is not rounded itself."""
     hidden, weight, ids, _ = operands()
     a, b = torch.randn(2, hidden.shape[-1]), torch.randn(len(weight), 2)
     lora = (a.requires_grad_(), b.requires_grad_())

@@ -18,6 +18,7 @@ ROOMS = {
     "packing": {"checks"},
     "torch_kernels": set(),
     "backend": set(),
+    "low_rank": set(),
     # Everything vocabulary-sized: knows nothing of losses but a function from log-probs.
     "head": {"packing", "backend", "torch_kernels"},
     # Chooses between the backends; its self-check compares them through `head`.
@@ -27,8 +28,8 @@ ROOMS = {
     "advantages": {"checks", "backend", "dispatch"},
     "ops": {"checks", "packing", "backend", "head", "dispatch", "objective"},
     "doctor": {"dispatch"},
-    "logps": {"autocast", "checks", "ops"},
-    "loss": {"autocast", "checks", "ops", "logps", "head", "objective"},
+    "logps": {"autocast", "checks", "low_rank", "ops"},
+    "loss": {"autocast", "checks", "low_rank", "ops", "logps", "head", "objective"},
     "model": {"checks", "logps", "loss", "objective"},
     "train": {"advantages", "logps", "loss", "model", "objective"},
     # Adapters: they call what everybody may call.

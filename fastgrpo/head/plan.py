@@ -37,7 +37,7 @@ class VocabSlice(NamedTuple):
     """A slice of the vocabulary, in the dtypes that GEMMs take."""
 
     columns: slice
-    weight: Tensor  # (Vs, H) in the operands' dtype, (Vs, H + R) with `Head.lora`
+    weight: Tensor  # (Vs, H) in the operands' dtype, (Vs, H + K) with `Head.lora`
     bias: Tensor | None  # (Vs,) in the results' dtype
 
 
@@ -83,7 +83,7 @@ class Plan(NamedTuple):
         if copied:
             # A slice of the weight and a slice of its gradient, both in fp32, may take half of the
             # workspace.
-            width = max(1, min(width, budget // (4 * accumulator.itemsize * hidden_size)))
+            width = max(1, min(width, budget // (4 * accumulator.itemsize * hidden.shape[1])))
         # The other half is for a tile and its exponentials.
         tile = budget // 4 if hidden.is_cuda else min(budget // 4, CPU_SLICE_BYTES)
         return cls(

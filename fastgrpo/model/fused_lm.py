@@ -124,6 +124,11 @@ class FusedLM(nn.Module):
         if "adapter_names" in options:
             raise ValueError("adapter_names: expected none, the same adapters for all rows")
         if self._to_be_checked:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    "model: expected one call before torch.compile, in which a model that was on"
+                    " the meta device is compared with its own forward"
+                )
             self._check()
         per_token = dict(old_logps=old_logps, ref_logps=ref_logps, sampler_logps=sampler_logps)
         self._refuse_rounding(advantages=advantages, **per_token)
@@ -317,16 +322,22 @@ def head_of(model: nn.Module) -> ModelHead:
     """Return the head of a causal language model, for `grpo_loss` and `linear_logps`.
 
     It is compared with the model's own forward first, as in `FusedLM`. `model` may be wrapped by
-    PEFT, DistributedDataParallel or `torch.compile`. Raises UnsupportedHeadError for a head that
-    cannot be expressed, and ValueError for one that FSDP2 has sharded, where `FusedLM` is the way,
+    PEFT, DistributedDataParallel, `torch.compile` or `FusedLM`. Raises UnsupportedHeadError for a
+    head that cannot be expressed, and for LoRA on the head, whose factors `FusedLM` reads anew at
+    each call. Raises ValueError for a head that FSDP2 has sharded, where `FusedLM` is the way too,
     and for a model on the meta device.
     """
-    inner = unwrapped(model)
+    inner = unwrapped(model.model if isinstance(model, FusedLM) else model)
     head = describe(inner, layer_of(inner))
     if type(head.weight).__name__ == "DTensor":
         raise ValueError(
             "model: expected a head that is not sharded, got a DTensor; use"
             " fully_shard(FusedLM(model)), in which the head is gathered for the loss"
+        )
+    if head.lora is not None:
+        raise UnsupportedHeadError(
+            "lm_head: expected no LoRA on it, got one, whose factors change with every step; use"
+            " FusedLM(model), or give them to the functions yourself as lora=(A, B)"
         )
     _refuse_meta(inner)
     FusedLM(inner)
@@ -394,6 +405,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 raise ValueError(f"model: expected a bare model, got {wrapper.__name__}; {order}")
     if hasattr(model, "_orig_mod"):
         raise ValueError("model: expected a bare model, got torch.compile; compile FusedLM(model)")
+    if isinstance(model, FusedLM):
+        raise ValueError("model: expected a bare model, got a FusedLM")
 
 
 def _check_sequences(sequences: int | None, sequence_ids: Tensor | None, rows: int) -> None:

@@ -60,6 +60,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
                     " tokens are not in input_ids"
                 )
             model = model.get_base_model()
+        elif type(model).__name__ == "PeftMixedModel":
+            raise UnsupportedHeadError("model: expected a PeftModel, got PeftMixedModel")
         else:
             return model
 
@@ -88,18 +90,14 @@ def layer_of(model: nn.Module) -> nn.Module:
     if model.config.get_text_config().tie_word_embeddings and hasattr(embedding, "base_layer"):
         raise UnsupportedHeadError(
             "embed_tokens: expected no adapter where the head is tied to the embedding, got"
-            f" {type(embedding).__name__}: it would change one and not the other"
+            f" {_full_name(embedding)}"
         )
     if hasattr(layer, "modules_to_save"):  # PEFT's copy that is trained in the original's place
         if layer.disable_adapters or not layer.active_adapters:
             return layer.original_module
         (active,) = layer.active_adapters
         return layer.modules_to_save[active]
-    if hasattr(layer, "token_adapter"):
-        raise UnsupportedHeadError(
-            "lm_head: expected no trainable_token_indices on the head, got"
-            f" {type(layer).__name__}; train a copy of it with modules_to_save=['lm_head']"
-        )
+    _refuse_trainable_tokens(layer)
     if hasattr(layer, "base_layer"):
         _check_adapter(layer)
     return layer
@@ -121,28 +119,47 @@ def describe(model: nn.Module, layer: nn.Module) -> ModelHead:
     return ModelHead(layer.weight, getattr(layer, "bias", None), float(scale), softcap, lora)
 
 
-def _check_adapter(layer: Any) -> None:
-    """Raise UnsupportedHeadError for an adapter that is not plain or rank-stabilised LoRA."""
-    if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "lora_variant", "scaling")):
+def _refuse_trainable_tokens(layer: nn.Module) -> None:
+    if hasattr(layer, "token_adapter"):
         raise UnsupportedHeadError(
-            f"lm_head: expected a plain layer or LoRA on it, got {type(layer).__name__}; train a"
-            " copy of the head with modules_to_save=['lm_head'], or leave the head out of the"
-            " adapter's target_modules"
+            "lm_head: expected no trainable_token_indices on the head, got"
+            f" {_full_name(layer)}; train a copy of it with modules_to_save=['lm_head']"
         )
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
+
+
+def _check_adapter(layer: Any) -> None:
+    """Raise UnsupportedHeadError for what acts on a head and is not LoRA, plain or stabilised."""
+    _refuse_trainable_tokens(layer.base_layer)
+    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+        raise UnsupportedHeadError(
+            f"lm_head: expected a plain layer or LoRA on it, got {_full_name(layer)}; train a copy"
+            " of the head with modules_to_save=['lm_head'], or leave the head out of the adapter's"
+            " target_modules"
+        )
+    names = _acting(layer)
+    if names and layer.base_layer.weight.requires_grad:
+        raise UnsupportedHeadError(
+            "lm_head: expected a frozen weight under LoRA, got a trained one"
+        )
+    for name in names:
         variant, dropout = layer.lora_variant.get(name), layer.lora_dropout[name]
         if variant is not None:
             kind = getattr(variant, "__name__", type(variant).__name__)
             raise UnsupportedHeadError(f"lm_head: expected plain LoRA, got {kind} in {name!r}")
         if getattr(dropout, "p", 0.0) > 0:
             raise UnsupportedHeadError(
-                f"lm_head: expected lora_dropout=0, got {dropout.p} in {name!r}: what it drops is"
-                " not the same in two passes over a batch"
+                f"lm_head: expected lora_dropout=0, got {dropout.p} in {name!r}: the fused head has"
+                " no dropout"
             )
         if layer.lora_B[name].bias is not None:
             raise UnsupportedHeadError(f"lm_head: expected lora_bias=False, got True in {name!r}")
+
+
+def _acting(layer: Any) -> list[str]:
+    """Return the adapters of a layer that change what it computes, and are not merged into it."""
+    if layer.disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _without_adapter(layer: Any) -> tuple[nn.Module, tuple[Tensor, Tensor] | None]:
@@ -154,9 +171,14 @@ def _without_adapter(layer: Any) -> tuple[nn.Module, tuple[Tensor, Tensor] | Non
         return layer, None
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as the layer does itself when it is called
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or not names:
+    names = _acting(layer)
+    if not names:
         return layer.base_layer, None
     downs = [layer.lora_A[name].weight * layer.scaling[name] for name in names]
     ups = [layer.lora_B[name].weight for name in names]
-    return layer.base_layer, (torch.cat(downs), torch.cat(ups, 1))
+    dtype = torch.promote_types(downs[0].dtype, layer.base_layer.weight.dtype)
+    return layer.base_layer, (torch.cat(downs).to(dtype), torch.cat(ups, 1).to(dtype))
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

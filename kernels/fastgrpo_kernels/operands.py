@@ -22,7 +22,7 @@ def take(rows: PerRow, index: slice | Tensor) -> PerRow:
 class Head(NamedTuple):
     """The lm_head: z = softcap(logit_scale * (h @ weight.T + bias)) / temperature.
 
-    With `lora`, R more columns of the weight, hidden states are (n, H + R): their last R columns
+    With `lora`, K more columns of the weight, hidden states are (n, H + K): their last K columns
     multiply these. Then a gradient with respect to the weight is one with respect to `lora` alone,
     and every logit is made in a tile: no kernel that keeps logits in registers reads `lora`.
     """
@@ -31,11 +31,11 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
     softcap: float = 0.0  # 0 = off
-    lora: Tensor | None = None  # (V, R)
+    lora: Tensor | None = None  # (V, K)
 
     @property
     def trained(self) -> Tensor:
-        """What a gradient with respect to the weight has the shape of: (V, H) or (V, R)."""
+        """What a gradient with respect to the weight has the shape of: (V, H) or (V, K)."""
         return self.weight if self.lora is None else self.lora
 
     @property
@@ -44,7 +44,7 @@ class Head(NamedTuple):
         return slice(0 if self.lora is None else self.weight.shape[1], None)
 
     def weight_rows(self, ids: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Return whole rows of the weight, (n, H) or (n, H + R)."""
+        """Return whole rows of the weight, (n, H) or (n, H + K)."""
         weight = self.weight[ids].to(dtype)
         return weight if self.lora is None else torch.cat([weight, self.lora[ids].to(dtype)], 1)
 

@@ -299,25 +299,19 @@ def test_sharded_heads_are_left_to_trl(monkeypatch, calls):
     assert torch.equal(actual[0], ChunkedLogProbFunction.apply(*given, *OPTIONS["plain"])[0])
 
 
-@pytest.fixture
-def mesh():
-    """Of this process alone."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-def test_a_head_that_was_gathered_is_refused_where_it_is_trained(mesh, calls):
+def test_a_head_that_was_gathered_is_refused_where_it_is_trained(alone, calls):
     """The gradient that TRL gives its shards is not reduced over the ranks."""
-    hidden, weight, bias, targets = operands()
-    shards = distribute_tensor(weight.detach(), mesh, [Shard(0)])
-    given = OPTIONS["plain"]
+    hidden, weight, _, targets = operands()
+    bias = torch.zeros(len(weight))
+    mesh, given = init_device_mesh("cpu", (1,)), OPTIONS["plain"]
+    shards, biases = (distribute_tensor(x.detach(), mesh, [Shard(0)]) for x in (weight, bias))
+    frozen = shards.full_tensor(), biases.full_tensor()
+    trained = shards.requires_grad_().full_tensor(), biases.requires_grad_().full_tensor()
     with patch():
-        function().apply(hidden, shards.full_tensor(), bias, targets, *given)
-        trained = shards.requires_grad_().full_tensor()
-        with pytest.raises(RuntimeError, match="lm_head.weight: .* sharded by itself"):
-            function().apply(hidden, trained, bias, targets, *given)
+        function().apply(hidden, *frozen, targets, *given)
+        for head in ((trained[0], frozen[1]), (frozen[0], trained[1])):
+            with pytest.raises(RuntimeError, match="lm_head: .* sharded by itself"):
+                function().apply(hidden, *head, targets, *given)
     assert len(calls) == 1
 
 

@@ -244,6 +244,12 @@ def test_a_wrong_head_is_refused_at_every_call_after_meta():
             lm(*batch("left"))
 
 
+def test_a_first_call_after_meta_is_not_compiled():
+    lm, _ = materialised()
+    with pytest.raises(Exception, match="expected one call before torch.compile"):
+        torch.compile(lm, fullgraph=True, backend="eager")(*batch("left"))
+
+
 def test_a_check_that_could_not_end_is_taken_again(monkeypatch):
     lm, _ = materialised(scale=0.5)
     with monkeypatch.context() as failing:
@@ -340,6 +346,9 @@ def test_wrapped_models_are_refused_with_the_right_order():
         FusedLM(nn.DataParallel(model))
     with pytest.raises(ValueError, match=r"compile FusedLM\(model\)"):
         FusedLM(torch.compile(model))
+    with pytest.raises(ValueError, match="model: expected a bare model, got a FusedLM"):
+        FusedLM(FusedLM(model))
+    assert fastgrpo.head_of(FusedLM(model)).weight is model.lm_head.weight
     replica = FusedLM(model)
     replica._is_replica = True
     ids, mask, loss_mask = batch("left")

@@ -131,10 +131,66 @@ def test_what_is_not_plain_lora_is_refused_by_name(options, name):
             construct(model)
 
 
-def test_another_kind_of_adapter_on_the_head_is_refused_by_name():
-    config = peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
-    with pytest.raises(UnsupportedHeadError, match="lm_head: expected a plain layer or LoRA"):
-        FusedLM(peft.get_peft_model(tiny("qwen2"), config))
+OTHERS = {
+    "ia3.layer.Linear": lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+    "adalora.layer.SVDLinear": lambda: peft.AdaLoraConfig(target_modules=["lm_head"], total_step=9),
+    "loha.layer.Linear": lambda: peft.LoHaConfig(target_modules=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_kind_of_adapter_on_the_head_is_refused_by_name(name):
+    message = f"lm_head: expected a plain layer or LoRA on it, got peft.tuners.{name}"
+    with pytest.raises(UnsupportedHeadError, match=message):
+        FusedLM(peft.get_peft_model(tiny("qwen2"), OTHERS[name]()))
+
+
+def test_mixed_adapters_are_refused_by_name():
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(UnsupportedHeadError, match="expected a PeftModel, got PeftMixedModel"):
+        FusedLM(peft.get_peft_model(tiny("qwen2"), config, mixed=True))
+
+
+def test_a_trained_weight_under_lora_is_refused_by_name():
+    model = on_the_head()
+    model.get_output_embeddings().base_layer.weight.requires_grad_()
+    with pytest.raises(UnsupportedHeadError, match="lm_head: expected a frozen weight under LoRA"):
+        FusedLM(model)
+
+
+def test_trained_tokens_under_lora_are_refused_by_name():
+    model = adapted(
+        "llama", target_modules=["q_proj", "lm_head"],
+        trainable_token_indices={"embed_tokens": [1, 5]},
+    )  # fmt: skip
+    with pytest.raises(UnsupportedHeadError, match="expected no trainable_token_indices"):
+        FusedLM(model)
+
+
+def test_factors_of_lora_are_not_handed_out():
+    """They would be of before the next step."""
+    with pytest.raises(UnsupportedHeadError, match="lm_head: expected no LoRA on it"):
+        head_of(on_the_head())
+
+
+def test_an_adapter_that_is_switched_off_is_not_looked_at():
+    model = on_the_head(lora_dropout=0.5)
+    with model.disable_adapter():
+        assert head_of(model).lora is None
+
+
+def test_adapters_of_16_bits_on_a_model_of_32():
+    model = adapted(target_modules=["lm_head"])
+    layer = model.get_output_embeddings()
+    for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+        factor.weight.data = factor.weight.data.bfloat16()
+    logps = FusedLM(model, check=False)(IDS, MASK, LOSS_MASK).logps
+    a, b = (x["default"].weight.double() for x in (layer.lora_A, layer.lora_B))
+    base = model.get_base_model()
+    hidden = base.base_model(IDS, use_cache=False).last_hidden_state.double()
+    z = hidden @ (layer.base_layer.weight.double() + layer.scaling["default"] * b @ a).t()
+    wanted = z[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
+    assert ((logps[:, 1:] - wanted) * LOSS_MASK[:, 1:]).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])

@@ -55,7 +55,7 @@ class HeadCall(NamedTuple):
         Raises:
             RuntimeError: for a head that is trained, and that TRL had to gather from its shards.
         """
-        refuse_gathered(self.weight)
+        refuse_gathered(self.weight, self.bias)
         hidden, device = self.hidden, self.hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -75,11 +75,11 @@ class HeadCall(NamedTuple):
         }
 
 
-def refuse_gathered(weight: Tensor) -> None:
+def refuse_gathered(weight: Tensor, bias: Tensor | None) -> None:
     """Raise for a gathered head with a gradient: each rank would keep its own rows' alone."""
-    if type(weight.grad_fn).__name__ == GATHERED:
+    if any(type(getattr(x, "grad_fn", None)).__name__ == GATHERED for x in (weight, bias)):
         raise RuntimeError(
-            "lm_head.weight: expected a head that is frozen, or that FSDP shards with the last "
+            "lm_head: expected a head that is frozen, or that FSDP shards with the last "
             "norm or the whole model, got one that is sharded by itself: TRL gathers it, and its "
             "gradient would not be reduced over the ranks. Freeze the head, or train under DDP"
         )
