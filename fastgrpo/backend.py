@@ -45,11 +45,6 @@ class Kernels(Protocol):
     A function that a backend does not have is None there, and the loops do without it.
     """
 
-    @property
-    def ROW_MAJOR_TILES(self) -> bool:
-        """Whether tiles of logits are row-major (else column-major)."""
-        ...
-
     def matmul(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None: ...
 
     # ---- a tile of logits ------------------------------------------------------------------------
@@ -76,12 +71,9 @@ class Kernels(Protocol):
     ) -> None: ...
 
     @property
-    def tile_exp(self) -> Callable[[Tile, RowState], Tensor] | None:
-        """`tile_stats`, leaving exponentials in the tile for `tile_exp_grad`."""
+    def tile_softmax(self) -> Callable[[Tile, bool], Logps] | None:
+        """Scores of a tile that holds all logits of its rows, which become probabilities."""
         ...
-
-    @property
-    def tile_exp_grad(self) -> Callable[[Tile, Tensor, Logps, Upstream], None] | None: ...
 
     # ---- logits that stay in registers -----------------------------------------------------------
 

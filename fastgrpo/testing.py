@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,29 @@ class LargestTensor(TorchDispatchMode):
         made = [x.nbytes() for x in _storages(out) if x.data_ptr() not in given]
         self.bytes = max(self.bytes, *made, 0)
         return out
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within this context, count the bytes of the storages that operations made and that live."""
+
+    def __init__(self, *given: object) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {x._cdata for x in _storages(given)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage._cdata not in self._known and storage.nbytes():
+                self._known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _forget(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self.live -= size
 
 
 def _storages(tree: object) -> list[torch.UntypedStorage]:

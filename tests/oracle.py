@@ -6,7 +6,7 @@ import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, reference
-from fastgrpo.testing import LargestTensor, make_batch
+from fastgrpo.testing import LargestTensor, LiveBytes, make_batch
 
 # ---- losses ------------------------------------------------------------------------------------
 
@@ -148,21 +148,41 @@ def assert_unbiased(samples, exact):
 
 
 def largest_inside(op, call, monkeypatch):
-    """The largest tensor that the implementation of a custom op makes while `call` runs.
-
-    A dispatch mode sees an op as a whole, so the mode is entered inside the implementation.
-    """
+    """The largest tensor, in bytes, that the implementation of a custom op makes in `call`."""
     seen = LargestTensor()
-    undecorated = op._init_fn
+    observe(op, call, monkeypatch, lambda given: seen)
+    assert seen.bytes > 0, "the implementation was not observed"
+    return seen.bytes
+
+
+def live_inside(op, call, monkeypatch):
+    """The most bytes that live at once inside a custom op in `call`, less those of its results."""
+    modes = []
+
+    def begin(given):
+        modes.append(LiveBytes(given))
+        return modes[0]
+
+    results = observe(op, call, monkeypatch, begin)
+    assert modes[0].peak > 0, "the implementation was not observed"
+    return modes[0].peak - sum(x.untyped_storage().nbytes() for x in results)
+
+
+def observe(op, call, monkeypatch, begin):
+    """Run `call` with the mode that `begin` returns inside an op, and return the op's results.
+
+    A dispatch mode around it sees an op as a whole.
+    """
+    undecorated, results = op._init_fn, []
 
     def observed(*args):
-        with seen:
-            return undecorated(*args)
+        with begin(args):
+            results[:] = undecorated(*args)
+        return tuple(results)
 
     with monkeypatch.context() as patch:
         for device, kernel in list(op._backend_fns.items()):
             assert kernel is not None
             patch.setitem(op._backend_fns, device, observed)
         call()
-    assert seen.bytes > 0, "the implementation was not observed"
-    return seen.bytes
+    return results

@@ -14,7 +14,7 @@ import fastgrpo
 import fastgrpo_kernels
 from fastgrpo import FusedGRPOLoss, GRPOLoss, LossConfig, TokenLogps, torch_kernels
 from fastgrpo.backend import Kernels
-from fastgrpo.head.held import AnchoredExponentials, Exponentials, Held, RawLogits
+from fastgrpo.head.held import AnchoredExponentials, Held, Probabilities, RawLogits
 from fastgrpo.head.loops import SeparableLoss
 from fastgrpo.head.routes import Loss, _SumOfLogps
 from fastgrpo.objective.policy import Objective, PolicyLoss
@@ -87,7 +87,7 @@ def test_wrong_calls_are_refused():
 def test_what_implements_a_protocol():
     """The checker compares every member; at run time there is nothing left to see."""
     backends: tuple[Kernels, Kernels] = (fastgrpo_kernels, torch_kernels)
-    held: tuple[type[Held], ...] = (RawLogits, Exponentials, AnchoredExponentials)
+    held: tuple[type[Held], ...] = (RawLogits, Probabilities, AnchoredExponentials)
     losses: tuple[type[SeparableLoss], ...] = (_SumOfLogps, Objective)
     whole: type[Loss[PolicyLoss]] = Objective
     assert len(backends) == 2 and len(held) == 3 and whole in losses

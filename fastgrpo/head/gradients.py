@@ -183,20 +183,21 @@ class GradSums:
         if self.dbias is not None:
             self.dbias[v].add_(dz.sum(0, dtype=self.dbias.dtype))
 
-    def add_exps(
+    def add_scaled(
         self,
-        exps: Tensor,  # (n, Vs) bf16: 0 at the targets
+        exps: Tensor,  # (n, Vs) in the operands' dtype
         v: slice,
-        scale: Tensor,  # (n,) fp32: scale * exps is the gradient with respect to the raw logits
-        scaled_hidden: Tensor | None,  # (n, H) bf16: scale * hidden
+        scale: Tensor,  # (n,): scale * exps is the gradient with respect to the raw logits
+        scaled_hidden: Tensor | None,  # (n, H) in the operands' dtype: scale * hidden
         accumulate: bool,
     ) -> None:
         """Add a slice of exponentials to dweight and dbias, as `add_tile` adds a tile."""
         matmul = self.plan.kernels.matmul
         if self.dweight is not None:
-            matmul(self._dweight(v), exps.t(), scaled_hidden, accumulate)
+            matmul(self._dweight(v), exps.t(), scaled_hidden[:, self.columns], accumulate)
         if self.dbias is not None:
-            # The scale in two 16-bit parts: in a plain sum over rows its rounding would show.
+            # The scale in two parts: where they have 16 bits, the rounding of one would show in a
+            # plain sum over rows.
             high = scale.to(exps.dtype)
             parts = torch.stack([high, (scale - high).to(exps.dtype)], 1)
             sums = scale.new_empty((exps.shape[1], 2))

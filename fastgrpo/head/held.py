@@ -1,8 +1,8 @@
 """Three ways of holding a chunk of rows between its scores and its gradients.
 
     RawLogits             fp32 logits, which `tile_grad` turns into their gradient
-    Exponentials          exp(z - anchor) in place of the logits: the gradient is a multiple of it
-    AnchoredExponentials  the same in 16 bits; the logits are never in memory
+    Probabilities         in place of the logits: the gradient is a multiple of them
+    AnchoredExponentials  the same but for a factor, in 16 bits; the logits are never in memory
 
 Each has one buffer for all chunks. `score` fills it for some rows, `keep` drops rows that turn out
 to have no gradient, and `add_to` adds the gradients of the remaining rows.
@@ -40,8 +40,11 @@ class Held(Protocol):
         """Whether dropping `count` rows of the chunk pays."""
         ...
 
-    def keep(self, live: Tensor) -> None:
-        """Drop all rows of the chunk except these, given in ascending order."""
+    def keep(self, live: Tensor) -> Tensor:
+        """Drop all rows of the chunk except these, given in ascending order.
+
+        Return them in the order in which they are now.
+        """
         ...
 
     def add_to(
@@ -63,76 +66,93 @@ class RawLogits:
         self._buffer = plan.new_tile(most, len(head.weight), rows.hidden.device)
 
     def score(self, rows: Rows) -> Logps:
-        self._rows, self._live = rows, None
-        self._hidden = rows.hidden.to(self.plan.operand)
-        self._z = self._buffer[: len(rows.ids)]
+        self._begin(rows)
         state = RowState.start(rows, self.plan.accumulator)
         for tile, part in self._tiles():
             self.plan.kernels.matmul(tile.z, self._hidden, part.weight.t())
-            self._fold(tile, state)
+            self.plan.kernels.tile_stats(tile, state, self.with_entropy)
         self._scored = state.finish(self.with_entropy)
         return self._scored
 
     def worth_dropping(self, count: int) -> bool:
         return count > 0
 
-    def keep(self, live: Tensor) -> None:
-        self._live, self._rows = live, self._rows[live]
-        self._hidden, self._scored = self._hidden[live], self._scored[live]
+    def keep(self, live: Tensor) -> Tensor:
+        order = _close_gaps(self._z, live)
+        self._z = self._z[: len(live)]
+        self._rows, self._scored = self._rows[order], self._scored[order]
+        self._hidden = self._hidden[order]
+        return order
 
     def add_to(
         self, sums: GradSums, dhidden: Tensor | None, upstream: Upstream, accumulate: bool
     ) -> None:
         targets = Targets.of(self._rows, self.plan)
         for tile, part in self._tiles():
-            dz = self._gradient(tile, upstream, targets)
+            dz = tile_gradient(tile, self.plan, self._scored, upstream, targets)
             sums.add_tile(dz, part, self._hidden, dhidden, accumulate)
             sums.store_with_targets(part.columns, self._hidden, targets)
-            del tile, part, dz  # before the next slice of the weight and of the rows is made
+            del tile, part, dz  # before the next slice of the weight is made
         sums.add_all_targets(self._hidden, targets)
         targets.add_to(dhidden, self._rows, self.head)
 
+    def _begin(self, rows: Rows) -> None:
+        self._rows, self._hidden = rows, rows.hidden.to(self.plan.operand)
+        self._z = self._buffer[: len(rows.ids)]
+
     def _tiles(self) -> Iterator[tuple[Tile, VocabSlice]]:
-        """Yield the chunk slice by slice, without the dropped rows."""
-        for part in self.plan.slices(self.head, self.plan.chunk_width):
-            z = self._z[:, part.columns]
-            z = z if self._live is None else z.index_select(0, self._live)
-            yield Tile(z, part.columns, part.bias, self._rows, self.head), part
-            del z, part
-
-    def _fold(self, tile: Tile, state: RowState) -> None:
-        self.plan.kernels.tile_stats(tile, state, self.with_entropy)
-
-    def _gradient(self, tile: Tile, upstream: Upstream, targets: Targets) -> Tensor:
-        return tile_gradient(tile, self.plan, self._scored, upstream, targets)
+        """Yield the chunk slice by slice."""
+        for part in self.plan.slices(self.head, self.plan.slice_width):
+            yield (
+                Tile(self._z[:, part.columns], part.columns, part.bias, self._rows, self.head),
+                part,
+            )
+            del part
 
 
-class Exponentials(RawLogits):
-    """exp(z - anchor) in place of the logits, with an anchor per row and slice.
+class Probabilities(RawLogits):
+    """Probabilities in place of the logits, as one softmax leaves them.
 
-    Without a softcap or an entropy term, the gradient needs nothing else that is vocabulary-sized.
+    Without a softcap or an entropy term, the gradient with respect to the logits of a row is a
+    multiple of p - [v = y]. The factor goes into the other operand of each GEMM.
     """
 
     @staticmethod
-    def suit(head: Head, plan: Plan, with_entropy: bool) -> bool:
-        able = plan.kernels.tile_exp is not None
-        return able and not (with_entropy or head.softcap or plan.mixed)
+    def suit(head: Head, plan: Plan) -> bool:
+        """Whether it applies: fp32 operands, where the host does not wait for the device."""
+        able = plan.kernels.tile_softmax is not None
+        return able and not (head.softcap or plan.mixed or plan.sync_stalls)
 
     def score(self, rows: Rows) -> Logps:
-        self._anchors: dict[int, Tensor] = {}
-        return super().score(rows)
+        self._begin(rows)
+        slope = rows.slope(self.head)
+        slope = slope[:, None] if isinstance(slope, Tensor) else slope
+        scaled = self._hidden if isinstance(slope, float) and slope == 1 else self._hidden * slope
+        for tile, part in self._tiles():
+            self.plan.kernels.matmul(tile.z, scaled, part.weight.t())
+            if part.bias is not None:
+                tile.z.add_(part.bias * slope)
+        whole = Tile(self._z, slice(0, self._z.shape[1]), None, rows, self.head)
+        self._scored = self.plan.kernels.tile_softmax(whole, self.with_entropy)
+        return self._scored
 
-    def keep(self, live: Tensor) -> None:
-        super().keep(live)
-        self._anchors = {start: anchor[live] for start, anchor in self._anchors.items()}
-
-    def _fold(self, tile: Tile, state: RowState) -> None:
-        self._anchors[tile.columns.start] = self.plan.kernels.tile_exp(tile, state)
-
-    def _gradient(self, tile: Tile, upstream: Upstream, targets: Targets) -> Tensor:
-        anchor = self._anchors[tile.columns.start]
-        self.plan.kernels.tile_exp_grad(tile, anchor, self._scored, upstream)
-        return tile.z
+    def add_to(
+        self, sums: GradSums, dhidden: Tensor | None, upstream: Upstream, accumulate: bool
+    ) -> None:
+        ids = self._rows.ids.clamp(0, self._z.shape[1] - 1)
+        # p - 1 at the target, from its log-prob.
+        self._z.scatter_(1, ids[:, None], torch.expm1(self._scored.logps)[:, None])
+        scale = -upstream.dlogps * self._rows.slope(self.head)
+        scaled = None if sums.dweight is None else self._hidden * scale[:, None]
+        for tile, part in self._tiles():
+            if dhidden is not None:
+                accumulates = part.columns.start > 0
+                self.plan.kernels.matmul(dhidden, tile.z, part.weight, accumulates)
+            sums.add_scaled(tile.z, part.columns, scale, scaled, accumulate)
+            sums.store(part.columns)
+            del tile, part  # before the next slice of the weight is made
+        if dhidden is not None:
+            dhidden.mul_(scale[:, None])
 
 
 class AnchoredExponentials:
@@ -168,13 +188,14 @@ class AnchoredExponentials:
     def worth_dropping(self, count: int) -> bool:
         return count > FEW_DEAD * len(self._rows.ids)
 
-    def keep(self, live: Tensor) -> None:
+    def keep(self, live: Tensor) -> Tensor:
         self._rows, self._scored = self._rows[live], self._scored[live]
         self._log_scale = self._log_scale[live]
         for c in chunks(len(live), PACKED_AT_ONCE):
             # Row i comes from row live[i] >= i, so no row is overwritten before it is moved.
             self._exps[c] = self._exps.index_select(0, live[c])
         self._exps = self._exps[: len(live)]
+        return live
 
     def add_to(
         self, sums: GradSums, dhidden: Tensor | None, upstream: Upstream, accumulate: bool
@@ -189,8 +210,8 @@ class AnchoredExponentials:
         if not (self.needs.weight or self.needs.bias):
             return
         scaled = (rows.hidden * scale[:, None]).to(self.plan.operand) if self.needs.weight else None
-        for v in chunks(len(head.weight), self.plan.chunk_width):
-            sums.add_exps(exps[:, v], v, scale, scaled, accumulate)
+        for v in chunks(len(head.weight), self.plan.slice_width):
+            sums.add_scaled(exps[:, v], v, scale, scaled, accumulate)
             sums.store_with_targets(v, rows.hidden, targets)
         sums.add_all_targets(rows.hidden, targets)
 
@@ -202,3 +223,18 @@ def tile_gradient(
     dz = tile.z if targets.coef is None else torch.empty_like(tile.z, dtype=plan.operand)
     plan.kernels.tile_grad(tile, scored, upstream, dz, targets.coef)
     return dz
+
+
+def _close_gaps(z: Tensor, live: Tensor) -> Tensor:
+    """Move live rows of z from its end to where rows are dead, and return them in their new order.
+
+    Row by row: no copy of many rows is made.
+    """
+    order = torch.arange(len(live), device=live.device)
+    late = live[live >= len(live)]
+    gaps = torch.ones_like(order, dtype=torch.bool)
+    gaps[live[: len(live) - len(late)]] = False
+    order[gaps] = late
+    for gap, row in zip(gaps.nonzero()[:, 0].tolist(), late.tolist(), strict=True):
+        z[gap] = z[row]
+    return order

@@ -26,8 +26,8 @@ from torch import Tensor
 from fastgrpo.head.gradients import Grads, GradSums, Scaling, Targets
 from fastgrpo.head.held import (
     AnchoredExponentials,
-    Exponentials,
     Held,
+    Probabilities,
     RawLogits,
     tile_gradient,
 )
@@ -71,12 +71,8 @@ def logps_fwd(rows: Rows, head: Head, plan: Plan, with_entropy: bool) -> Logps:
     if kernels.linear_logps_fwd is not None and head.lora is None:
         return kernels.linear_logps_fwd(rows, head, with_entropy)
     state = RowState.start(rows, plan.accumulator)
-    in_place = kernels.tile_exp is not None and not (with_entropy or head.softcap)
     for tile, c in logits_tiles(rows, head, plan):
-        if in_place:
-            kernels.tile_exp(tile, state[c])
-        else:
-            kernels.tile_stats(tile, state[c], with_entropy)
+        kernels.tile_stats(tile, state[c], with_entropy)
     return state.finish(with_entropy)
 
 
@@ -113,8 +109,8 @@ def logps_and_grads(
         if not plan.sync_stalls or (loss.may_drop_rows and held.worth_a_wait):
             live = upstream.live()
             if held.worth_dropping(len(scored.logps) - len(live)):
-                kept, upstream = live, upstream[live]
-                held.keep(live)
+                kept = held.keep(live)
+                upstream = upstream[kept]
         dhidden = sums.dhidden_of(c, kept)
         held.add_to(sums, dhidden, upstream, accumulate=c.start > 0)
         sums.store_dhidden(c, kept, dhidden)
@@ -127,8 +123,8 @@ def _held(rows: Rows, head: Head, plan: Plan, needs: Needs, loss: SeparableLoss)
     """Choose how chunks of rows are held; see `fastgrpo.head.held`."""
     if not loss.entropy_gradient and AnchoredExponentials.suit(rows, head, plan):
         return AnchoredExponentials(rows, head, plan, loss.with_entropy, needs)
-    suits = Exponentials.suit(head, plan, loss.with_entropy)
-    return (Exponentials if suits else RawLogits)(rows, head, plan, loss.with_entropy)
+    suits = not loss.entropy_gradient and Probabilities.suit(head, plan)
+    return (Probabilities if suits else RawLogits)(rows, head, plan, loss.with_entropy)
 
 
 def logps_bwd(

@@ -14,10 +14,10 @@ from fastgrpo_kernels.runtime import multiprocessors
 
 MIB = 2**20
 CPU_CHUNK_ROWS = 256  # rows of a tile that holds all logits of its rows, on a CPU
+CPU_WORKSPACE_MB = 32.0  # at least: of a small vocabulary more rows fit
 GPU_CHUNK_ROWS = 8192
 GPU_WORKSPACE_MB = 2560
 SLICE = 8192  # columns of a tile that holds a slice of the vocabulary
-CPU_CHUNK_SLICE = 32768  # columns of a step within a tile that holds all logits, on a CPU
 CPU_SLICE_BYTES = 16 * MIB  # of a tile that should stay in cache after its GEMM
 GEMM_ROWS, GEMM_COLUMNS = 128, 256  # the output tile of a GEMM on Hopper
 # Adding a GEMM's result to a sum in memory takes as long as this many rows of that GEMM: 8 bytes
@@ -48,12 +48,10 @@ class Plan(NamedTuple):
     operand: torch.dtype  # of the GEMMs' inputs
     accumulator: torch.dtype  # of their results
     chunk: int  # rows of a tile that holds all logits of its rows
-    chunk_width: int  # columns of that tile that one step works on
-    slice_width: int  # columns of a tile that holds a slice of the vocabulary
+    slice_width: int  # columns of a tile that holds a slice of the vocabulary, and of one step
     slice_rows: int  # rows of that tile
     exps_rows: int  # rows of a 16-bit tile that holds the exponentials of all their logits
     multiprocessors: int  # of the device
-    fp32_dweight: bool  # whether a 16-bit dweight may be summed in an fp32 copy of its full size
     sync_stalls: bool  # whether the host waits for the device when it looks at a value
 
     @classmethod
@@ -80,23 +78,25 @@ class Plan(NamedTuple):
         width = min(vocab, SLICE)
         # With `Head.lora`, whose columns hidden states have too, slices are put together.
         copied = weight.dtype != accumulator or hidden.shape[1] > hidden_size
+        chunk = budget
         if copied:
             # A slice of the weight and a slice of its gradient, both in fp32, may take half of the
-            # workspace.
-            width = max(1, min(width, budget // (4 * accumulator.itemsize * hidden.shape[1])))
-        # The other half is for a tile and its exponentials.
+            # workspace on a GPU and a quarter on a CPU.
+            slices = budget // (2 if hidden.is_cuda else 4)
+            width = max(1, min(width, slices // (2 * accumulator.itemsize * hidden.shape[1])))
+            if not hidden.is_cuda:
+                chunk -= 2 * accumulator.itemsize * hidden.shape[1] * width
+        # The rest is for a tile and its exponentials.
         tile = budget // 4 if hidden.is_cuda else min(budget // 4, CPU_SLICE_BYTES)
         return cls(
             kernels=kernels,
             operand=operand,
             accumulator=accumulator,
-            chunk=budget // (vocab * per_logit),
-            chunk_width=width if hidden.is_cuda or copied else CPU_CHUNK_SLICE,
+            chunk=max(1, chunk // (vocab * per_logit)),
             slice_width=width,
             slice_rows=max(1, tile // (width * per_logit)),
             exps_rows=max(1, budget // (padded(vocab) * hidden.dtype.itemsize)),
             multiprocessors=multiprocessors(hidden.device),
-            fp32_dweight=hidden.is_cuda,
             sync_stalls=hidden.is_cuda,
         )
 
@@ -110,16 +110,6 @@ class Plan(NamedTuple):
         """Whether gradient tiles have the range of fp16, which `Scaling` brings them into."""
         return self.operand == torch.float16
 
-    def one_pass(self, n: int, head: Head, needs: Needs) -> bool:
-        """Whether `logps_and_grads` keeps within the memory promise.
-
-        Over several chunks of rows a 16-bit dweight needs an fp32 accumulator of its full size. On
-        a GPU that is accepted: it saves 2NVH of 8NVH. On a CPU, where fp32 copies of the operands
-        take memory too, it is not.
-        """
-        by_slice = needs.weight and head.lora is None and head.weight.dtype != self.accumulator
-        return n <= self.chunk or not by_slice or self.fp32_dweight
-
     def exps_chunk(self, n: int, head: Head, needs: Needs) -> int:
         """Return the rows of an n-row pass that share a tile of exponentials."""
         hidden_size = head.weight.shape[1]
@@ -127,9 +117,7 @@ class Plan(NamedTuple):
 
     def new_tile(self, n: int, width: int, device: torch.device) -> Tensor:
         """Return an uninitialised tile of logits (n, width)."""
-        shape = (n, width) if self.kernels.ROW_MAJOR_TILES else (width, n)
-        tile = torch.empty(shape, dtype=self.accumulator, device=device)
-        return tile if self.kernels.ROW_MAJOR_TILES else tile.t()
+        return torch.empty((n, width), dtype=self.accumulator, device=device)
 
     def slices(self, head: Head, width: int) -> Iterator[VocabSlice]:
         """Yield the vocabulary slice by slice."""
@@ -171,11 +159,12 @@ def padded(vocab: int) -> int:
 def default_workspace_mb(vocab: int, device_type: str) -> float:
     """Return the default workspace in MiB for the logits tiles.
 
-    On a CPU: 256 rows of fp32 logits. On a GPU: 8192 rows of an fp32 and a 16-bit tile, but at
-    most 2.5 GiB, which is about 8192 rows of the 16-bit tile alone for a vocabulary of 151,936.
+    On a CPU: 256 rows of fp32 logits, but at least 32 MiB. On a GPU: 8192 rows of an fp32 and a
+    16-bit tile, but at most 2.5 GiB, which is about 8192 rows of the 16-bit tile alone for a
+    vocabulary of 151,936.
     """
     if device_type == "cpu":
-        return CPU_CHUNK_ROWS * vocab * 4 / MIB
+        return max(CPU_WORKSPACE_MB, CPU_CHUNK_ROWS * vocab * 4 / MIB)
     return min(GPU_WORKSPACE_MB, GPU_CHUNK_ROWS * vocab * 6 / MIB)
 
 

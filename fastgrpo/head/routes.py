@@ -65,7 +65,7 @@ def loss_and_grads(
     if any(needs) and words is not None:
         return _sparse(loss, rows, head, plan, needs, words, num_live)
 
-    if any(needs) and loss.separable and plan.one_pass(num_live, head, needs):
+    if any(needs) and loss.separable:
         scored, grads = logps_and_grads(rows[:num_live], head, plan, needs, loss)
         scored = _and_rest(scored, rows[num_live:], head, plan, loss.with_entropy)
         return scored, loss.evaluate(scored), _before_rest(grads, num_live, len(rows.ids)), None

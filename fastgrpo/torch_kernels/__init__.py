@@ -8,16 +8,14 @@ float64 is supported. The caller handles everything vocabulary-sized in tiles
 from fastgrpo.torch_kernels.group_advantages import group_stats
 from fastgrpo.torch_kernels.logits_tile import (
     scatter_rows,
-    tile_exp,
-    tile_exp_grad,
     tile_grad,
+    tile_softmax,
     tile_stats,
 )
 from fastgrpo.torch_kernels.policy_loss import segment_reduce, token_loss
 from fastgrpo.torch_kernels.sparse_entries import bag_sum, entry_logits, tile_draw
 from fastgrpo_kernels import Head, Rows, matmul
 
-ROW_MAJOR_TILES = False  # CPU GEMMs are faster with column-major results
 # Kernels that keep logits in registers have no twin: the loops score tiles that fit in cache.
 linear_logps_fwd = anchored_logps_fwd = linear_draw_fwd = None
 
@@ -28,7 +26,6 @@ def has_anchored(rows: Rows, head: Head) -> bool:
 
 
 __all__ = [
-    "ROW_MAJOR_TILES",
     "anchored_logps_fwd",
     "bag_sum",
     "entry_logits",
@@ -40,9 +37,8 @@ __all__ = [
     "scatter_rows",
     "segment_reduce",
     "tile_draw",
-    "tile_exp",
-    "tile_exp_grad",
     "tile_grad",
+    "tile_softmax",
     "tile_stats",
     "token_loss",
 ]

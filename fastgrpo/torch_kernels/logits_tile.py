@@ -5,15 +5,26 @@ Tiles may have any strides, and float64 is supported.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastgrpo.torch_kernels.logit_math import logit_slope, targets, tile_logits, tile_targets
+from fastgrpo.torch_kernels.sparse_entries import entry_logits
 from fastgrpo_kernels import Logps, RowState, Tile, Upstream
+
+BLOCK = 2**17  # entries of a tile that are worked on at once
+LEAST_PROBABILITY = 1e-30  # of a target whose log-prob is the logarithm of its probability
 
 
 def tile_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
     """Merge one tile of logits into the softmax statistics of its rows; the tile is not changed."""
+    for block in _blocks(tile.z):
+        _merge_stats(_rows_of(tile, block), state[block], with_entropy)
+
+
+def _merge_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
     z = tile_logits(tile)
     anchor, moved = _move_maximum(z, tile, state)
     e = (z - anchor[:, None]).exp_()
@@ -24,34 +35,29 @@ def tile_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
     state.sum.mul_(moved.exp()).add_(e.sum(1))
 
 
-def tile_exp(tile: Tile, state: RowState) -> Tensor:
-    """Merge one tile like `tile_stats`, leave exp(z - anchor) in it, and return the anchor (n,).
+def tile_softmax(tile: Tile, with_entropy: bool) -> Logps:
+    """Turn a tile that holds all logits z of its rows into probabilities, and return the scores.
 
-    Without softcap and entropy the gradient is a multiple of these exponentials. Keeping them saves
-    half of the work.
+    There is nothing left to transform: z is already scaled, and divided by the temperature.
     """
-    z = tile.z
-    if tile.bias is not None:
-        z.add_(tile.bias)
-    slope = logit_slope(tile, z)
-    if slope is not None:
-        z.mul_(slope)
-    anchor, moved = _move_maximum(z, tile, state)
-    state.sum.mul_(moved.exp()).add_(z.sub_(anchor[:, None]).exp_().sum(1))
-    return anchor
-
-
-def tile_exp_grad(tile: Tile, anchor: Tensor, scored: Logps, upstream: Upstream) -> None:
-    """Turn what `tile_exp` left in a tile into the gradient with respect to the raw logits."""
-    e, dlogps = tile.z, upstream.dlogps
-    slope = logit_slope(tile, dlogps)
-    dz = dlogps if slope is None else dlogps * slope[..., 0]
-    # A slice of -inf has an arbitrary anchor: its zeros may have any scale that is not infinite.
-    log_scale = (anchor - scored.lse).clamp(max=0.0)
-    rows, columns = tile_targets(tile)
-    coef = -torch.expm1(e[rows, columns].log() + log_scale[rows]) * dz[rows]
-    e.mul_((-dz * log_scale.exp())[:, None])
-    e[rows, columns] = coef
+    z, ids = tile.z, tile.rows.ids
+    column = ids.clamp(0, z.shape[1] - 1)[:, None]
+    target = z.gather(1, column)[:, 0]
+    torch.softmax(z, 1, out=z)
+    p = z.gather(1, column)[:, 0].clamp_(max=1.0)
+    logps = p.log().masked_fill_(column[:, 0] != ids, torch.nan)
+    lse = target - logps
+    rare = (p < LEAST_PROBABILITY).nonzero()[:, 0]
+    if len(rare):  # its logarithm is inexact, or -inf: the likeliest entry tells the lse
+        top = z.argmax(1, keepdim=True)[rare]
+        logit = torch.empty_like(top, dtype=z.dtype)
+        entry_logits(tile.rows[rare], tile.head, top.to(torch.int32), None, logit)
+        lse[rare] = logit[:, 0] - z[rare, top[:, 0]].log()
+        logps[rare] = target[rare] - lse[rare]
+    entropy = None
+    if with_entropy:
+        entropy = torch.cat([torch.special.entr(z[block]).sum(1) for block in _blocks(z)])
+    return Logps(logps, lse, entropy)
 
 
 def tile_grad(
@@ -62,6 +68,14 @@ def tile_grad(
     dtarget: Tensor | None,  # (n,) fp32, or None: leave the target entry in `out`
 ) -> None:
     """Write the gradient with respect to the raw logits of one tile to `out`."""
+    for block in _blocks(tile.z):
+        part = None if dtarget is None else dtarget[block]
+        _block_grad(_rows_of(tile, block), scored[block], upstream[block], out[block], part)
+
+
+def _block_grad(
+    tile: Tile, scored: Logps, upstream: Upstream, out: Tensor, dtarget: Tensor | None
+) -> None:
     z, softcap, inv_temperature = tile.z, tile.head.softcap, tile.rows.inv_temperature
     capped = None
     if tile.bias is not None:
@@ -128,3 +142,14 @@ def _move_maximum(z: Tensor, tile: Tile, state: RowState) -> tuple[Tensor, Tenso
     rows, columns = tile_targets(tile)
     state.target[rows] = z[rows, columns]
     return anchor, moved
+
+
+def _blocks(z: Tensor) -> Iterator[slice]:
+    """Yield the rows of a tile in blocks whose intermediate results stay in cache."""
+    step = max(1, BLOCK // max(1, z.shape[1]))
+    for start in range(0, len(z), step):
+        yield slice(start, min(start + step, len(z)))
+
+
+def _rows_of(tile: Tile, block: slice) -> Tile:
+    return tile._replace(z=tile.z[block], rows=tile.rows[block])

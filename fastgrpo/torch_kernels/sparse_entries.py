@@ -17,9 +17,8 @@ BLOCK = 2**22  # numbers in a gathered or summed block
 def tile_draw(tile: Tile, draw: Draw, kept: Kept) -> None:
     """Append the kept entries of one slice of the vocabulary to `kept`, in column order."""
     z, start = tile_logits(tile), tile.columns.start
-    # Transposed, because the tile is column-major.
-    e = (z.t() - draw.anchor).exp_().mul_(2**WORD_BITS)
-    keep = (e > draw.column_words[tile.columns, None] ^ draw.row_words).t().contiguous()
+    e = (z - draw.anchor[:, None]).exp_().mul_(2**WORD_BITS)
+    keep = e > draw.column_words[tile.columns] ^ draw.row_words[:, None]
     keep[tile_targets(tile)] = False
     row, column = keep.nonzero().unbind(1)
     taken = torch.bincount(row, minlength=len(z))
@@ -47,7 +46,7 @@ def entry_logits(
         v = entries[c].long()
         if count is not None:
             v = torch.where(torch.arange(slots, device=v.device) < count[c, None], v, 0)
-        z = (rows.hidden[c, None].to(out.dtype) * head.weight[v].to(out.dtype)).sum(-1)
+        z = (rows.hidden[c, None].to(out.dtype) * head.weight_rows(v, out.dtype)).sum(-1)
         b = None if head.bias is None else head.bias[v].to(out.dtype)
         out[c] = scaled_logits(z, b, rows[c].inv_temperature, head)
 

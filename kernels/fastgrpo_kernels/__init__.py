@@ -13,12 +13,9 @@ from .operands import Draw, Head, Logps, Rows, RowState, Tile, Upstream
 from .policy_loss import STATS, TokenObjective, Tokens, TokenTerms, segment_reduce, token_loss
 from .sparse_entries import WORD_BITS, Kept, bag_sum, entry_logits, linear_draw_fwd, tile_draw
 
-ROW_MAJOR_TILES = True  # one program reads one row of a tile
-# `tile_grad` reads the tile again in any case: keeping exponentials in it would save nothing.
-tile_exp = tile_exp_grad = None
+tile_softmax = None  # `anchored_logps_fwd` leaves exponentials, without logits in memory
 
 __all__ = [
-    "ROW_MAJOR_TILES",
     "STATS",
     "WORD_BITS",
     "Anchored",
@@ -47,8 +44,7 @@ __all__ = [
     "scatter_rows",
     "segment_reduce",
     "tile_draw",
-    "tile_exp",
-    "tile_exp_grad",
+    "tile_softmax",
     "tile_grad",
     "tile_stats",
     "token_loss",

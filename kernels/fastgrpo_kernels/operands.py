@@ -46,7 +46,7 @@ class Head(NamedTuple):
     def weight_rows(self, ids: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Return whole rows of the weight, (n, H) or (n, H + K)."""
         weight = self.weight[ids].to(dtype)
-        return weight if self.lora is None else torch.cat([weight, self.lora[ids].to(dtype)], 1)
+        return weight if self.lora is None else torch.cat([weight, self.lora[ids].to(dtype)], -1)
 
 
 class Rows(NamedTuple):
