@@ -96,6 +96,11 @@ class Kernels(Protocol):
 
     def tile_draw(self, tile: Tile, draw: Draw, kept: Kept) -> None: ...
 
+    @property
+    def tile_draw_sum(self) -> Callable[[Tile, Draw, Kept], Tensor] | None:
+        """`tile_draw`, returning the sum of exp(z - anchor) of each row."""
+        ...
+
     def entry_logits(
         self, rows: Rows, head: Head, entries: Tensor, count: Tensor | None, out: Tensor
     ) -> None: ...

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from fastgrpo.head.gradients import Grads
-from fastgrpo.head.loops import logits_tiles, logps_bwd
+from fastgrpo.head.loops import logits_tiles, logps_bwd, logps_fwd
 from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.torch_kernels.logit_math import tile_logits
 from fastgrpo_kernels import WORD_BITS, Draw, Head, Kept, Logps, Rows, RowState, Upstream
 
 MOST_SLOTS = 2048
+SUMS = 1e-20, 1e30  # of exp(z - anchor) that give a row's lse
 SIGMAS = 8  # a count is further than this from its expectation with probability 1e-13
 METRICS = ("kept_entries", "kept_entries_max", "overflow_rows", "variance_bound_max")
 
@@ -105,6 +106,8 @@ def logps_and_entries(
     draw = words.draw(anchor)
     if _draws_while_scoring(rows, head, plan):
         scored = kernels.linear_draw_fwd(rows, head, with_entropy, draw, kept)
+    elif kernels.tile_draw_sum is not None and not with_entropy:
+        scored = _summed_while_drawing(rows, head, plan, draw, kept)
     else:
         state = RowState.start(rows, plan.accumulator)
         for tile, c in logits_tiles(rows, head, plan):
@@ -114,6 +117,22 @@ def logps_and_entries(
     entries = Entries(kept, anchor)
     _settle_overflow(rows, head, plan, words.sparsity, scored, entries)
     return scored, entries
+
+
+def _summed_while_drawing(rows: Rows, head: Head, plan: Plan, draw: Draw, kept: Kept) -> Logps:
+    """Score rows by the exponentials that decide what is drawn."""
+    sums = torch.zeros_like(draw.anchor)
+    for tile, c in logits_tiles(rows, head, plan):
+        sums[c] += plan.kernels.tile_draw_sum(tile, draw[c], kept[c])
+    log_sum = sums.log()
+    logps = (kept.logits[:, 0] - draw.anchor) - log_sum
+    scored = Logps(logps.clamp_(max=0.0), draw.anchor + log_sum)
+    # An estimate that is far off, or none, leaves a sum that fp32 cannot hold.
+    far = (~((sums > SUMS[0]) & (sums < SUMS[1]))).nonzero()[:, 0]
+    if len(far):
+        again = logps_fwd(rows[far], head, plan, False)
+        scored.logps[far], scored.lse[far] = again.logps, again.lse
+    return scored
 
 
 def entries_of(rows: Rows, head: Head, plan: Plan, words: Words, scored: Logps) -> Entries:

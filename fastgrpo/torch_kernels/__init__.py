@@ -13,7 +13,12 @@ from fastgrpo.torch_kernels.logits_tile import (
     tile_stats,
 )
 from fastgrpo.torch_kernels.policy_loss import segment_reduce, token_loss
-from fastgrpo.torch_kernels.sparse_entries import bag_sum, entry_logits, tile_draw
+from fastgrpo.torch_kernels.sparse_entries import (
+    bag_sum,
+    entry_logits,
+    tile_draw,
+    tile_draw_sum,
+)
 from fastgrpo_kernels import Head, Rows, matmul
 
 # Kernels that keep logits in registers have no twin: the loops score tiles that fit in cache.
@@ -37,6 +42,7 @@ __all__ = [
     "scatter_rows",
     "segment_reduce",
     "tile_draw",
+    "tile_draw_sum",
     "tile_grad",
     "tile_softmax",
     "tile_stats",

@@ -12,23 +12,55 @@ from fastgrpo.torch_kernels.logit_math import scaled_logits, tile_logits, tile_t
 from fastgrpo_kernels import WORD_BITS, Draw, Head, Kept, Rows, Tile
 
 BLOCK = 2**22  # numbers in a gathered or summed block
+DRAW_BLOCK = 2**19  # entries of a tile that are drawn from at once, in cache
+ONE, MANTISSA_BITS = 0x3F800000, 23  # of fp32: the bits of 1.0
 
 
 def tile_draw(tile: Tile, draw: Draw, kept: Kept) -> None:
     """Append the kept entries of one slice of the vocabulary to `kept`, in column order."""
-    z, start = tile_logits(tile), tile.columns.start
-    e = (z - draw.anchor[:, None]).exp_().mul_(2**WORD_BITS)
-    keep = e > draw.column_words[tile.columns] ^ draw.row_words[:, None]
+    tile_draw_sum(tile, draw, kept)
+
+
+def tile_draw_sum(tile: Tile, draw: Draw, kept: Kept) -> Tensor:
+    """`tile_draw`, returning the sum of exp(z - anchor) over the slice (n,)."""
+    # As the leading bits of the mantissa of a float in [1, 2).
+    shift = MANTISSA_BITS - WORD_BITS
+    words = draw.column_words[tile.columns] << shift | ONE
+    draw = draw._replace(row_words=draw.row_words << shift)
+    step = max(1, DRAW_BLOCK // max(1, len(words)))
+    sums = [tile.z.new_empty(0)]
+    for start in range(0, len(tile.z), step):
+        c = slice(start, start + step)
+        part = tile._replace(z=tile.z[c], rows=tile.rows[c])
+        sums.append(_draw_block(part, words, draw[c], kept[c]))
+    return torch.cat(sums)
+
+
+def _draw_block(tile: Tile, words: Tensor, draw: Draw, kept: Kept) -> Tensor:
+    z = tile_logits(tile)
+    e = (z - draw.anchor[:, None]).exp_()
+    u = (words ^ draw.row_words[:, None]).view(torch.float32).sub_(1.0)
+    keep = e > u
     keep[tile_targets(tile)] = False
-    row, column = keep.nonzero().unbind(1)
+    row, column = _true(keep)
     taken = torch.bincount(row, minlength=len(z))
     rank = torch.arange(len(row), device=row.device) - (taken.cumsum(0) - taken)[row]
     slot = kept.count[row] + rank
     fits = slot < kept.ids.shape[1]
     row, column, slot = row[fits], column[fits], slot[fits]
-    kept.ids[row, slot] = (column + start).to(torch.int32)
+    kept.ids[row, slot] = (column + tile.columns.start).to(torch.int32)
     kept.logits[row, slot] = z[row, column]
     kept.count.add_(taken)
+    return e.sum(1)
+
+
+def _true(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row and column of what is true in keep (n, w): few, so eight are looked at at once."""
+    if keep.shape[1] % 8:
+        return keep.nonzero().unbind(1)
+    row, eight = keep.view(torch.int64).nonzero().unbind(1)
+    which, column = keep.unflatten(1, (-1, 8))[row, eight].nonzero().unbind(1)
+    return row[which], eight[which] * 8 + column
 
 
 def entry_logits(

@@ -13,6 +13,7 @@ from .operands import Draw, Head, Logps, Rows, RowState, Tile, Upstream
 from .policy_loss import STATS, TokenObjective, Tokens, TokenTerms, segment_reduce, token_loss
 from .sparse_entries import WORD_BITS, Kept, bag_sum, entry_logits, linear_draw_fwd, tile_draw
 
+tile_draw_sum = None  # `linear_draw_fwd` scores and draws at once
 tile_softmax = None  # `anchored_logps_fwd` leaves exponentials, without logits in memory
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "scatter_rows",
     "segment_reduce",
     "tile_draw",
+    "tile_draw_sum",
     "tile_softmax",
     "tile_grad",
     "tile_stats",
