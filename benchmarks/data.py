@@ -82,9 +82,14 @@ class LossInputs:
 
 
 def random_batch(
-    shape: Shape, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    *,
+    clipped: float = CLIPPED,
+    seed: int = 0,
 ) -> LossInputs:
-    """Return a dense batch: every row is live, no ratio is clipped, every gradient is needed.
+    """Return an off-policy batch: a few ratios are clipped, all other rows have a gradient.
 
     The hidden states lean towards their target's classifier row, so that the targets'
     probabilities spread from about exp(-12) to almost 1 instead of all being 1/V.
@@ -100,7 +105,7 @@ def random_batch(
         torch.rand(shape.rows, 1, generator=generator, device=device) * 1.5 * math.log(shape.vocab)
     )
     hidden = (normal(shape.rows, shape.hidden) + lean * weight[ids].float()).to(dtype)
-    return LossInputs.of_rows(hidden, weight, ids, shape.sequences, generator)
+    return LossInputs.of_rows(hidden, weight, ids, shape.sequences, generator, clipped=clipped)
 
 
 def profile_batch(

@@ -74,7 +74,7 @@ def test_the_peak_of_a_large_head(monkeypatch, needs):
     partials = 64 * planning.MIB
     sums = 0
     if needs.weight:
-        sums = 2 * v * h + 4 * plan.slice_width * h if rows >= n else 4 * v * h
+        sums = 2 * v * h + 4 * plan.chunk_width * h if rows >= n else 4 * v * h
     during = exps + sums + dhidden + per_chunk + partials
     after = dhidden + (2 * v * h + sums if needs.weight and rows < n else sums)
     assert max(during, after) < 5.5e9

@@ -50,7 +50,7 @@ def gpu_plan():
     def plan(hidden, weight, backend="triton", workspace_mb=None, **changes):
         kernels = vars(BACKENDS[backend]) | {"matmul": matmul}
         chosen = Plan.of(hidden, weight, workspace_mb, SimpleNamespace(**kernels))
-        mixed = dict(operand=hidden.dtype, slice_width=32)
+        mixed = dict(operand=hidden.dtype, slice_width=32, chunk_width=32)
         return chosen._replace(**mixed | changes)
 
     yield plan

@@ -102,7 +102,7 @@ class RawLogits:
 
     def _tiles(self) -> Iterator[tuple[Tile, VocabSlice]]:
         """Yield the chunk slice by slice."""
-        for part in self.plan.slices(self.head, self.plan.slice_width):
+        for part in self.plan.slices(self.head, self.plan.chunk_width):
             yield (
                 Tile(self._z[:, part.columns], part.columns, part.bias, self._rows, self.head),
                 part,
@@ -210,7 +210,7 @@ class AnchoredExponentials:
         if not (self.needs.weight or self.needs.bias):
             return
         scaled = (rows.hidden * scale[:, None]).to(self.plan.operand) if self.needs.weight else None
-        for v in chunks(len(head.weight), self.plan.slice_width):
+        for v in chunks(len(head.weight), self.plan.chunk_width):
             sums.add_scaled(exps[:, v], v, scale, scaled, accumulate)
             sums.store_with_targets(v, rows.hidden, targets)
         sums.add_all_targets(rows.hidden, targets)

@@ -13,7 +13,7 @@ from fastgrpo_kernels import Head, Rows
 from fastgrpo_kernels.runtime import multiprocessors
 
 MIB = 2**20
-CPU_CHUNK_ROWS = 256  # rows of a tile that holds all logits of its rows, on a CPU
+CPU_CHUNK_ROWS = 320  # rows of a tile that holds all logits of its rows, on a CPU
 CPU_WORKSPACE_MB = 32.0  # at least: of a small vocabulary more rows fit
 GPU_CHUNK_ROWS = 8192
 GPU_WORKSPACE_MB = 2560
@@ -48,7 +48,8 @@ class Plan(NamedTuple):
     operand: torch.dtype  # of the GEMMs' inputs
     accumulator: torch.dtype  # of their results
     chunk: int  # rows of a tile that holds all logits of its rows
-    slice_width: int  # columns of a tile that holds a slice of the vocabulary, and of one step
+    chunk_width: int  # columns of that tile that one step works on
+    slice_width: int  # columns of a tile that holds a slice of the vocabulary
     slice_rows: int  # rows of that tile
     exps_rows: int  # rows of a 16-bit tile that holds the exponentials of all their logits
     multiprocessors: int  # of the device
@@ -93,6 +94,8 @@ class Plan(NamedTuple):
             operand=operand,
             accumulator=accumulator,
             chunk=max(1, chunk // (vocab * per_logit)),
+            # On a CPU every step is a parallel region, and each region waits for its last thread.
+            chunk_width=width if hidden.is_cuda or copied else vocab,
             slice_width=width,
             slice_rows=max(1, tile // (width * per_logit)),
             exps_rows=max(1, budget // (padded(vocab) * hidden.dtype.itemsize)),
@@ -159,7 +162,7 @@ def padded(vocab: int) -> int:
 def default_workspace_mb(vocab: int, device_type: str) -> float:
     """Return the default workspace in MiB for the logits tiles.
 
-    On a CPU: 256 rows of fp32 logits, but at least 32 MiB. On a GPU: 8192 rows of an fp32 and a
+    On a CPU: 320 rows of fp32 logits, but at least 32 MiB. On a GPU: 8192 rows of an fp32 and a
     16-bit tile, but at most 2.5 GiB, which is about 8192 rows of the 16-bit tile alone for a
     vocabulary of 151,936.
     """

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.cases import distances, make_batch
+from benchmarks.data import CLIPPED
 from benchmarks.measure import MODES, Errors, check, errors, oracle, run, sampling_noise
 from benchmarks.providers import LOADERS, Provider, load, plain_logits
 from benchmarks.record import CPU_PROVIDERS
@@ -80,12 +81,14 @@ def test_oracle_equals_the_reference():
     torch.testing.assert_close(batch.weight.grad, exact.dweight)
 
 
-def test_dense_batch_clips_nothing_and_skips_nothing():
+def test_random_batch_clips_its_share_and_skips_nothing_else():
     batch = make_batch(SHAPE, torch.float32, "loss", CPU)
     exact = oracle("loss", batch)
     ratio = (exact.logps - batch.old_logps).exp()
-    assert ratio.min() > 0.85 and ratio.max() < 1.15
-    assert (exact.dhidden.norm(dim=-1) > 0).all()
+    clipped = (ratio < 0.75) | (ratio > 1.25)
+    assert clipped.sum() == round(CLIPPED * SHAPE.rows) > 0
+    assert ratio[~clipped].min() > 0.85 and ratio[~clipped].max() < 1.15
+    assert torch.equal(exact.dhidden.norm(dim=-1) > 0, ~clipped)
     assert exact.logps.max() > -0.1 and exact.logps.min() < -5  # peaked rows and flat ones
 
 
