@@ -71,8 +71,11 @@ class Kernels(Protocol):
     ) -> None: ...
 
     @property
-    def tile_softmax(self) -> Callable[[Tile, bool], Logps] | None:
-        """Scores of a tile that holds all logits of its rows, which become probabilities."""
+    def tile_softmax(self) -> Callable[[Tile, bool], tuple[Logps, Tensor]] | None:
+        """Scores of a tile that holds all logits of its rows.
+
+        These become multiples of their probabilities, whose sums are returned too.
+        """
         ...
 
     # ---- logits that stay in registers -----------------------------------------------------------

@@ -111,7 +111,7 @@ class RawLogits:
 
 
 class Probabilities(RawLogits):
-    """Probabilities in place of the logits, as one softmax leaves them.
+    """Probabilities in place of the logits, as one softmax leaves them: up to a factor near 1.
 
     Without a softcap or an entropy term, the gradient with respect to the logits of a row is a
     multiple of p - [v = y]. The factor goes into the other operand of each GEMM.
@@ -133,16 +133,22 @@ class Probabilities(RawLogits):
             if part.bias is not None:
                 tile.z.add_(part.bias * slope)
         whole = Tile(self._z, slice(0, self._z.shape[1]), None, rows, self.head)
-        self._scored = self.plan.kernels.tile_softmax(whole, self.with_entropy)
+        self._scored, self._total = self.plan.kernels.tile_softmax(whole, self.with_entropy)
         return self._scored
+
+    def keep(self, live: Tensor) -> Tensor:
+        order = super().keep(live)
+        self._total = self._total[order]
+        return order
 
     def add_to(
         self, sums: GradSums, dhidden: Tensor | None, upstream: Upstream, accumulate: bool
     ) -> None:
         ids = self._rows.ids.clamp(0, self._z.shape[1] - 1)
         # p - 1 at the target, from its log-prob.
-        self._z.scatter_(1, ids[:, None], torch.expm1(self._scored.logps)[:, None])
-        scale = -upstream.dlogps * self._rows.slope(self.head)
+        target = torch.expm1(self._scored.logps) * self._total
+        self._z.scatter_(1, ids[:, None], target[:, None])
+        scale = -upstream.dlogps / self._total * self._rows.slope(self.head)
         scaled = None if sums.dweight is None else self._hidden * scale[:, None]
         for tile, part in self._tiles():
             if dhidden is not None:

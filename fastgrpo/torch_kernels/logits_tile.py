@@ -35,16 +35,19 @@ def _merge_stats(tile: Tile, state: RowState, with_entropy: bool) -> None:
     state.sum.mul_(moved.exp()).add_(e.sum(1))
 
 
-def tile_softmax(tile: Tile, with_entropy: bool) -> Logps:
-    """Turn a tile that holds all logits z of its rows into probabilities, and return the scores.
+def tile_softmax(tile: Tile, with_entropy: bool) -> tuple[Logps, Tensor]:
+    """Turn a tile that holds all logits z of its rows into p; return the scores, and sums (n,).
 
-    There is nothing left to transform: z is already scaled, and divided by the temperature.
+    There is nothing left to transform: z is already scaled, and divided by the temperature. PyTorch
+    adds a row's exponentials up one after the other, which loses up to 1e-5 of their sum. So p is
+    not quite normalised: the probabilities are p over the row's sum, which loses nothing.
     """
     z, ids = tile.z, tile.rows.ids
     column = ids.clamp(0, z.shape[1] - 1)[:, None]
     target = z.gather(1, column)[:, 0]
     torch.softmax(z, 1, out=z)
-    p = z.gather(1, column)[:, 0].clamp_(max=1.0)
+    total = z.sum(1)
+    p = (z.gather(1, column)[:, 0] / total).clamp_(max=1.0)
     logps = p.log().masked_fill_(column[:, 0] != ids, torch.nan)
     lse = target - logps
     rare = (p < LEAST_PROBABILITY).nonzero()[:, 0]
@@ -52,12 +55,13 @@ def tile_softmax(tile: Tile, with_entropy: bool) -> Logps:
         top = z.argmax(1, keepdim=True)[rare]
         logit = torch.empty_like(top, dtype=z.dtype)
         entry_logits(tile.rows[rare], tile.head, top.to(torch.int32), None, logit)
-        lse[rare] = logit[:, 0] - z[rare, top[:, 0]].log()
+        lse[rare] = logit[:, 0] - (z[rare, top[:, 0]] / total[rare]).log()
         logps[rare] = target[rare] - lse[rare]
     entropy = None
     if with_entropy:
         entropy = torch.cat([torch.special.entr(z[block]).sum(1) for block in _blocks(z)])
-    return Logps(logps, lse, entropy)
+        entropy = entropy / total + total.log()
+    return Logps(logps, lse, entropy), total
 
 
 def tile_grad(
