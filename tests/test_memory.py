@@ -98,6 +98,7 @@ LIVE = {
     "entropy and softcap": {
         "config": LossConfig.preset("dapo", entropy_coef=0.01), "softcap": 30.0,
     },
+    "bias and a temperature for each token": {"transformed": True},
     "two phases": {"config": LossConfig.preset("gspo")},
 }  # fmt: skip
 
@@ -117,6 +118,8 @@ def test_all_that_lives_at_once_is_one_workspace(
     late = torch.rand(old.shape, generator=torch.Generator().manual_seed(0))
     moved = (late < options.pop("clipped", 0.0)) * batch.advantages.sign()[:, None]
     hidden, weight = (x.requires_grad_() for x in batch[:2])
+    if options.pop("transformed", False):
+        options |= {"bias": torch.zeros(vocab, dtype=dtype), "temperature": old.abs() + 0.5}
     workspace = fastgrpo.default_workspace_mb(vocab, "cpu") * 2**20
 
     def call():

@@ -103,10 +103,8 @@ class RawLogits:
     def _tiles(self) -> Iterator[tuple[Tile, VocabSlice]]:
         """Yield the chunk slice by slice."""
         for part in self.plan.slices(self.head, self.plan.chunk_width):
-            yield (
-                Tile(self._z[:, part.columns], part.columns, part.bias, self._rows, self.head),
-                part,
-            )
+            z = self._z[:, part.columns]
+            yield Tile(z, part.columns, part.bias, self._rows, self.head), part
             del part
 
 
@@ -125,13 +123,13 @@ class Probabilities(RawLogits):
 
     def score(self, rows: Rows) -> Logps:
         self._begin(rows)
-        slope = rows.slope(self.head)
-        slope = slope[:, None] if isinstance(slope, Tensor) else slope
-        scaled = self._hidden if isinstance(slope, float) and slope == 1 else self._hidden * slope
+        slope = torch.as_tensor(rows.slope(self.head), dtype=self._z.dtype)
+        slope = slope.expand(len(rows.ids))[:, None]
+        scaled = self._hidden if bool((slope == 1).all()) else self._hidden * slope
         for tile, part in self._tiles():
             self.plan.kernels.matmul(tile.z, scaled, part.weight.t())
             if part.bias is not None:
-                tile.z.add_(part.bias * slope)
+                tile.z.addcmul_(part.bias, slope)
         whole = Tile(self._z, slice(0, self._z.shape[1]), None, rows, self.head)
         self._scored, self._total = self.plan.kernels.tile_softmax(whole, self.with_entropy)
         return self._scored
