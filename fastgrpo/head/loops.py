@@ -3,7 +3,8 @@
 With NVH = tokens * vocabulary * hidden size, one GEMM costs 2NVH. Three loops share the same steps
 (logits GEMM -> `tile_stats` -> `tile_grad` -> gradient GEMMs), which the backends implement:
 
-    logps_fwd        2NVH   a tile is a slice of the vocabulary; nothing is kept
+    logps_fwd        2NVH   a tile is a slice of the vocabulary; nothing is kept. On a CPU it is a
+                            chunk of rows with all its logits, as in the next loop
     logps_and_grads  6NVH   a tile is a chunk of rows with all its logits, which become gradients as
                             soon as the loss knows dL/dlogp (4NVH when only `hidden` needs one)
     logps_bwd        6NVH   recomputes the logits in slices of the vocabulary, from the saved lse;
@@ -70,6 +71,11 @@ def logps_fwd(rows: Rows, head: Head, plan: Plan, with_entropy: bool) -> Logps:
         return kernels.anchored_logps_fwd(rows, head, with_entropy).scored
     if kernels.linear_logps_fwd is not None and head.lora is None:
         return kernels.linear_logps_fwd(rows, head, with_entropy)
+    if Probabilities.suit(head, plan):
+        # As a loss with its gradients does: a policy's ratio to itself is 1, to the last bit.
+        held = Probabilities(rows, head, plan, with_entropy)
+        scores = [held.score(rows[c]) for c in chunks(len(rows.ids), held.size)]
+        return Logps.cat(scores) if scores else Logps.empty(rows, plan.accumulator, with_entropy)
     state = RowState.start(rows, plan.accumulator)
     for tile, c in logits_tiles(rows, head, plan):
         kernels.tile_stats(tile, state[c], with_entropy)
