@@ -1,7 +1,8 @@
 """The parts of a lean GRPO loop. The loop itself, top to bottom, is ``examples/grpo_train.py``.
 
     config                          the flags
-    tasks, arithmetic, gsm8k        prompts, answers and rewards
+    tasks, arithmetic, gsm8k,       prompts, answers and rewards
+    stated_number
     model                           the policy and its head
     completions, rollout            a batch of completions, and how it is sampled
     warmup                          the supervised start

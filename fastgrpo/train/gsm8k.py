@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from decimal import Decimal
 from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from .stated_number import calculated_number, stated_number
 from .tasks import Example, Task
 
 SYSTEM_PROMPT = """Solve the problem. Write your reply in exactly this form:
@@ -20,14 +19,6 @@ the steps that lead to the result
 the result, a number and nothing else
 </answer>"""
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?")
-
-
-def numbers(text: str) -> list[Decimal]:
-    """Return the decimal numbers in ``text``, as in -3, 0.5, .5 and 1,250."""
-    return [
-        Decimal(found.replace(",", "")) for found in _NUMBER.findall(text) if found not in ("", "-")
-    ]
 
 
 def extract_answer(completion: str) -> str | None:
@@ -39,14 +30,14 @@ def extract_answer(completion: str) -> str | None:
 
 
 def correctness_reward(completion: str, answer: str) -> float:
-    """Return 2.0 for exactly the answer, 1.5 for a text whose only number equals it, else 0."""
+    """Return 2.0 for exactly the answer, 1.5 for a text that states its number, else 0."""
     extracted = extract_answer(completion)
     if extracted is None:
         return 0.0
     if extracted == answer:
         return 2.0
-    found, expected = numbers(extracted), numbers(answer)
-    return 1.5 if len(found) == len(expected) == 1 and found == expected else 0.0
+    number = stated_number(extracted)
+    return 1.5 if number is not None and number == stated_number(answer) else 0.0
 
 
 def format_reward(completion: str) -> float:
@@ -60,11 +51,11 @@ def reward(completion: str, answer: str) -> float:
 
 
 def is_correct(completion: str, answer: str) -> bool:
-    """Return whether the enclosed answer, or the last number in it, equals ``answer``."""
+    """Return whether the enclosed answer, or the result of a calculation in it, is ``answer``."""
     if correctness_reward(completion, answer) > 0:
         return True
-    found, expected = numbers(extract_answer(completion) or ""), numbers(answer)
-    return bool(found and expected) and found[-1] == expected[-1]
+    number = calculated_number(extract_answer(completion) or "")
+    return number is not None and number == stated_number(answer)
 
 
 def build_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
