@@ -77,17 +77,20 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 
 
 def read_examples(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Read a JSONL file: ``question`` and ``answer`` (the result follows ####) on every line."""
+    """Read a JSONL file: ``question`` and ``answer`` (the result follows the last ####) a line.
+
+    The file is UTF-8, with or without a byte order mark. Lines end with \\n or \\r\\n and with
+    nothing else: a JSON string may hold other separators. Blank lines are passed over.
+    """
     examples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         try:
-            row = json.loads(line)
-            solution, mark, answer = row["answer"].partition("####")
-            if not mark:
-                raise ValueError("the answer has no '####'")
-            examples.append(
-                Example(build_prompt(tokenizer, row["question"].strip()), answer.strip())
-            )
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r")
+            if text:
+                question, answer = _read_row(json.loads(text))
+                examples.append(Example(build_prompt(tokenizer, question), answer))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: expected UTF-8, got {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f'{path}, line {number}: expected {{"question": "...", "answer": "... #### 42"}}, '
@@ -96,6 +99,16 @@ def read_examples(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example
     if not examples:
         raise ValueError(f"{path}: expected at least one example, got an empty file")
     return examples
+
+
+def _read_row(row: dict[str, str]) -> tuple[str, str]:
+    """Return question and result."""
+    question, (_, mark, answer) = row["question"].strip(), row["answer"].rpartition("####")
+    if not mark:
+        raise ValueError("the answer has no '####'")
+    if not answer.strip():
+        raise ValueError("the answer has nothing behind its last '####'")
+    return question, answer.strip()
 
 
 def gsm8k_task(

@@ -80,12 +80,54 @@ def test_gsm8k_accuracy_counts_the_result_of_a_calculation(completion: str, corr
         ('{"question": "a", "answer": "1"}', "line 1.*####"),
         ('{"question": 3, "answer": "#### 1"}', "line 1"),
         ("[]", "line 1"),
+        ('{"question": "a", "answer": "b ####"}', "line 1.*nothing behind"),
+        ('\n{"question": "a", "answer": "#### 1\\n#### \\n"}', "line 2.*nothing behind"),
+        ('{"question": "a", \n"answer": "#### 1"}', "line 1"),
+        ("\n \r\n", "at least one example"),
     ],
 )
 def test_malformed_data_names_the_line(tmp_path, content: str, message: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
+        gsm8k.read_examples(str(path), character_tokenizer())
+
+
+ROW = '{"question": "a", "answer": "#### 1"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "answers"),
+    [
+        (f"{ROW}\n{ROW}", ["1", "1"]),
+        (f"{ROW}\r\n{ROW}\r\n", ["1", "1"]),
+        (f"\ufeff{ROW}\n", ["1"]),
+        (f"\n{ROW}\n\n \t\n{ROW}\n\n", ["1", "1"]),
+        ('{"question": "a", "answer": "#### Step\\n2\\n#### 42"}', ["42"]),
+        ('{"question": "a", "answer": "##### 42 "}', ["42"]),
+    ],
+    ids=["no-end", "crlf", "bom", "blank", "two-marks", "five"],
+)
+def test_lines_of_a_jsonl_file(tmp_path, content: str, answers: list[str]) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content.encode())
+    examples = gsm8k.read_examples(str(path), character_tokenizer())
+    assert [e.answer for e in examples] == answers
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_only_newlines_separate_lines(tmp_path, separator: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(ROW.replace("a", f"a{separator}b", 1).encode() + b"\n")
+    (example,) = gsm8k.read_examples(str(path), character_tokenizer())
+    assert f"a{separator}b" in example.prompt
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_another_encoding_is_named(tmp_path, encoding: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(ROW.replace("a", "\xe9", 1).encode(encoding))
+    with pytest.raises(ValueError, match="data.jsonl, line 1: expected UTF-8"):
         gsm8k.read_examples(str(path), character_tokenizer())
 
 
