@@ -295,7 +295,7 @@ class FusedLM(nn.Module):
         padded[1, 3:], padded[1, :3] = short[0], 0
         mask[1, :3] = 0
         # Autocast would round the model's own logits, and the tolerance is that of its dtype.
-        with _evaluation(self.model), torch.autocast(device.type, enabled=False):
+        with evaluation_mode(self.model), torch.autocast(device.type, enabled=False):
             expected = [_own_logps(model, row) for row in (ids[:1], short)]
             scored = mask.bool()
             scored[:, 0] = False
@@ -365,7 +365,7 @@ def _own_logps(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode, and each back into its own afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

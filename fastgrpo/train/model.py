@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -97,10 +99,30 @@ def load_policy(config: TrainConfig) -> Policy:
         bos_token_id=loaded.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # Dropout stays off while learning, so that the ratio to the sampler starts at 1. Only gradient
-    # checkpointing needs training mode.
+    # Dropout stays off while learning, so that the ratio to the sampler starts at 1.
     model = model.to(device).eval()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()
+        _recompute_activations(model)
     return Policy(model, tokenizer, fastgrpo.head_of(model))
+
+
+def _recompute_activations(model: PreTrainedModel) -> None:
+    """Turn gradient checkpointing on. Layers heed it in training mode only, so they lose dropout.
+
+    Everything else stays in evaluation mode. ``model.config`` keeps its values: they are saved.
+    """
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        module.training = module is not model and getattr(module, "gradient_checkpointing", False)
+        if module.training:
+            _silence(module)
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                module.config = copy.copy(module.config)
+                _silence(module.config)
+
+
+def _silence(owner: nn.Module | PreTrainedConfig) -> None:
+    """Set the rates of what is random in training to 0: dropout, dropped layers, jitter."""
+    for name, value in list(vars(owner).items()):
+        if re.search("drop|jitter", name) and type(value) in (int, float):
+            setattr(owner, name, 0.0)

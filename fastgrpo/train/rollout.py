@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fastgrpo.model.fused_lm import evaluation_mode
+
 from .completions import Rollout
 from .model import Policy
 
@@ -47,14 +49,12 @@ def generate(
         eos_token_id=defaults.eos_token_id,
         **sampling,
     )
-    learning = policy.model.training
-    policy.model.eval()
-    sequences = policy.model.generate(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask.long(),
-        generation_config=generation,
-    )
-    policy.model.train(learning)
+    with evaluation_mode(policy.model):
+        sequences = policy.model.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long(),
+            generation_config=generation,
+        )
     completion_ids = sequences[:, prompt_ids.shape[1] :]
     eos_token_ids = torch.tensor(defaults.eos_token_id, device=completion_ids.device)
     completion_mask = ends_at(completion_ids, eos_token_ids)
