@@ -33,6 +33,11 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     head: ModelHead
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Return every token id that ends a text; demonstrations end with the first."""
+        return _end_ids(self.model.generation_config, self.tokenizer)
+
     def completion_hidden(self, rollout: Rollout) -> Tensor:
         """Return hidden states (B, T, H); the state at t predicts completion token t.
 
@@ -89,13 +94,19 @@ def load_policy(config: TrainConfig) -> Policy:
     else:
         tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     # Only the token ids are kept: a repetition penalty or top-k that came with the model would make
     # the sampler's distribution differ from the one that the loss assumes.
     loaded = model.generation_config
+    ends = _end_ids(loaded, tokenizer)
+    if not ends:
+        raise ValueError(
+            f"model: expected an end-of-sequence token, of the tokenizer or the generation config, "
+            f"got none in {config.model}"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id if loaded.eos_token_id is None else loaded.eos_token_id,
+        eos_token_id=ends,
         bos_token_id=loaded.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -104,6 +115,13 @@ def load_policy(config: TrainConfig) -> Policy:
     if config.gradient_checkpointing:
         _recompute_activations(model)
     return Policy(model, tokenizer, fastgrpo.head_of(model))
+
+
+def _end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ends that tokenizer and generation config name, the tokenizer's own first."""
+    named = generation.eos_token_id
+    several = named if isinstance(named, list) else [named]
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i is not None))
 
 
 def _recompute_activations(model: PreTrainedModel) -> None:

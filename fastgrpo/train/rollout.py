@@ -40,13 +40,13 @@ def generate(
 ) -> Rollout:
     """Return one completion of each prompt; temperature 0 decodes greedily."""
     prompt_ids, prompt_mask = encode(policy, prompts)
-    defaults = policy.model.generation_config
+    end_ids = policy.end_ids
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     generation = GenerationConfig(
         max_new_tokens=max_length,
         do_sample=temperature > 0,
-        pad_token_id=defaults.pad_token_id,
-        eos_token_id=defaults.eos_token_id,
+        pad_token_id=policy.tokenizer.pad_token_id,
+        eos_token_id=end_ids,
         **sampling,
     )
     with evaluation_mode(policy.model):
@@ -56,8 +56,7 @@ def generate(
             generation_config=generation,
         )
     completion_ids = sequences[:, prompt_ids.shape[1] :]
-    eos_token_ids = torch.tensor(defaults.eos_token_id, device=completion_ids.device)
-    completion_mask = ends_at(completion_ids, eos_token_ids)
+    completion_mask = ends_at(completion_ids, torch.tensor(end_ids, device=completion_ids.device))
     return Rollout(prompt_ids, prompt_mask, completion_ids, completion_mask)
 
 
@@ -75,7 +74,7 @@ def demonstrate(policy: Policy, prompts: list[str], completions: list[str]) -> R
     prompt_ids, prompt_mask = encode(policy, prompts)
     tokenizer = policy.tokenizer
     rows = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        tokenizer(text, add_special_tokens=False)["input_ids"] + policy.end_ids[:1]
         for text in completions
     ]
     width = max(map(len, rows))

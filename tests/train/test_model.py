@@ -1,4 +1,4 @@
-"""The policy as it is loaded: nothing random in its passes, one end of a text, ids that exist."""
+"""The policy as it is loaded: nothing random in its passes, and every end of a text known."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
     AutoTokenizer,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from fastgrpo.model.fused_lm import evaluation_mode
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.model import Policy, load_policy
-from fastgrpo.train.rollout import generate
+from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 
@@ -82,10 +86,14 @@ def mixtral() -> PreTrainedModel:
     )
 
 
-def loaded(folder: Path, model: PreTrainedModel, tokenizer_folder: Path, **flags) -> Policy:
+def loaded(
+    folder: Path, model: PreTrainedModel, tokenizer: Path | PreTrainedTokenizerFast, **flags
+) -> Policy:
     """The policy of ``model`` beside the tokenizer of another folder."""
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    if isinstance(tokenizer, Path):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    tokenizer.save_pretrained(folder)
     return load_policy(TrainConfig(model=str(folder), device="cpu", backend="torch", **flags))
 
 
@@ -112,3 +120,71 @@ def test_dropout_of_the_saved_config_is_the_models_own(tmp_path, model_folder) -
     policy = loaded(tmp_path, gpt2(), model_folder, gradient_checkpointing=True)
     assert policy.model.config.resid_pdrop == 0.1
     assert not policy.model.training
+
+
+def letters(special: tuple[str, ...] = (), **names: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of <s>, </s>, <pad>, <end>, ``special`` and single ASCII characters."""
+    tokens = ["<s>", "</s>", "<pad>", "<end>", *special, *map(chr, range(32, 127)), "\n"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    if "bos_token" in names:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", *special]})
+    return tokenizer
+
+
+def llama(rows: int = 128, **ids: int | list[int] | None) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=rows,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids},
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokenizers", "models", "ends"),
+    [
+        ("<end>", 1, [3, 1]),
+        ("</s>", [3, 1], [1, 3]),
+        ("</s>", None, [1]),
+        (None, [3, 1], [3, 1]),
+    ],
+)
+def test_a_text_ends_where_tokenizer_or_model_say(
+    tmp_path, tokenizers: str | None, models: int | list[int] | None, ends: list[int]
+) -> None:
+    names = {"pad_token": "<pad>"} | ({"eos_token": tokenizers} if tokenizers else {})
+    policy = loaded(tmp_path, llama(eos_token_id=models), letters(**names))
+    assert policy.end_ids == ends == policy.model.generation_config.eos_token_id
+    shown = demonstrate(policy, ["q"], ["a"]).completion_ids
+    assert shown[0, -1] == ends[0]
+    assert ends_at(torch.cat((shown, shown), dim=1), torch.tensor(ends)).sum() == 2
+    weight = policy.model.get_output_embeddings().weight.data
+    for end in ends:  # the model says nothing else
+        weight.zero_()
+        weight[end] = policy.model.base_model(torch.tensor([[5]])).last_hidden_state[0, -1]
+        rollout = generate(policy, ["%"], 4, temperature=0.0)
+        assert rollout.completion_ids.tolist() == [[end]] and rollout.completion_mask.all()
+
+
+def test_no_end_of_sequence_token_at_all_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="model: expected an end-of-sequence token, .* got none"):
+        loaded(tmp_path, llama(), letters(pad_token="<pad>"))
+
+
+def test_without_a_pad_token_the_first_end_pads(tmp_path) -> None:
+    policy = loaded(tmp_path, llama(eos_token_id=[3, 1]), letters())
+    ids, mask = encode(policy, ["a", "bcd"])
+    assert ids[0, :2].tolist() == [3, 3] and mask[0].tolist() == [False, False, True]

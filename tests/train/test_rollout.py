@@ -94,7 +94,7 @@ def test_a_folders_sampling_defaults_are_not_inherited(model_folder) -> None:
     policy = load_policy(TrainConfig(model=str(model_folder), device="cpu", backend="torch"))
     defaults = policy.model.generation_config
     assert (defaults.repetition_penalty, defaults.top_k, defaults.do_sample) == (None, None, None)
-    assert (defaults.eos_token_id, defaults.pad_token_id) == (1, 0)
+    assert (defaults.eos_token_id, defaults.pad_token_id) == ([1], 0)
 
 
 @pytest.mark.parametrize(
