@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .stated_number import calculated_number, stated_number
-from .tasks import Example, Task
+from .tasks import Example, Task, TemplatedPrompt
 
 SYSTEM_PROMPT = """Solve the problem. Write your reply in exactly this form:
 <reasoning>
@@ -68,12 +68,18 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     if tokenizer.chat_template is None:
         return joined
     try:
-        return tokenizer.apply_chat_template(
-            [system, user], tokenize=False, add_generation_prompt=True
-        )
+        return _templated(tokenizer, [system, user])
     except TemplateError:  # some templates, Gemma's among them, refuse a system message
         user["content"] = joined
-        return tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        return _templated(tokenizer, [user])
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> TemplatedPrompt:
+    return TemplatedPrompt(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    )
 
 
 def read_examples(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -12,20 +12,26 @@ from fastgrpo.model.fused_lm import evaluation_mode
 
 from .completions import Rollout
 from .model import Policy
+from .tasks import TemplatedPrompt
 
 
 def encode(policy: Policy, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return ids (B, P) int64 and mask (B, P) bool, padded on the left."""
-    tokenizer = policy.tokenizer
-    # A chat template has already added the special tokens.
-    encoded = tokenizer(
-        list(prompts),
-        padding=True,
-        return_tensors="pt",
-        add_special_tokens=tokenizer.chat_template is None,
+    encoded = policy.tokenizer.pad(
+        {"input_ids": prompt_tokens(policy, prompts)}, padding_side="left", return_tensors="pt"
     )
     device = policy.head.weight.device
     return encoded["input_ids"].to(device), encoded["attention_mask"].bool().to(device)
+
+
+def prompt_tokens(policy: Policy, prompts: Sequence[str]) -> list[list[int]]:
+    """Return each prompt's ids, with the special tokens that no template has written."""
+    return [
+        policy.tokenizer(prompt, add_special_tokens=not isinstance(prompt, TemplatedPrompt))[
+            "input_ids"
+        ]
+        for prompt in prompts
+    ]
 
 
 def ends_at(ids: Tensor, eos_token_ids: Tensor) -> Tensor:

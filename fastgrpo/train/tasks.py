@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 
+class TemplatedPrompt(str):
+    """A prompt that a chat template wrote, with its special tokens: none are added to it."""
+
+
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer."""
+    """A prompt and its answer.
+
+    The tokenizer adds its special tokens, such as a BOS, to a prompt that is not a TemplatedPrompt.
+    """
 
     prompt: str
     answer: str

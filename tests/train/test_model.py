@@ -25,6 +25,7 @@ from transformers import (
 
 from fastgrpo.model.fused_lm import evaluation_mode
 from fastgrpo.train.config import TrainConfig
+from fastgrpo.train.gsm8k import build_prompt
 from fastgrpo.train.model import Policy, load_policy
 from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate
 
@@ -188,3 +189,20 @@ def test_without_a_pad_token_the_first_end_pads(tmp_path) -> None:
     policy = loaded(tmp_path, llama(eos_token_id=[3, 1]), letters())
     ids, mask = encode(policy, ["a", "bcd"])
     assert ids[0, :2].tolist() == [3, 3] and mask[0].tolist() == [False, False, True]
+
+
+CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, CHAT, CHAT.replace("{{ bos_token }}", "")])
+def test_special_tokens_are_written_once(tmp_path, template: str | None) -> None:
+    """By the tokenizer, unless a template wrote the prompt: it may do without a BOS."""
+    tokenizer = letters(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = template
+    policy = loaded(tmp_path, llama(), tokenizer)
+    raw, built = "1+1=", build_prompt(policy.tokenizer, "1+1=")
+    ids, mask = encode(policy, [raw, built])
+    counts = ((ids == 0) & mask).sum(dim=1).tolist()
+    assert counts == [1, 1 if template in (None, CHAT) else 0]
+    for row, keep, text in zip(ids, mask, (raw, built), strict=True):
+        assert policy.tokenizer.decode(row[keep]).removeprefix("<s>") == text.removeprefix("<s>")
