@@ -67,12 +67,14 @@ def generate(
 
 
 def texts(policy: Policy, rollout: Rollout) -> list[str]:
-    """Return the completions as text, without special tokens."""
-    ids = [
-        row[mask].tolist()
-        for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
-    ]
-    return policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    """Return the completions as text, without their end and padding.
+
+    Other special tokens stay: tags that are tokens of their own are among them.
+    """
+    ends = torch.tensor(policy.end_ids, device=rollout.completion_ids.device)
+    kept = rollout.completion_mask & ~torch.isin(rollout.completion_ids, ends)
+    ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, kept, strict=True)]
+    return policy.tokenizer.batch_decode(ids, skip_special_tokens=False)
 
 
 def demonstrate(policy: Policy, prompts: list[str], completions: list[str]) -> Rollout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,10 @@ from transformers import (
 )
 
 from fastgrpo.model.fused_lm import evaluation_mode
+from fastgrpo.train import gsm8k
 from fastgrpo.train.config import TrainConfig
-from fastgrpo.train.gsm8k import build_prompt
 from fastgrpo.train.model import Policy, load_policy
-from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate
+from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate, texts
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 
@@ -200,9 +201,26 @@ def test_special_tokens_are_written_once(tmp_path, template: str | None) -> None
     tokenizer = letters(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = template
     policy = loaded(tmp_path, llama(), tokenizer)
-    raw, built = "1+1=", build_prompt(policy.tokenizer, "1+1=")
+    raw, built = "1+1=", gsm8k.build_prompt(policy.tokenizer, "1+1=")
     ids, mask = encode(policy, [raw, built])
     counts = ((ids == 0) & mask).sum(dim=1).tolist()
     assert counts == [1, 1 if template in (None, CHAT) else 0]
     for row, keep, text in zip(ids, mask, (raw, built), strict=True):
         assert policy.tokenizer.decode(row[keep]).removeprefix("<s>") == text.removeprefix("<s>")
+
+
+def test_rewards_see_every_token_but_end_and_padding(tmp_path) -> None:
+    tokenizer = letters(gsm8k.TAGS, eos_token="</s>", pad_token="<pad>")
+    policy = loaded(tmp_path, llama(eos_token_id=[1, 3]), tokenizer)
+    shown = ["<reasoning>r</reasoning>\n<answer>18</answer>", "a  b<s>", "", "1<pad>2"]
+    rollout = demonstrate(policy, ["q"] * 4, shown)
+    assert texts(policy, rollout) == shown
+    assert gsm8k.reward(texts(policy, rollout)[0], "18") == pytest.approx(2.8)
+    assert rollout.completion_ids[0, 0] == len(["<s>", "</s>", "<pad>", "<end>"])  # one token
+    other = rollout.completion_ids.masked_fill(rollout.completion_ids == 1, 3)
+    assert texts(policy, dataclasses.replace(rollout, completion_ids=other)) == shown
+    cut = rollout[torch.tensor([1])]
+    unfinished = dataclasses.replace(
+        cut, completion_ids=cut.completion_ids[:, :3], completion_mask=cut.completion_mask[:, :3]
+    )
+    assert texts(policy, unfinished) == ["a  "]
