@@ -105,6 +105,7 @@ def load_policy(config: TrainConfig) -> Policy:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
+    _check_ids(model, tokenizer, ends)
     model.generation_config = GenerationConfig(
         eos_token_id=ends,
         bos_token_id=loaded.bos_token_id,
@@ -122,6 +123,19 @@ def _end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
     named = generation.eos_token_id
     several = named if isinstance(named, list) else [named]
     return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i is not None))
+
+
+def _check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
+    """Raise unless the model has a row for every token that is put beside a text."""
+    rows = model.get_input_embeddings().num_embeddings
+    written = tokenizer("")["input_ids"]  # what the tokenizer adds to every prompt
+    for role, ids in (("pad", [tokenizer.pad_token_id]), ("end", ends), ("special", written)):
+        if beyond := [i for i in ids if i >= rows]:
+            raise ValueError(
+                f"model: expected the {role} token of its tokenizer below {rows}, the rows of its "
+                f"embedding, got {tokenizer.convert_ids_to_tokens(beyond)} with ids {beyond}; "
+                f"resize the embedding, or choose a token that it has"
+            )
 
 
 def _recompute_activations(model: PreTrainedModel) -> None:

@@ -224,3 +224,27 @@ def test_rewards_see_every_token_but_end_and_padding(tmp_path) -> None:
         cut, completion_ids=cut.completion_ids[:, :3], completion_mask=cut.completion_mask[:, :3]
     )
     assert texts(policy, unfinished) == ["a  "]
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        ("pad", {"pad_token": "<end>", "eos_token": "</s>"}),
+        ("end", {"pad_token": "<pad>", "eos_token": "<end>"}),
+    ],
+)
+def test_a_token_without_a_row_is_refused(tmp_path, role: str, names: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=rf"the {role} token .* below 3.*<end>.*\[3\]"):
+        loaded(tmp_path, llama(rows=3), letters(**names))
+
+
+def test_an_end_of_the_generation_config_needs_a_row_too(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"the end token .* below 50.*\[60\]"):
+        tokenizer = letters(pad_token="<pad>", eos_token="</s>")
+        loaded(tmp_path, llama(50, eos_token_id=[1, 60]), tokenizer)
+
+
+def test_a_tokenizer_may_have_tokens_that_no_text_uses(tmp_path) -> None:
+    """Gemma 3's has one more than the 1B model has rows."""
+    tokenizer = letters(pad_token="<pad>", eos_token="</s>")
+    assert loaded(tmp_path, llama(len(tokenizer) - 1), tokenizer).end_ids == [1]
