@@ -86,7 +86,8 @@ class TrainConfig:
         "micro_batch_size", "Completions in one forward; no effect on the result."
     )
     max_completion_length: int | None = _by_task(
-        "max_completion_length", "Most tokens of a completion."
+        "max_completion_length",
+        "Most tokens of a completion. With the longest prompt they must fit the model's context.",
     )
     max_steps: int | None = _by_task("max_steps", "Number of batches of completions.")
     learning_rate: float | None = _by_task(

@@ -26,12 +26,38 @@ def encode(policy: Policy, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 def prompt_tokens(policy: Policy, prompts: Sequence[str]) -> list[list[int]]:
     """Return each prompt's ids, with the special tokens that no template has written."""
-    return [
-        policy.tokenizer(prompt, add_special_tokens=not isinstance(prompt, TemplatedPrompt))[
-            "input_ids"
-        ]
-        for prompt in prompts
-    ]
+    rows: dict[int, list[int]] = {}
+    for templated in (False, True):
+        picked = [i for i, p in enumerate(prompts) if isinstance(p, TemplatedPrompt) == templated]
+        if picked:
+            encoded = policy.tokenizer(
+                [prompts[i] for i in picked], add_special_tokens=not templated
+            )
+            rows |= zip(picked, encoded["input_ids"], strict=True)
+    return [rows[i] for i in range(len(prompts))]
+
+
+def check_prompts(policy: Policy, prompts: Sequence[str], max_length: int) -> None:
+    """Raise ValueError unless the model can read every prompt and ``max_length`` tokens after it.
+
+    Nothing is cut or left out: a prompt without its end asks something else, and accuracy without
+    the long prompts is another number.
+    """
+    rows = policy.model.get_input_embeddings().num_embeddings
+    context = policy.model.config.get_text_config()
+    context = getattr(context, "max_position_embeddings", None) or float("inf")
+    for prompt, ids in zip(prompts, prompt_tokens(policy, prompts), strict=True):
+        shown = prompt if len(prompt) <= 80 else f"{prompt[:40]} ... {prompt[-40:]}"
+        if max(ids, default=0) >= rows:
+            raise ValueError(
+                f"prompts: expected token ids below {rows}, the rows of the model's embedding, "
+                f"got {max(ids)} in {shown!r}"
+            )
+        if not 0 < len(ids) <= context - max_length:
+            raise ValueError(
+                f"prompts: expected 1 to {context - max_length} tokens, the model's context of "
+                f"{context} less max_completion_length {max_length}, got {len(ids)} in {shown!r}"
+            )
 
 
 def ends_at(ids: Tensor, eos_token_ids: Tensor) -> Tensor:

@@ -16,13 +16,19 @@ from .interrupt import Interrupt
 from .metrics import MetricsLog
 from .model import Policy
 from .report import new_run_folder, write_report
+from .rollout import check_prompts
 from .tasks import Task
 
 
 class Run:
-    """Context of a run. Leaving it saves checkpoint and report, even after Ctrl-C or SIGTERM."""
+    """Context of a run. Leaving it saves checkpoint and report, even after Ctrl-C or SIGTERM.
+
+    A prompt that the model cannot read is a ValueError before anything is written.
+    """
 
     def __init__(self, config: TrainConfig, policy: Policy, task: Task) -> None:
+        prompts = dict.fromkeys(e.prompt for e in task.train + task.held_out + task.demonstrations)
+        check_prompts(policy, list(prompts), config.max_completion_length)
         self.config, self.policy, self.task = config, policy, task
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None

@@ -28,7 +28,9 @@ from fastgrpo.model.fused_lm import evaluation_mode
 from fastgrpo.train import gsm8k
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.model import Policy, load_policy
-from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate, texts
+from fastgrpo.train.rollout import check_prompts, demonstrate, encode, ends_at, generate, texts
+from fastgrpo.train.run import Run
+from fastgrpo.train.tasks import Example, Task, TemplatedPrompt
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 
@@ -248,3 +250,38 @@ def test_a_tokenizer_may_have_tokens_that_no_text_uses(tmp_path) -> None:
     """Gemma 3's has one more than the 1B model has rows."""
     tokenizer = letters(pad_token="<pad>", eos_token="</s>")
     assert loaded(tmp_path, llama(len(tokenizer) - 1), tokenizer).end_ids == [1]
+
+
+@pytest.fixture
+def short_sighted(tmp_path) -> Policy:
+    """A policy with a context of 64 tokens, and no row for a newline."""
+    tokenizer = letters(bos_token="<s>", pad_token="<pad>", eos_token="</s>")
+    return loaded(tmp_path / "model", llama(len(tokenizer) - 1), tokenizer)
+
+
+def test_prompts_fit_into_the_context_with_their_completions(short_sighted) -> None:
+    fits = "7" * 53  # with BOS and 10 tokens of a completion: 64
+    check_prompts(short_sighted, ["1", fits, TemplatedPrompt(fits + "7")], 10)
+    with pytest.raises(ValueError, match="1 to 54 tokens, the model's context of 64 .* got 55 in"):
+        check_prompts(short_sighted, ["1", fits + "7"], 10)
+    with pytest.raises(ValueError, match="1 to 53 tokens.* max_completion_length 11, got 54"):
+        check_prompts(short_sighted, ["1", fits], 11)
+    with pytest.raises(ValueError, match="got 0 in ''"):
+        check_prompts(short_sighted, [TemplatedPrompt("")], 10)
+
+
+def test_a_prompt_needs_rows_for_its_tokens(short_sighted) -> None:
+    with pytest.raises(ValueError, match=r"token ids below 99, .* got 99 in '1\\n2'"):
+        check_prompts(short_sighted, ["1", "1\n2"], 10)
+
+
+def test_a_run_checks_its_prompts_before_it_writes(short_sighted, tmp_path) -> None:
+    config = TrainConfig(output_dir=str(tmp_path / "run"), max_completion_length=60)
+    example, long = Example("1+1=", "2"), Example("1" * 10, "2")
+    for task in (Task([example], [long], float, str.__eq__, []), Task([long], [], float, None, [])):
+        with (
+            pytest.raises(ValueError, match="prompts: expected 1 to 4 tokens"),
+            Run(config, short_sighted, task),
+        ):
+            pass
+    assert not (tmp_path / "run").exists()
