@@ -9,6 +9,8 @@ import fastgrpo
 from fastgrpo import LossConfig
 from fastgrpo.head.held import Probabilities, _close_gaps
 from fastgrpo.testing import relative_error
+from fastgrpo.torch_kernels import tile_softmax
+from fastgrpo_kernels import Head, Rows, Tile
 
 
 @pytest.fixture
@@ -72,6 +74,17 @@ def test_a_log_prob_is_never_above_0(held_so):
     logits[:, 2] = torch.linspace(5.0, 40.0, 300)
     logps, _, _ = results(logits, torch.full((300,), 2))
     assert logps.max() <= 0
+
+
+def test_an_id_outside_the_vocabulary_has_no_log_prob_and_spoils_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    z, ids = torch.randn(4, 9, generator=g), torch.tensor([3, 9, -1, 0])
+    head = Head(torch.zeros(9, 1))
+    rows = Rows(torch.zeros(4, 1), ids)
+    scored, _ = tile_softmax(Tile(z.clone(), slice(0, 9), None, rows, head), True)
+    assert scored.logps.isnan().tolist() == [False, True, True, False]
+    torch.testing.assert_close(scored.lse, z.logsumexp(1))
+    torch.testing.assert_close(scored.entropy, torch.special.entr(z.softmax(1)).sum(1))
 
 
 @pytest.mark.parametrize("dead", [0.0, 0.02, 0.5, 0.9, 1.0])

@@ -126,7 +126,8 @@ def _summed_while_drawing(rows: Rows, head: Head, plan: Plan, draw: Draw, kept: 
         sums[c] += plan.kernels.tile_draw_sum(tile, draw[c], kept[c])
     log_sum = sums.log()
     logps = (kept.logits[:, 0] - draw.anchor) - log_sum
-    scored = Logps(logps.clamp_(max=0.0), draw.anchor + log_sum)
+    logps.clamp_(max=0.0).masked_fill_(kept.ids[:, 0] != rows.ids, torch.nan)
+    scored = Logps(logps, draw.anchor + log_sum)
     # An estimate that is far off, or none, leaves a sum that fp32 cannot hold.
     far = (~((sums > SUMS[0]) & (sums < SUMS[1]))).nonzero()[:, 0]
     if len(far):

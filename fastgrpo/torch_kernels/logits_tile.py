@@ -48,7 +48,7 @@ def tile_softmax(tile: Tile, with_entropy: bool) -> tuple[Logps, Tensor]:
     torch.softmax(z, 1, out=z)
     total = z.sum(1)
     p = (z.gather(1, column)[:, 0] / total).clamp_(max=1.0)
-    logps = p.log().masked_fill_(column[:, 0] != ids, torch.nan)
+    logps = p.log()
     lse = target - logps
     rare = (p < LEAST_PROBABILITY).nonzero()[:, 0]
     if len(rare):  # its logarithm is inexact, or -inf: the likeliest entry tells the lse
@@ -57,6 +57,7 @@ def tile_softmax(tile: Tile, with_entropy: bool) -> tuple[Logps, Tensor]:
         entry_logits(tile.rows[rare], tile.head, top.to(torch.int32), None, logit)
         lse[rare] = logit[:, 0] - (z[rare, top[:, 0]] / total[rare]).log()
         logps[rare] = target[rare] - lse[rare]
+    logps.masked_fill_(column[:, 0] != ids, torch.nan)
     entropy = None
     if with_entropy:
         entropy = torch.cat([torch.special.entr(z[block]).sum(1) for block in _blocks(z)])
