@@ -14,8 +14,9 @@ def with_adapter(
 ) -> tuple[Tensor, Tensor | None]:
     """Return hidden (N, H + K) and the weight's further columns (V, K); (N, H) and None without.
 
-    hidden @ A.T is summed in fp32. In 16 bits it takes two columns, one for what the first rounds
-    away, and so does an fp32 B: K is R, 2R or 3R, and no logit is rounded to 16 bits.
+    hidden @ A.T is summed in fp32. In 16 bits it takes several columns, each for what those before
+    it rounded away, and so does an fp32 B. So no logit is rounded to 16 bits, and K is R, 2R or 3R;
+    with an fp32 B beside 16-bit hidden states 3R (fp16) or 6R (bf16).
     """
     if lora is None:
         return hidden, None
@@ -23,17 +24,21 @@ def with_adapter(
     low, dtype = _LowRank.apply(hidden, a), hidden.dtype
     if low.dtype == dtype:
         return torch.cat([hidden, low], 1), b
-    high, rest = _halves(low, dtype)
-    if b.dtype == dtype:
-        return torch.cat([hidden, high, rest], 1), torch.cat([b, b], 1)
-    high_b, rest_b = _halves(b, dtype)
-    return torch.cat([hidden, high, rest, high], 1), torch.cat([high_b, high_b, rest_b], 1)
+    count = 3 if dtype == torch.bfloat16 else 2
+    lows = _parts(low, dtype, count)
+    ups = [b] if b.dtype == dtype else _parts(b, dtype, count)
+    pairs = [(x, y) for i, x in enumerate(lows) for j, y in enumerate(ups) if i + j < count]
+    columns = list(zip(*pairs, strict=True))
+    return torch.cat([hidden, *columns[0]], 1), torch.cat(columns[1], 1)
 
 
-def _halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return x in a dtype, and in the same dtype what that lost."""
-    high = x.to(dtype)
-    return high, (x - high.to(x.dtype)).to(dtype)
+def _parts(x: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Return tensors of a dtype whose sum is x, but for what the last one rounds away."""
+    parts = []
+    for _ in range(count):
+        parts.append(x.to(dtype))
+        x = x - parts[-1].to(x.dtype)
+    return parts
 
 
 class _LowRank(torch.autograd.Function):
