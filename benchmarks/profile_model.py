@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ from benchmarks.profiles import (
 )
 from fastgrpo import ModelHead
 from fastgrpo.train import gsm8k
+from fastgrpo.train.completions import Rollout
 from fastgrpo.train.model import Policy
-from fastgrpo.train.rollout import Rollout, generate
+from fastgrpo.train.rollout import generate
 
 BANDS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, float("inf"))  # nats
 EPSILON = 0.2
@@ -79,11 +81,11 @@ def weights_hashes(path: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def micro_batches(policy: Policy, rollout: Rollout) -> Iterator[tuple[slice, Rollout, Tensor]]:
-    """Yield rows, their part of the rollout, and its hidden states (B, T, H)."""
-    for rows in rollout.micro_batches(MICRO_BATCH):
-        batch = rollout[rows]
-        yield rows, batch, policy.completion_hidden(batch)
+def micro_batches(policy: Policy, rollout: Rollout) -> Iterator[tuple[Tensor, Rollout, Tensor]]:
+    """Yield completions, their part of the rollout, and its hidden states (N, H)."""
+    for chosen in rollout.micro_batches(MICRO_BATCH):
+        batch = rollout[chosen]
+        yield chosen, batch, policy.completion_hidden(batch)
 
 
 @torch.no_grad()
@@ -92,11 +94,10 @@ def describe_policy(
 ) -> dict[str, Any]:
     """Return the description of one completion of each prompt, drawn at `temperature`."""
     rollout = generate(policy, prompts, tokens, temperature)
-    found = micro_batches(policy, rollout)
-    hidden = torch.cat([states[batch.completion_mask] for _, batch, states in found])
+    hidden = torch.cat([states for _, _, states in micro_batches(policy, rollout)])
     weight, scale = policy.head.weight, 1 / temperature
     stats = row_statistics(hidden, weight, scale=scale)
-    logps = policy.logps(rollout, MICRO_BATCH, temperature, "torch")[rollout.completion_mask]
+    logps = policy.logps(rollout, MICRO_BATCH, temperature, "torch")
     chosen = typical_rows(stats, curves)
     return {
         "name": f"temperature {temperature:g}",
@@ -145,20 +146,22 @@ def measure_clipping(
     policy: Policy, prompts: list[str], group: int, tokens: int, rates: list[float]
 ) -> dict[str, Any]:
     """Return what one update at each of the learning rates does to the ratios of a rollout."""
-    rollout = generate(policy, [p for p in prompts for _ in range(group)], tokens, 1.0)
-    mask, count = rollout.completion_mask, len(rollout.completion_ids)
+    rollout = generate(policy, prompts, tokens, 1.0, group)
+    count, device = len(rollout), rollout.lengths.device
     before = policy.logps(rollout, MICRO_BATCH, 1.0, "torch")
-    coins = torch.randint(2, (count,)).float().to(mask.device)
-    advantages = fastgrpo.group_advantages(coins, group)
-    learnt = torch.arange(count, device=mask.device) < len(prompts) // 2 * group
-    normalizer = mask[learnt].sum().item()
-    for rows, batch, hidden in micro_batches(policy, rollout[: int(learnt.sum())]):
+    coins = torch.randint(2, (count,)).float().to(device)
+    rollout = replace(rollout, advantages=fastgrpo.group_advantages(coins, group))
+    part = torch.arange(len(prompts) // 2 * group, device=device)
+    learnt = rollout.tokens_of(part)
+    normalizer = learnt.sum().item()
+    for _, batch, hidden in micro_batches(policy, rollout[part]):
         fastgrpo.grpo_loss(
             hidden,
             policy.head.weight,
-            batch.completion_ids,
-            batch.completion_mask,
-            advantages[rows],
+            batch.token_ids,
+            None,
+            batch.advantages,
+            cu_seqlens=batch.cu_seqlens,
             config="dapo",
             normalizer=normalizer,
             **policy.head.options(),
@@ -172,8 +175,8 @@ def measure_clipping(
         change = policy.logps(rollout, MICRO_BATCH, 1.0, "torch") - before
         outcome = {"learning_rate": rate}
         for name, half in (("same_tokens", learnt), ("other_tokens", ~learnt)):
-            signs = advantages[:, None].sign().expand_as(mask)[half][mask[half]]
-            outcome[name] = clipping(change[half][mask[half]], signs)
+            signs = rollout.advantages.sign().repeat_interleave(rollout.lengths)
+            outcome[name] = clipping(change[half], signs[half])
         updates.append(outcome)
         print(outcome, flush=True)
         with torch.no_grad():
@@ -181,7 +184,7 @@ def measure_clipping(
                 parameter.copy_(value)
     return {
         "settings": UPDATE
-        | {"prompts": len(prompts), "group": group, "tokens": int(mask.sum())}
+        | {"prompts": len(prompts), "group": group, "tokens": len(rollout.token_ids)}
         | {"tokens_learnt": normalizer, "gradient_norm": _rounded(norm)},
         "updates": updates,
     }

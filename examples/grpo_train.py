@@ -20,12 +20,13 @@ from transformers import HfArgumentParser, set_seed
 
 import fastgrpo
 from fastgrpo.train.arithmetic import arithmetic_task
+from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.gsm8k import gsm8k_task
 from fastgrpo.train.metrics import Averages
 from fastgrpo.train.model import Policy, load_policy
 from fastgrpo.train.optimizer import MasterAdamW
-from fastgrpo.train.rollout import Rollout, generate, texts
+from fastgrpo.train.rollout import generate, texts
 from fastgrpo.train.run import Run
 from fastgrpo.train.tasks import Example, Task, batches, score
 from fastgrpo.train.warmup import warm_up
@@ -46,7 +47,7 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
         rollout, metrics = sample_groups(policy, reference, task, next(prompts), config)
         for _ in range(config.num_iterations):
             metrics |= update(policy, optimizer, rollout, config)
-        run.log(step, metrics, tokens=int(rollout.completion_mask.sum()))
+        run.log(step, metrics, tokens=len(rollout.token_ids))
     run.after = run.evaluate()
 
 
@@ -59,10 +60,10 @@ def sample_groups(
 ) -> tuple[Rollout, dict[str, float]]:
     """Return completions of each prompt with their advantages, and the step's first metrics."""
     group = config.num_generations
-    prompts = [e.prompt for e in examples for _ in range(group)]
+    prompts = [e.prompt for e in examples]
     answers = [e.answer for e in examples for _ in range(group)]
-    rollout = generate(policy, prompts, config.max_completion_length, config.temperature)
-    rewards = score(task.reward, texts(policy, rollout), answers).to(rollout.completion_ids.device)
+    rollout = generate(policy, prompts, config.max_completion_length, config.temperature, group)
+    rewards = score(task.reward, texts(policy, rollout), answers).to(rollout.lengths.device)
     rollout = replace(rollout, advantages=fastgrpo.group_advantages(rewards, group))
 
     scoring = (rollout, config.micro_batch_size, config.temperature, config.backend)
@@ -73,7 +74,7 @@ def sample_groups(
     return rollout, {
         "reward": rewards.nanmean().item(),
         "unscorable": rewards.isnan().sum().item(),
-        "completion_length": rollout.completion_mask.sum(dim=1).float().mean().item(),
+        "completion_length": rollout.lengths.float().mean().item(),
     }
 
 
@@ -87,14 +88,15 @@ def update(
     """
     loss, total, averages = config.loss_config(), 0.0, Averages()
     normalizer = fastgrpo.count_normalizer(rollout.completion_mask, loss)
-    for rows in rollout.micro_batches(config.micro_batch_size):
-        batch = rollout[rows]
+    for chosen in rollout.micro_batches(config.micro_batch_size):
+        batch = rollout[chosen]
         out = fastgrpo.grpo_loss(
             policy.completion_hidden(batch),
             policy.head.weight,
-            batch.completion_ids,
-            batch.completion_mask,
+            batch.token_ids,
+            None,
             batch.advantages,
+            cu_seqlens=batch.cu_seqlens,
             old_logps=batch.old_logps,
             ref_logps=batch.ref_logps,
             normalizer=normalizer,

@@ -2,43 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """B completions with what is known about them; prompts are padded left, completions right."""
+    """S completions of P prompts, N tokens in all, packed: nothing is padding.
 
-    prompt_ids: Tensor  # (B, P) int64
-    prompt_mask: Tensor  # (B, P) bool
-    completion_ids: Tensor  # (B, T) int64
-    completion_mask: Tensor  # (B, T) bool, up to and including the end-of-sequence token
-    advantages: Tensor | None = None  # (B,) fp32
-    old_logps: Tensor | None = None  # (B, T) fp32
-    ref_logps: Tensor | None = None  # (B, T) fp32
+    The completions of a prompt stand side by side; a group is a prompt with its completions. Every
+    prompt has at least one token and one completion, every completion at least one token.
+    """
+
+    prompts: tuple[Tensor, ...]  # P of (length,) int64
+    prompt_index: Tensor  # (S,) int64, ascending: the prompt of each completion
+    token_ids: Tensor  # (N,) int64, one completion after the other
+    lengths: Tensor  # (S,) int64, the end token included
+    finished: Tensor  # (S,) bool: the last token is an end token; else it was cut
+    sampler_logps: Tensor | None = None  # (N,) fp32, of the distribution that was sampled from
+    old_logps: Tensor | None = None  # (N,) fp32
+    ref_logps: Tensor | None = None  # (N,) fp32
+    advantages: Tensor | None = None  # (S,) fp32
 
     def __len__(self) -> int:
-        return self.completion_ids.shape[0]
+        return len(self.lengths)
 
-    def __getitem__(self, rows: Tensor) -> Rollout:
-        """Return some of the completions, without the columns in which they are all masked."""
-        picked = {
-            f.name: value[rows]
-            for f in fields(self)
-            if (value := getattr(self, f.name)) is not None
-        }
-        prompt = picked["prompt_mask"].sum(dim=1).max().item()
-        completion = picked["completion_mask"].sum(dim=1).max().item()
-        for name, value in picked.items():
-            if name.startswith("prompt"):
-                picked[name] = value[:, value.shape[1] - prompt :]
-            elif value.dim() == 2:
-                picked[name] = value[:, :completion]
-        return Rollout(**picked)
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Where each completion begins, and N: (S + 1,) int32."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).int()
+
+    @property
+    def completion_mask(self) -> Tensor:
+        """The completions side by side from the left, (S, longest) bool: True at a token."""
+        width = int(self.lengths.max())
+        return torch.arange(width, device=self.lengths.device) < self.lengths[:, None]
+
+    def completions(self) -> tuple[Tensor, ...]:
+        """Return the token ids of each completion, S of (length,) int64."""
+        return self.token_ids.split(self.lengths.tolist())
+
+    def tokens_of(self, chosen: Tensor) -> Tensor:
+        """Return which tokens are of the completions at `chosen` (K,) int64: (N,) bool."""
+        kept = torch.zeros(len(self), dtype=torch.bool, device=self.lengths.device)
+        kept[chosen] = True
+        return kept.repeat_interleave(self.lengths)
+
+    def __getitem__(self, chosen: Tensor) -> Rollout:
+        """Return the completions at `chosen`, (K,) int64 ascending, with their prompts alone."""
+        tokens = self.tokens_of(chosen)
+        used, index = self.prompt_index[chosen].unique(return_inverse=True)
+        picked: dict[str, Tensor | None] = {}
+        for name in ("token_ids", "sampler_logps", "old_logps", "ref_logps"):
+            value = getattr(self, name)
+            picked[name] = None if value is None else value[tokens]
+        for name in ("lengths", "finished", "advantages"):
+            value = getattr(self, name)
+            picked[name] = None if value is None else value[chosen]
+        return Rollout(tuple(self.prompts[i] for i in used.tolist()), index, **picked)
 
     def micro_batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the rows of each micro-batch; completions of like length go together."""
-        yield from self.completion_mask.sum(dim=1).argsort(stable=True).split(size)
+        """Yield the completions of each micro-batch; those of like length go together."""
+        for chosen in self.lengths.argsort(stable=True).split(size):
+            yield chosen.sort().values
+
+
+def left_padded(sequences: Sequence[Tensor], padding: int = 0) -> tuple[Tensor, Tensor]:
+    """Return ids (P, longest) int64 that end in the last column, and where they are, bool."""
+    ids = pad_sequence(
+        list(sequences), batch_first=True, padding_value=padding, padding_side="left"
+    )
+    lengths = torch.tensor([len(s) for s in sequences], device=ids.device)
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return ids, places >= ids.shape[1] - lengths[:, None]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +22,7 @@ import fastgrpo
 from fastgrpo import ModelHead
 
 from .arithmetic import character_tokenizer, tiny_model
-from .completions import Rollout
+from .completions import Rollout, left_padded
 from .config import TrainConfig
 
 
@@ -39,38 +40,39 @@ class Policy:
         return _end_ids(self.model.generation_config, self.tokenizer)
 
     def completion_hidden(self, rollout: Rollout) -> Tensor:
-        """Return hidden states (B, T, H); the state at t predicts completion token t.
+        """Return hidden states (N, H); the state in row n predicts token n of the completions.
 
         This is the only place where positions are shifted.
         """
-        input_ids = torch.cat((rollout.prompt_ids, rollout.completion_ids), dim=1)
-        mask = torch.cat((rollout.prompt_mask, rollout.completion_mask), dim=1)
+        completion_ids = pad_sequence(rollout.completions(), batch_first=True)
+        prompt_ids, prompt_mask = left_padded(rollout.prompts)
+        input_ids = torch.cat((prompt_ids[rollout.prompt_index], completion_ids), dim=1)
+        mask = torch.cat((prompt_mask[rollout.prompt_index], rollout.completion_mask), dim=1)
         hidden = self.model.base_model(
             input_ids=input_ids,
             attention_mask=None if mask.all() else mask.long(),
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        return hidden[:, rollout.prompt_ids.shape[1] - 1 : -1]
+        return hidden[:, prompt_ids.shape[1] - 1 : -1][rollout.completion_mask]
 
     @torch.no_grad()
     def logps(
         self, rollout: Rollout, micro_batch_size: int, temperature: float, backend: str
     ) -> Tensor:
-        """Return log-probs (B, T) fp32 of the sampled tokens, without gradient; 0 where masked."""
-        logps = torch.zeros(rollout.completion_ids.shape, device=rollout.completion_ids.device)
-        for rows in rollout.micro_batches(micro_batch_size):
-            batch = rollout[rows]
-            token_ids = batch.completion_ids.masked_fill(~batch.completion_mask, -100)
+        """Return the log-probs (N,) fp32 of the sampled tokens, without gradient."""
+        logps = torch.zeros(rollout.token_ids.shape, device=rollout.token_ids.device)
+        for chosen in rollout.micro_batches(micro_batch_size):
+            batch = rollout[chosen]
             out = fastgrpo.linear_logps(
                 self.completion_hidden(batch),
                 self.head.weight,
-                token_ids,
+                batch.token_ids,
                 temperature=temperature,
                 backend=backend,
                 **self.head.options(),
             )
-            logps[rows, : token_ids.shape[1]] = out.logps
+            logps[rollout.tokens_of(chosen)] = out.logps
         return logps
 
     def frozen_copy(self) -> Policy:

@@ -10,18 +10,15 @@ from transformers import GenerationConfig
 
 from fastgrpo.model.fused_lm import evaluation_mode
 
-from .completions import Rollout
+from .completions import Rollout, left_padded
 from .model import Policy
 from .tasks import TemplatedPrompt
 
 
-def encode(policy: Policy, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return ids (B, P) int64 and mask (B, P) bool, padded on the left."""
-    encoded = policy.tokenizer.pad(
-        {"input_ids": prompt_tokens(policy, prompts)}, padding_side="left", return_tensors="pt"
-    )
+def encode(policy: Policy, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+    """Return the ids of each prompt, P of (length,) int64, on the policy's device."""
     device = policy.head.weight.device
-    return encoded["input_ids"].to(device), encoded["attention_mask"].bool().to(device)
+    return tuple(torch.tensor(ids, device=device) for ids in prompt_tokens(policy, prompts))
 
 
 def prompt_tokens(policy: Policy, prompts: Sequence[str]) -> list[list[int]]:
@@ -68,10 +65,16 @@ def ends_at(ids: Tensor, eos_token_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    policy: Policy, prompts: Sequence[str], max_length: int, temperature: float
+    policy: Policy,
+    prompts: Sequence[str],
+    max_length: int,
+    temperature: float,
+    num_generations: int = 1,
 ) -> Rollout:
-    """Return one completion of each prompt; temperature 0 decodes greedily."""
-    prompt_ids, prompt_mask = encode(policy, prompts)
+    """Return ``num_generations`` completions of each prompt; temperature 0 decodes greedily."""
+    encoded = encode(policy, prompts)
+    prompt_ids, prompt_mask = left_padded(encoded, policy.tokenizer.pad_token_id)
+    index = torch.arange(len(prompts), device=prompt_ids.device).repeat_interleave(num_generations)
     end_ids = policy.end_ids
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     generation = GenerationConfig(
@@ -83,35 +86,38 @@ def generate(
     )
     with evaluation_mode(policy.model):
         sequences = policy.model.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask.long(),
+            input_ids=prompt_ids[index],
+            attention_mask=prompt_mask[index].long(),
             generation_config=generation,
         )
     completion_ids = sequences[:, prompt_ids.shape[1] :]
-    completion_mask = ends_at(completion_ids, torch.tensor(end_ids, device=completion_ids.device))
-    return Rollout(prompt_ids, prompt_mask, completion_ids, completion_mask)
+    ends = torch.tensor(end_ids, device=completion_ids.device)
+    mask = ends_at(completion_ids, ends)
+    finished = (mask & torch.isin(completion_ids, ends)).any(dim=1)
+    return Rollout(encoded, index, completion_ids[mask], mask.sum(dim=1), finished)
 
 
 def texts(policy: Policy, rollout: Rollout) -> list[str]:
-    """Return the completions as text, without their end and padding.
+    """Return the completions as text, without their end.
 
     Other special tokens stay: tags that are tokens of their own are among them.
     """
-    ends = torch.tensor(policy.end_ids, device=rollout.completion_ids.device)
-    kept = rollout.completion_mask & ~torch.isin(rollout.completion_ids, ends)
-    ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, kept, strict=True)]
-    return policy.tokenizer.batch_decode(ids, skip_special_tokens=False)
+    ends = set(policy.end_ids)
+    kept = [[i for i in ids.tolist() if i not in ends] for ids in rollout.completions()]
+    return policy.tokenizer.batch_decode(kept, skip_special_tokens=False)
 
 
 def demonstrate(policy: Policy, prompts: list[str], completions: list[str]) -> Rollout:
     """Return given texts as a rollout, each followed by the end-of-sequence token."""
-    prompt_ids, prompt_mask = encode(policy, prompts)
-    tokenizer = policy.tokenizer
+    device = policy.head.weight.device
     rows = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] + policy.end_ids[:1]
+        policy.tokenizer(text, add_special_tokens=False)["input_ids"] + policy.end_ids[:1]
         for text in completions
     ]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-    return Rollout(prompt_ids, prompt_mask, ids.to(prompt_ids.device), mask.to(prompt_ids.device))
+    return Rollout(
+        encode(policy, prompts),
+        torch.arange(len(prompts), device=device),
+        torch.tensor([i for row in rows for i in row], device=device),
+        torch.tensor([len(row) for row in rows], device=device),
+        torch.ones(len(rows), dtype=torch.bool, device=device),
+    )

@@ -30,9 +30,10 @@ def warm_up(policy: Policy, task: Task, steps: Iterable[int], config: TrainConfi
         out = fastgrpo.grpo_loss(
             policy.completion_hidden(batch),
             policy.head.weight,
-            batch.completion_ids,
-            batch.completion_mask,
-            torch.ones(len(batch), device=batch.completion_ids.device),
+            batch.token_ids,
+            None,
+            torch.ones(len(batch), device=batch.token_ids.device),
+            cu_seqlens=batch.cu_seqlens,
             config="reinforce",
             backend=config.backend,
             **policy.head.options(),

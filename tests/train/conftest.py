@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fastgrpo.train.arithmetic import arithmetic_task
+from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.model import Policy, load_policy
-from fastgrpo.train.rollout import Rollout, generate
+from fastgrpo.train.rollout import generate
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "grpo_train.py"
@@ -54,9 +56,8 @@ def policy(config: TrainConfig) -> Policy:
 def rollout(policy: Policy, config: TrainConfig) -> Rollout:
     """Twelve completions with advantages, of prompts that need padding."""
     torch.manual_seed(1)
-    prompts = ["1+2="] * 4 + ["34+56="] * 4 + ["7+10="] * 4
-    rollout = generate(policy, prompts, 8, temperature=1.3)
-    return Rollout(**{**vars(rollout), "advantages": torch.randn(12)})
+    rollout = generate(policy, ["1+2=", "34+56=", "7+10="], 8, 1.3, num_generations=4)
+    return dataclasses.replace(rollout, advantages=torch.randn(12))
 
 
 @pytest.fixture

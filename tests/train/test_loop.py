@@ -117,7 +117,7 @@ def test_micro_batches_do_not_change_the_gradient(
     script, policy, rollout, config, loss: str
 ) -> None:
     config = dataclasses.replace(config, loss=loss, beta=0.04, max_grad_norm=1e9)
-    old = policy.logps(rollout, 12, 1.0, "torch") + 0.1 * torch.randn(rollout.completion_ids.shape)
+    old = policy.logps(rollout, 12, 1.0, "torch") + 0.1 * torch.randn(rollout.token_ids.shape)
     rollout = dataclasses.replace(rollout, old_logps=old, ref_logps=old - 0.1)
     results = []
     for size in (12, 5, 1):
@@ -148,11 +148,11 @@ def test_micro_batches_do_not_change_the_gradient(
 
 def test_a_step_makes_better_completions_likelier(script, policy, rollout, config) -> None:
     on_policy = dataclasses.replace(config, beta=0.0)
-    before = policy.logps(rollout, 12, 1.0, "torch").sum(dim=1)
+    before = policy.logps(rollout, 12, 1.0, "torch")
     optimizer = MasterAdamW(policy.model.parameters(), 2e-3, 10**6)
     script.update(policy, optimizer, rollout, on_policy)
-    change = policy.logps(rollout, 12, 1.0, "torch").sum(dim=1) - before
-    assert (change * rollout.advantages).sum() > 0
+    change = policy.logps(rollout, 12, 1.0, "torch") - before
+    assert (change * rollout.advantages.repeat_interleave(rollout.lengths)).sum() > 0
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step(script, policy, rollout, config) -> None:

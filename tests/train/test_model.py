@@ -172,15 +172,15 @@ def test_a_text_ends_where_tokenizer_or_model_say(
     names = {"pad_token": "<pad>"} | ({"eos_token": tokenizers} if tokenizers else {})
     policy = loaded(tmp_path, llama(eos_token_id=models), letters(**names))
     assert policy.end_ids == ends == policy.model.generation_config.eos_token_id
-    shown = demonstrate(policy, ["q"], ["a"]).completion_ids
-    assert shown[0, -1] == ends[0]
-    assert ends_at(torch.cat((shown, shown), dim=1), torch.tensor(ends)).sum() == 2
+    shown = demonstrate(policy, ["q"], ["a"]).token_ids
+    assert shown[-1] == ends[0]
+    assert ends_at(torch.cat((shown, shown))[None], torch.tensor(ends)).sum() == 2
     weight = policy.model.get_output_embeddings().weight.data
     for end in ends:  # the model says nothing else
         weight.zero_()
         weight[end] = policy.model.base_model(torch.tensor([[5]])).last_hidden_state[0, -1]
         rollout = generate(policy, ["%"], 4, temperature=0.0)
-        assert rollout.completion_ids.tolist() == [[end]] and rollout.completion_mask.all()
+        assert rollout.token_ids.tolist() == [end] and rollout.finished.all()
 
 
 def test_no_end_of_sequence_token_at_all_is_refused(tmp_path) -> None:
@@ -190,8 +190,7 @@ def test_no_end_of_sequence_token_at_all_is_refused(tmp_path) -> None:
 
 def test_without_a_pad_token_the_first_end_pads(tmp_path) -> None:
     policy = loaded(tmp_path, llama(eos_token_id=[3, 1]), letters())
-    ids, mask = encode(policy, ["a", "bcd"])
-    assert ids[0, :2].tolist() == [3, 3] and mask[0].tolist() == [False, False, True]
+    assert policy.tokenizer.pad_token_id == 3
 
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -204,11 +203,11 @@ def test_special_tokens_are_written_once(tmp_path, template: str | None) -> None
     tokenizer.chat_template = template
     policy = loaded(tmp_path, llama(), tokenizer)
     raw, built = "1+1=", gsm8k.build_prompt(policy.tokenizer, "1+1=")
-    ids, mask = encode(policy, [raw, built])
-    counts = ((ids == 0) & mask).sum(dim=1).tolist()
+    encoded = encode(policy, [raw, built])
+    counts = [(ids == 0).sum() for ids in encoded]
     assert counts == [1, 1 if template in (None, CHAT) else 0]
-    for row, keep, text in zip(ids, mask, (raw, built), strict=True):
-        assert policy.tokenizer.decode(row[keep]).removeprefix("<s>") == text.removeprefix("<s>")
+    for ids, text in zip(encoded, (raw, built), strict=True):
+        assert policy.tokenizer.decode(ids).removeprefix("<s>") == text.removeprefix("<s>")
 
 
 def test_rewards_see_every_token_but_end_and_padding(tmp_path) -> None:
@@ -218,13 +217,11 @@ def test_rewards_see_every_token_but_end_and_padding(tmp_path) -> None:
     rollout = demonstrate(policy, ["q"] * 4, shown)
     assert texts(policy, rollout) == shown
     assert gsm8k.reward(texts(policy, rollout)[0], "18") == pytest.approx(2.8)
-    assert rollout.completion_ids[0, 0] == len(["<s>", "</s>", "<pad>", "<end>"])  # one token
-    other = rollout.completion_ids.masked_fill(rollout.completion_ids == 1, 3)
-    assert texts(policy, dataclasses.replace(rollout, completion_ids=other)) == shown
+    assert rollout.token_ids[0] == len(["<s>", "</s>", "<pad>", "<end>"])  # one token
+    other = rollout.token_ids.masked_fill(rollout.token_ids == 1, 3)
+    assert texts(policy, dataclasses.replace(rollout, token_ids=other)) == shown
     cut = rollout[torch.tensor([1])]
-    unfinished = dataclasses.replace(
-        cut, completion_ids=cut.completion_ids[:, :3], completion_mask=cut.completion_mask[:, :3]
-    )
+    unfinished = dataclasses.replace(cut, token_ids=cut.token_ids[:3], lengths=torch.tensor([3]))
     assert texts(policy, unfinished) == ["a  "]
 
 

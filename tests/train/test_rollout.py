@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastgrpo
+from fastgrpo.train.completions import left_padded
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.model import load_policy
 from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate, texts
@@ -15,15 +16,14 @@ from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate, texts
 
 def naive_logps(policy, rollout, temperature: float) -> torch.Tensor:
     """The model's own log-softmax, each sequence alone and without any padding."""
-    out = torch.zeros(rollout.completion_ids.shape)
-    for i in range(len(rollout)):
-        prompt = rollout.prompt_ids[i][rollout.prompt_mask[i]]
-        completion = rollout.completion_ids[i][rollout.completion_mask[i]]
+    found = []
+    for i, completion in zip(rollout.prompt_index, rollout.completions(), strict=True):
+        prompt = rollout.prompts[i]
         with torch.no_grad():
             logits = policy.model(input_ids=torch.cat((prompt, completion))[None]).logits[0]
         logps = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
-        out[i, : len(completion)] = logps.gather(-1, completion[:, None])[:, 0]
-    return out
+        found.append(logps.gather(-1, completion[:, None])[:, 0])
+    return torch.cat(found)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 12], ids=["one", "uneven", "all"])
@@ -33,16 +33,28 @@ def test_logps_are_the_models_own(
 ) -> None:
     logps = policy.logps(rollout, micro_batch_size, temperature, "torch")
     torch.testing.assert_close(logps, naive_logps(policy, rollout, temperature), atol=2e-5, rtol=0)
-    assert not logps[~rollout.completion_mask].any()
 
 
-def test_prompts_are_padded_on_the_left_and_completions_end_with_eos(policy, rollout) -> None:
-    assert not rollout.prompt_mask.all() and rollout.prompt_mask[:, -1].all()
-    lengths = rollout.completion_mask.sum(dim=1)
-    assert len(lengths.unique()) > 1
-    for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True):
-        ends = (ids[mask] == policy.tokenizer.eos_token_id).nonzero()[:, 0].tolist()
-        assert ends in ([], [mask.sum() - 1])
+def test_completions_end_with_eos_or_were_cut(policy, rollout) -> None:
+    assert len(rollout.lengths.unique()) > 1 and rollout.finished.any()
+    for ids, finished in zip(rollout.completions(), rollout.finished, strict=True):
+        ends = (ids == policy.tokenizer.eos_token_id).nonzero()[:, 0].tolist()
+        assert ends == ([len(ids) - 1] if finished else [])
+        assert finished or len(ids) == 8
+
+
+def test_a_group_is_a_prompt_with_its_completions(policy, rollout) -> None:
+    assert [policy.tokenizer.decode(ids) for ids in rollout.prompts] == ["1+2=", "34+56=", "7+10="]
+    assert rollout.prompt_index.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert rollout.cu_seqlens.tolist() == [0, *rollout.lengths.cumsum(0).tolist()]
+    assert len(rollout.token_ids) == rollout.cu_seqlens[-1]
+    assert rollout.completion_mask.sum(dim=1).tolist() == rollout.lengths.tolist()
+
+
+def test_prompts_are_padded_on_the_left() -> None:
+    ids, mask = left_padded([torch.tensor([5, 6, 7]), torch.tensor([8])], padding=2)
+    assert ids.tolist() == [[5, 6, 7], [2, 2, 8]]
+    assert mask.tolist() == [[True] * 3, [False, False, True]]
 
 
 def test_ends_at_takes_any_of_several_end_tokens() -> None:
@@ -61,33 +73,38 @@ def test_sampling_follows_the_temperature(policy) -> None:
     """First tokens of many samples have the frequencies that the scored distribution says."""
     torch.manual_seed(0)
     count, temperature = 4000, 1.5
-    rollout = generate(policy, ["1+2="] * count, 1, temperature)
-    ids, mask = encode(policy, ["1+2="])
+    rollout = generate(policy, ["1+2="], 1, temperature, num_generations=count)
     with torch.no_grad():
-        probs = (
-            policy.model(input_ids=ids, attention_mask=mask.long()).logits[0, -1] / temperature
-        ).softmax(-1)
-    seen = torch.bincount(rollout.completion_ids[:, 0], minlength=len(probs)) / count
+        logits = policy.model(input_ids=encode(policy, ["1+2="])[0][None]).logits[0, -1]
+    probs = (logits / temperature).softmax(-1)
+    seen = torch.bincount(rollout.token_ids, minlength=len(probs)) / count
     assert ((seen - probs).abs() <= 4.5 * (probs * (1 - probs) / count).sqrt() + 1e-3).all()
 
 
-def test_selected_rows_lose_only_columns_that_are_padding(policy, rollout) -> None:
+def test_chosen_completions_keep_all_that_is_theirs(policy, rollout) -> None:
     rollout = dataclasses.replace(rollout, old_logps=policy.logps(rollout, 12, 1.0, "torch"))
-    for rows in rollout.micro_batches(5):
-        part = rollout[rows]
-        assert part.completion_mask.any(dim=0).all() and part.prompt_mask.any(dim=0).all()
-        assert part.completion_mask.sum() == rollout.completion_mask[rows].sum()
-        torch.testing.assert_close(
-            part.old_logps, rollout.old_logps[rows][:, : part.old_logps.shape[1]]
-        )
-        assert torch.equal(part.advantages, rollout.advantages[rows])
+    logps = rollout.old_logps.split(rollout.lengths.tolist())
+    seen = []
+    for chosen in rollout.micro_batches(5):
+        part, seen = rollout[chosen], seen + chosen.tolist()
+        assert torch.equal(part.advantages, rollout.advantages[chosen])
+        assert torch.equal(part.finished, rollout.finished[chosen])
+        assert len(part.prompts) == len(rollout.prompt_index[chosen].unique())
+        for k, i in enumerate(chosen.tolist()):
+            assert torch.equal(part.completions()[k], rollout.completions()[i])
+            assert torch.equal(
+                part.prompts[part.prompt_index[k]], rollout.prompts[rollout.prompt_index[i]]
+            )
+            start = part.cu_seqlens[k]
+            assert torch.equal(part.old_logps[start : part.cu_seqlens[k + 1]], logps[i])
+    assert sorted(seen) == list(range(12))
 
 
 def test_demonstrations_are_the_given_text(policy) -> None:
     rollout = demonstrate(policy, ["1+2=", "50+50="], ["3", "100"])
     assert texts(policy, rollout) == ["3", "100"]
-    assert rollout.completion_mask.sum(dim=1).tolist() == [2, 4]
-    assert (rollout.completion_ids[torch.arange(2), [1, 3]] == policy.tokenizer.eos_token_id).all()
+    assert rollout.lengths.tolist() == [2, 4] and rollout.finished.all()
+    assert (rollout.token_ids[[1, 5]] == policy.tokenizer.eos_token_id).all()
 
 
 def test_a_folders_sampling_defaults_are_not_inherited(model_folder) -> None:
