@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
+from benchmarks.conditions import CONDITIONS
 from benchmarks.data import LossInputs, profile_batch, random_batch, rl_batch
 from benchmarks.measure import MODES, Errors, Outcome, check, errors, oracle, run, sampling_noise
 from benchmarks.peak_memory import allocated_peak_mib, resident_peak_mib
@@ -121,6 +122,29 @@ def speed(
     rows[BOUND]["tflops"] = bound.flop / rows[BOUND]["median_ms"] / 1e9
     rows[BOUND]["gpu"] = environment.gpu_state()
     return list(rows.values())
+
+
+def conditioned(
+    condition: str,
+    providers: list[Provider],
+    shape: Shape,
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """Return the rows of `speed` for an fp32 loss under one of CONDITIONS, with its name."""
+    with CONDITIONS[condition]():
+        rows = speed(
+            providers,
+            shape,
+            torch.float32,
+            "loss",
+            device,
+            rounds=rounds,
+            seconds=seconds,
+            peaks=False,
+        )
+    return [row | {"condition": condition} for row in rows]
 
 
 def memory(

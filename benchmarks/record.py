@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import cases, environment, providers
 from benchmarks.child import run_command
+from benchmarks.conditions import CONDITIONS
 from benchmarks.gpu_checks import UNCHECKED, check_stages
 from benchmarks.shapes import CPU_SHAPES, TINY_SHAPES, Shape
 from benchmarks.stages import Record, Stage
@@ -38,6 +39,8 @@ CPU_PROVIDERS = (
     "fastgrpo torch",
     "fastgrpo sparse",
 )
+# The others take twice as long and more: under every condition they would be slower still.
+FASTEST_PROVIDERS = ("plain logits", "Liger GRPO", "fastgrpo torch", "fastgrpo sparse")
 # Where 16-bit GEMMs are emulated a peer's call takes minutes. There all providers get these rows.
 FEWER_ROWS = {"32k": 256, "152k": 64}
 # Left out there: one call takes minutes.
@@ -51,7 +54,7 @@ SECONDS_TO_START, SECONDS_TO_END = 20, 5
 
 
 def cpu_stages(available: list[providers.Provider], record: Record, quick: bool) -> list[Stage]:
-    """Return the stages of a CPU record: the two shapes, forward and backward, fp32 and bf16."""
+    """Return the stages of a CPU record: loss and gradients, fp32 and bf16."""
     device = torch.device("cpu")
     shapes = TINY_SHAPES if quick else CPU_SHAPES
     own = [provider for provider in available if provider.name.startswith("fastgrpo")]
@@ -63,7 +66,7 @@ def cpu_stages(available: list[providers.Provider], record: Record, quick: bool)
 
     def add_case(who: list, shape: Shape, dtype: torch.dtype) -> None:
         # Peers are slow where 16-bit GEMMs are emulated: more rounds would tell nothing more.
-        share = (0.2 if dtype == torch.float32 else 0.05) * record.budget
+        share = (0.3 if dtype == torch.float32 else 0.05) * record.budget
         add("accuracy", partial(cases.accuracy, device=device), who, shape, dtype)
         speed = partial(cases.speed, device=device, rounds=9, seconds=share, peaks=False)
         add("speed", speed, who, shape, dtype)
@@ -86,10 +89,18 @@ def cpu_stages(available: list[providers.Provider], record: Record, quick: bool)
         timed = [p for p in available if p.name not in MINUTES_A_CALL.get(shape.name, ())]
         add_case(timed, shape, torch.float32)
         add_memory(timed, shape, torch.float32)
+    for condition in CONDITIONS:
+        who = [provider for provider in available if provider.name in FASTEST_PROVIDERS]
+        label = f"{shapes[0].label}, {condition}, {', '.join(provider.name for provider in who)}"
+        seconds = 0.08 * record.budget
+        work = partial(cases.conditioned, condition, who, shapes[0], device, 9, seconds)
+        stages.append(Stage("conditions", label, 10, work))
     for mode in ("half_masked", "half_skipped", "half_zero", "skip_90", *POLICY_MODES):
         add_own(shapes[0], mode)
+    for shape in shapes[1:]:
+        add_own(shape, "policy")
     reduced = emulates_16_bit_gemms()
-    for shape in shapes:
+    for shape in dict.fromkeys((shapes[0], shapes[-1])):
         rows = FEWER_ROWS.get(shape.name, shape.rows) if reduced else shape.rows
         add_case(available, shape._replace(rows=rows), torch.bfloat16)
         if rows < shape.rows:

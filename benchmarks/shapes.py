@@ -25,8 +25,12 @@ TINY_SHAPES = (Shape("tiny", 96, 1031, 48), Shape("small", 128, 2053, 96))
 # A real head at which all peers take less than 90 s on two cores: SmolLM2's, with 512 tokens.
 SMOLLM2_SHAPE = Shape("smollm2-135m", 512, 49152, 576)
 
-# The two shapes that the CPU backend is held to.
-CPU_SHAPES = (Shape("32k", 2048, 32000, 512), Shape("152k", 1024, 151936, 896))
+# The shapes that the CPU backend is held to; the second is SmolLM2's head.
+CPU_SHAPES = (
+    Shape("32k", 2048, 32000, 512),
+    Shape("49k", 2048, 49152, 576),
+    Shape("152k", 1024, 151936, 896),
+)
 
 _HEADS = (
     ("qwen3-0.6b", 151936, 1024),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks import environment
 from benchmarks.timing import describe
 
-SECTIONS = ("doctor", "tests", "sanitizer", "accuracy", "sweep", "speed", "memory")
+SECTIONS = ("doctor", "tests", "sanitizer", "accuracy", "sweep", "speed", "conditions", "memory")
 NO_TIME = "no time left"
 
 

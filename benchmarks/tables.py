@@ -117,6 +117,18 @@ def modes_table(record: Row) -> str:
     return "\n".join(lines)
 
 
+def conditions_table(record: Row) -> str:
+    """Return the times of an fp32 loss on fewer threads and on a busy machine, fastest first."""
+    lines = ["| tokens x vocabulary x hidden | condition | implementation | ms (p10-p90) | share |"]
+    lines += ["|---|---|---|---|---|"]
+    timed = [row for row in record["conditions"] if "median_ms" in row and row["provider"] != BOUND]
+    for row in sorted(timed, key=lambda row: (row["condition"], row["median_ms"])):
+        times = f"{row['median_ms']:,.0f} ({row['p10_ms']:,.0f}-{row['p90_ms']:,.0f})"
+        cells = f"{row['provider']} | {times} | {row['share_of_bound']:.2f}"
+        lines.append(f"| {_size(row)} | {row['condition']} | {cells} |")
+    return "\n".join(lines)
+
+
 def profile_table(record: Row) -> str:
     """Return what each policy's rows look like; those of temperature 1 also by entropy."""
     lines = [
@@ -251,6 +263,7 @@ def _learning(results: Path, folder: str) -> str:
 TABLES: dict[str, Callable[[Path, str], str]] = {
     "summary": _recorded("cpu", summary_table),
     "cpu": _recorded("cpu", speed_table),
+    "conditions": _recorded("cpu", conditions_table),
     "cuda": _recorded("cuda", speed_table),
     "accuracy": _recorded("cpu", accuracy_table),
     "modes-cpu": _recorded("cpu", modes_table),

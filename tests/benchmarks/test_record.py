@@ -1,13 +1,17 @@
 """The record has what the tables need, and the README shows the newest one."""
 
 import json
+import os
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import environment, record, tables
 from benchmarks.cases import BOUND
+from benchmarks.conditions import CONDITIONS, beside_a_busy_process, one_thread
 from benchmarks.environment import slug
 from benchmarks.measure import Errors
 from benchmarks.shapes import Shape
@@ -48,6 +52,8 @@ def test_record_schema(made):
         assert all(Shape(**row["shape"]) == SHAPE for row in content[section])
     names = {row["provider"] for row in content["speed"]}
     assert names == {BOUND, *NAMES}
+    found = {(row["condition"], row["provider"]) for row in content["conditions"]}
+    assert found == {(condition, name) for condition in CONDITIONS for name in names}
     modes = {row["mode"] for row in content["speed"] if row["provider"] == "fastgrpo sparse"}
     assert {"loss", "half_masked", "skip_90", "policy", "policy_sharp", "policy_flat"} <= modes
     kept = {row["mode"]: row["kept"] for row in content["speed"] if "kept" in row}
@@ -269,3 +275,27 @@ def test_targets_are_held_against_a_record():
 
 def test_slug_is_a_file_name():
     assert slug("NVIDIA H200 (SXM)") == "nvidia-h200-sxm"
+
+
+def test_a_condition_holds_only_within_it():
+    threads, before = torch.get_num_threads(), _children()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    with beside_a_busy_process():
+        (busy,) = _children() - before
+        used = _cpu_ticks(busy)
+        deadline = time.monotonic() + 60
+        while _cpu_ticks(busy) < used + 20 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert _cpu_ticks(busy) >= used + 20
+    assert torch.get_num_threads() == threads and _children() == before
+
+
+def _children() -> set[str]:
+    task = Path(f"/proc/self/task/{os.getpid()}/children")
+    return set(task.read_text().split())
+
+
+def _cpu_ticks(process: str) -> int:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11])
