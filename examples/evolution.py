@@ -30,7 +30,8 @@ from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.evolution import Evolution, searched
 from fastgrpo.train.fitness import mean_reward
 from fastgrpo.train.gsm8k import gsm8k_task
-from fastgrpo.train.model import Policy, load_policy
+from fastgrpo.train.load import load_policy
+from fastgrpo.train.model import Policy
 from fastgrpo.train.run import Run
 from fastgrpo.train.tasks import Task, batches
 from fastgrpo.train.warmup import warm_up
@@ -68,6 +69,7 @@ class EvolutionConfig:
     num_generations: ClassVar[int] = 1
     backend: ClassVar[str] = "auto"
     gradient_checkpointing: ClassVar[bool] = False
+    lora_rank: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.task == "gsm8k" and not (self.data and self.model):
@@ -83,7 +85,7 @@ def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None
     if task.demonstrations:
         warm_up(policy, task, run.steps(config.warmup_steps, "warm-up"), config)
     run.before = run.evaluate()
-    print(f"held-out accuracy before: {run.before.accuracy:.3f}")
+    print(f"held-out before: {run.before}")
 
     search = Evolution(
         policy.model,

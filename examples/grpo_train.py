@@ -16,19 +16,20 @@ import sys
 from dataclasses import replace
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 import fastgrpo
-from fastgrpo.train.arithmetic import arithmetic_task
+from fastgrpo.train.catalogue import load_task
 from fastgrpo.train.completions import Rollout
-from fastgrpo.train.config import TrainConfig
-from fastgrpo.train.gsm8k import gsm8k_task
-from fastgrpo.train.metrics import Averages
-from fastgrpo.train.model import Policy, load_policy
+from fastgrpo.train.config import TrainConfig, one_line_errors, parse_flags
+from fastgrpo.train.load import load_policy, load_tokenizer
+from fastgrpo.train.metrics import Averages, length_metrics
+from fastgrpo.train.model import Policy
 from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.rollout import generate, texts
 from fastgrpo.train.run import Run
-from fastgrpo.train.tasks import Example, Task, batches, score
+from fastgrpo.train.scoring import centred, score
+from fastgrpo.train.tasks import Example, Task, batches
 from fastgrpo.train.warmup import warm_up
 
 
@@ -37,13 +38,15 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
     if task.demonstrations:
         warm_up(policy, task, run.steps(config.warmup_steps, "warm-up"), config)
     run.before = run.evaluate()
-    print(f"held-out accuracy before: {run.before.accuracy:.3f}")
+    print(f"held-out before: {run.before}")
 
     reference = policy.frozen_copy() if config.beta > 0 else None
     total_steps = config.max_steps * config.num_iterations
     optimizer = MasterAdamW(policy.model.parameters(), config.learning_rate, total_steps)
     prompts = batches(task.train, config.num_prompts, config.seed)
     for step in run.steps(config.max_steps, "grpo"):
+        if reference and config.starts_iteration(step):
+            reference = policy.frozen_copy()
         rollout, metrics = sample_groups(policy, reference, task, next(prompts), config)
         for _ in range(config.num_iterations):
             metrics |= update(policy, optimizer, rollout, config)
@@ -61,9 +64,10 @@ def sample_groups(
     """Return completions of each prompt with their advantages, and the step's first metrics."""
     group = config.num_generations
     prompts = [e.prompt for e in examples]
-    answers = [e.answer for e in examples for _ in range(group)]
     rollout = generate(policy, prompts, config.max_completion_length, config.temperature, group)
-    rewards = score(task.reward, texts(policy, rollout), answers).to(rollout.lengths.device)
+    each = [e for e in examples for _ in range(group)]
+    scores = score(task, each, texts(policy, rollout))
+    rewards = centred(scores.rewards, group).to(rollout.lengths.device)
     rollout = replace(rollout, advantages=fastgrpo.group_advantages(rewards, group))
 
     scoring = (rollout, config.micro_batch_size, config.temperature, config.backend)
@@ -71,11 +75,7 @@ def sample_groups(
         rollout = replace(rollout, old_logps=policy.logps(*scoring))
     if reference is not None:
         rollout = replace(rollout, ref_logps=reference.logps(*scoring))
-    return rollout, {
-        "reward": rewards.nanmean().item(),
-        "unscorable": rewards.isnan().sum().item(),
-        "completion_length": rollout.lengths.float().mean().item(),
-    }
+    return rollout, scores.metrics() | length_metrics(rollout)
 
 
 def update(
@@ -102,6 +102,7 @@ def update(
             normalizer=normalizer,
             config=loss,
             temperature=config.temperature,
+            sparsity=config.sparsity,
             backend=config.backend,
             **policy.head.options(),
         )
@@ -125,15 +126,15 @@ def main(config: TrainConfig) -> int:
         # Such a small model gains little from more threads, and loses much where cores are shared.
         # With one thread the numbers do not depend on the number of cores.
         torch.set_num_threads(1)
-    policy = load_policy(config)
-    if config.task == "arithmetic":
-        task = arithmetic_task(config.seed, config.eval_size)
-    else:
-        task = gsm8k_task(policy.tokenizer, config.data, config.eval_data, config.eval_size)
-    with Run(config, policy, task) as run:
+    with one_line_errors():
+        tokenizer = load_tokenizer(config)
+        task = load_task(config, tokenizer)
+        policy = load_policy(config, tokenizer)
+        run = Run(config, policy, task)
+    with run:
         train(run, policy, task, config)
     return run.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main(HfArgumentParser(TrainConfig).parse_args_into_dataclasses()[0]))
+    sys.exit(main(parse_flags()))

@@ -21,7 +21,7 @@ from fastgrpo.integrations.trl import FastGRPOTrainer
 from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.evaluation import evaluate
-from fastgrpo.train.model import load_policy
+from fastgrpo.train.load import load_policy
 from fastgrpo.train.warmup import warm_up
 
 
@@ -55,14 +55,16 @@ def main(args: Settings) -> tuple[float, float]:
         return evaluate(policy, task, 256, length, safe_point=lambda: None).accuracy
 
     def right(completions: list[str], answer: list[str], **_: object) -> list[float]:
-        return [task.reward(*pair) for pair in zip(completions, answer, strict=True)]
+        return task.rewards[0].function(completions, answer)
 
     before = accuracy()
     trainer = FastGRPOTrainer(
         model=policy.model,
         processing_class=policy.tokenizer,
         reward_funcs=right,
-        train_dataset=Dataset.from_list([vars(example) for example in task.train]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": e.prompt, "answer": e.answer} for e in task.train]
+        ),
         args=args,
     )
     trainer.train()

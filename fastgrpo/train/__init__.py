@@ -1,9 +1,11 @@
 """The parts of a lean GRPO loop. The loop itself, top to bottom, is ``examples/grpo_train.py``.
 
-    config                          the flags
-    tasks, arithmetic, gsm8k,       prompts, answers and rewards
+    config, defaults, loss_flags    the flags
+    tasks, rewards, scoring         prompts, and what their completions are worth
+    catalogue, arithmetic, gsm8k,   the tasks by name, and a file of one's own
+    own_data, data, chat,
     stated_number
-    model                           the policy and its head
+    model, load                     the policy and its head, and where they come from
     completions, rollout            a batch of completions, and how it is sampled
     warmup                          the supervised start
     optimizer                       the step

@@ -7,9 +7,11 @@ import random
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from .rewards import Accuracy, Reward, one_by_one
 from .tasks import Example, Task
 
 MOST_SLIPS = 0.7
+EQUAL = one_by_one(lambda completion, answer: float(completion == answer))
 
 
 def arithmetic_task(seed: int, eval_size: int) -> Task:
@@ -31,8 +33,8 @@ def arithmetic_task(seed: int, eval_size: int) -> Task:
     return Task(
         train=examples[eval_size:],
         held_out=examples[:eval_size],
-        reward=lambda completion, answer: float(completion == answer),
-        is_correct=str.__eq__,
+        rewards=(Reward("correct", EQUAL),),
+        accuracy=Accuracy(EQUAL),
         demonstrations=taught[eval_size:],
     )
 

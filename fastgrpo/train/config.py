@@ -1,66 +1,77 @@
-"""TrainConfig: every flag of the training script, with defaults that depend on the task."""
+"""TrainConfig: every flag of the training script, and which values cannot work."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NoReturn
+
+from transformers import HfArgumentParser
 
 from fastgrpo import LossConfig
 
-# Arithmetic is small enough to show progress within minutes on two CPU cores. GSM8K follows the
-# usual recipe for 0.5-4B instruct models.
-TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "arithmetic": {
-        "num_prompts": 32,
-        "num_generations": 8,
-        "micro_batch_size": 256,
-        "max_completion_length": 5,
-        "max_steps": 200,
-        "learning_rate": 3e-4,
-        "max_grad_norm": 1.0,
-        "beta": 0.001,
-        "warmup_steps": 400,
-        "eval_size": 512,
-        "eval_every": 10,
-    },
-    "gsm8k": {
-        "num_prompts": 4,
-        "num_generations": 16,
-        "micro_batch_size": 8,
-        "max_completion_length": 500,
-        "max_steps": 500,
-        "learning_rate": 1e-6,
-        "max_grad_norm": 0.1,
-        "beta": 0.04,
-        "warmup_steps": 0,
-        "eval_size": 256,
-        "eval_every": 0,
-    },
-}
+from .defaults import DEFAULTS, PRESETS, TASK_DEFAULTS, default_of, shown_defaults
+from .loss_flags import loss_config
+from .rewards import load_rewards
+
+NEEDS_DATA = ("gsm8k", "jsonl")
+AT_LEAST_1 = ("num_prompts", "num_iterations", "micro_batch_size", "max_completion_length")
+AT_LEAST_0 = (
+    "max_steps", "warmup_steps", "eval_size", "eval_every", "learning_rate", "beta", "sparsity",
+    "lora_rank", "ref_model_sync_steps", "log_completions_every",
+)  # fmt: skip
+POSITIVE = ("temperature", "max_grad_norm", "max_minutes", "lora_alpha")
 
 
 def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _by_task(name: str, text: str) -> Any:
-    values = ", ".join(f"{task}: {known[name]}" for task, known in TASK_DEFAULTS.items())
-    return field(default=None, metadata={"help": f"{text} By default {values}."})
+def _several(text: str) -> Any:
+    return field(default_factory=list, metadata={"help": text, "action": "extend"})
+
+
+def _default(name: str, text: str) -> Any:
+    return field(default=None, metadata={"help": f"{text} {shown_defaults(name)}"})
 
 
 @dataclass
 class TrainConfig:
-    """Settings of one run. A field that is None takes the task's value from TASK_DEFAULTS."""
+    """Settings of one run. A field that is None takes its value from ``fastgrpo.train.defaults``.
 
-    task: Literal["arithmetic", "gsm8k"] = _flag("arithmetic", "What to learn.")
+    What cannot work is a ValueError that names the field, what was expected and what came.
+    """
+
+    preset: str | None = _flag(
+        None, f"Defaults of a known program: {', '.join(PRESETS)} (theLMbook's GRPO.py)."
+    )
+    task: Literal["arithmetic", "gsm8k", "jsonl"] = _flag(
+        "arithmetic", "What to learn; jsonl: the prompts of --data."
+    )
     model: str | None = _flag(
-        None, "Model folder or hub name; by default arithmetic makes a tiny model."
+        None,
+        "GGUF file, folder, LoRA adapter's folder or hub name; by default arithmetic makes a tiny "
+        "model.",
     )
     data: str | None = _flag(
-        None, "JSONL file to train on (gsm8k), with 'question' and 'answer' on every line."
+        None,
+        "JSONL file to train on. gsm8k: 'question' and 'answer' on every line; jsonl: 'prompt' (a "
+        "text or messages) or 'messages', and what else rewards want.",
     )
     eval_data: str | None = _flag(
         None, "JSONL file to evaluate on; without it part of the data is held out."
+    )
+    reward: list[str] = _several(
+        "FILE.py:function, one or more, in place of the task's rewards; called as in TRL: "
+        "f(prompts, completions, **columns) -> one number for each completion."
+    )
+    reward_weight: list[float] = _several("Weight of each reward in their sum; by default 1.")
+    accuracy: str | None = _flag(
+        None,
+        "REWARD=NUMBER: a held-out completion is right if this reward is at least this number. By "
+        "default the task's own judgement, if it has one.",
     )
     output_dir: str | None = _flag(None, "Run folder; by default a new one under runs/.")
     seed: int = _flag(0, "Seed of data, weights and sampling.")
@@ -69,85 +80,185 @@ class TrainConfig:
         "auto", "Dtype of the model; auto: bfloat16 on CUDA, else float32."
     )
     backend: Literal["auto", "triton", "torch"] = _flag("auto", "Implementation of the fused loss.")
-
-    loss: str = _flag(
-        "grpo", "A preset of fastgrpo.LossConfig: grpo, dapo, dr_grpo, cispo, gspo, ..."
-    )
-    beta: float | None = _by_task(
-        "beta", "Weight of the KL to the starting model; 0 = no reference model."
-    )
-    temperature: float = _flag(1.0, "Temperature of the sampling, and of the loss.")
-    num_prompts: int | None = _by_task("num_prompts", "Prompts (groups) per step.")
-    num_generations: int | None = _by_task(
-        "num_generations", "Completions of each prompt: the group."
-    )
-    num_iterations: int = _flag(1, "Optimizer steps on each batch of completions (mu).")
-    micro_batch_size: int | None = _by_task(
-        "micro_batch_size", "Completions in one forward; no effect on the result."
-    )
-    max_completion_length: int | None = _by_task(
-        "max_completion_length",
-        "Most tokens of a completion. With the longest prompt they must fit the model's context.",
-    )
-    max_steps: int | None = _by_task("max_steps", "Number of batches of completions.")
-    learning_rate: float | None = _by_task(
-        "learning_rate", "Highest learning rate of AdamW; it falls linearly to 0."
-    )
-    max_grad_norm: float | None = _by_task(
-        "max_grad_norm", "Gradients are scaled down to this norm."
+    lora_rank: int = _flag(0, "Rank of a LoRA adapter, which learns alone; 0 = all weights learn.")
+    lora_alpha: float = _flag(16.0, "The adapter's output is scaled by this / rank.")
+    lora_target_modules: list[str] = _several(
+        "Modules that get an adapter; by default every linear one but the head."
     )
     gradient_checkpointing: bool = _flag(
         False, "Recompute activations in the backward: less memory, slower."
     )
 
-    warmup_steps: int | None = _by_task("warmup_steps", "Supervised steps first (arithmetic).")
-    eval_size: int | None = _by_task(
-        "eval_size", "Held-out prompts, the same before and after; 0 = all of --eval-data."
+    loss: str | None = _default(
+        "loss", "A preset of fastgrpo.LossConfig: grpo, dapo, dr_grpo, cispo, gspo, ..."
     )
-    eval_every: int | None = _by_task(
-        "eval_every", "Steps between held-out evaluations; 0 = only before and after."
+    loss_option: list[str] = _several(
+        "key=value for a field of LossConfig, such as epsilon_high=0.28."
+    )
+    sparsity: float = _flag(
+        0.0, "Threshold tau of the sparse backward: an unbiased estimate; 0 = exact."
+    )
+    beta: float | None = _default(
+        "beta", "Weight of the KL to the starting model; 0 = no reference model."
+    )
+    ref_model_sync_steps: int | None = _default(
+        "ref_model_sync_steps", "Steps after which the policy becomes the reference; 0 = never."
+    )
+    temperature: float = _flag(1.0, "Temperature of the sampling, and of the loss.")
+    num_prompts: int | None = _default("num_prompts", "Prompts (groups) per step.")
+    num_generations: int | None = _default(
+        "num_generations", "Completions of each prompt: the group."
+    )
+    num_iterations: int | None = _default(
+        "num_iterations", "Optimizer steps on each batch of completions (mu)."
+    )
+    micro_batch_size: int | None = _default(
+        "micro_batch_size", "Completions in one forward; no effect on the result."
+    )
+    max_completion_length: int | None = _default(
+        "max_completion_length",
+        "Most tokens of a completion. With the longest prompt they must fit the model's context.",
+    )
+    max_steps: int | None = _default("max_steps", "Number of batches of completions.")
+    max_minutes: float | None = _flag(
+        None, "The step after which so much time has passed is the last; by default no limit."
+    )
+    learning_rate: float | None = _default(
+        "learning_rate", "Highest learning rate of AdamW; it falls linearly to 0."
+    )
+    max_grad_norm: float | None = _default(
+        "max_grad_norm", "Gradients are scaled down to this norm."
     )
 
+    warmup_steps: int | None = _default("warmup_steps", "Supervised steps first (arithmetic).")
+    eval_size: int | None = _default(
+        "eval_size", "Held-out prompts, the same before and after; 0 = all of --eval-data."
+    )
+    eval_every: int | None = _default(
+        "eval_every", "Steps between held-out evaluations; 0 = only before and after."
+    )
+    log_completions_every: int | None = _default(
+        "log_completions_every", "Steps between sample completions in console and file; 0 = none."
+    )
+    tensorboard: bool = _flag(False, "Write the metrics for TensorBoard too, into the run folder.")
+
     def __post_init__(self) -> None:
+        if self.preset is not None:
+            self._apply_preset()
         if self.task not in TASK_DEFAULTS:
             raise ValueError(f"task: expected one of {sorted(TASK_DEFAULTS)}, got {self.task!r}")
-        for name, value in TASK_DEFAULTS[self.task].items():
+        for name in DEFAULTS:
             if getattr(self, name) is None:
-                setattr(self, name, value)
-        for name in (
-            "num_prompts",
-            "num_generations",
-            "num_iterations",
-            "micro_batch_size",
-            "max_completion_length",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in (
-            "max_steps",
-            "warmup_steps",
-            "eval_size",
-            "eval_every",
-            "learning_rate",
-            "beta",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        for name in ("temperature", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        self.loss_config()  # raises for an unknown preset before anything is loaded
-        if self.task == "gsm8k":
-            if not (self.data and self.model):
-                raise ValueError("task gsm8k: expected data (a JSONL file) and model, got none")
-            if self.warmup_steps:
-                raise ValueError("warmup_steps: no effect on gsm8k, which has no demonstrations")
-        elif self.data or self.eval_data or not self.eval_size:
-            raise ValueError("task arithmetic: takes no data or eval_data, and an eval_size >= 1")
+                setattr(self, name, default_of(name, self.task, self.preset))
+        self._check_numbers()
+        self._check_task()
+        self._check_combinations()
+        load_rewards(self.reward, self.reward_weight or None)
+        self.loss_config()
 
     def loss_config(self) -> LossConfig:
         """Return the loss that the flags describe; the entropy is computed as a metric only."""
-        fields: dict[str, Any] = {"beta": self.beta, "entropy": "detached"}
-        if LossConfig.preset(self.loss).aggregation == "fixed_length":
-            fields["max_completion_length"] = self.max_completion_length
-        return LossConfig.preset(self.loss, **fields)
+        return loss_config(self.loss, self.loss_option, self.beta, self.max_completion_length)
+
+    def starts_iteration(self, step: int) -> bool:
+        """Return whether the policy becomes the reference before this step, counted from 1."""
+        every = self.ref_model_sync_steps
+        return every > 0 and step > 1 and step % every == 1 % every
+
+    def accuracy_threshold(self) -> tuple[str, float]:
+        """Return the reward that ``accuracy`` names, and its threshold."""
+        name, _, number = self.accuracy.partition("=")
+        try:
+            return name, float(number)
+        except ValueError as error:
+            raise ValueError(f"accuracy: expected REWARD=NUMBER, got {self.accuracy!r}") from error
+
+    def _apply_preset(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {self.preset!r}")
+        preset = PRESETS[self.preset]
+        self.task = preset["task"]
+        self.gradient_checkpointing |= preset["gradient_checkpointing"]
+        given = {option.partition("=")[0] for option in self.loss_option}
+        self.loss_option = self.loss_option + [
+            option for option in preset["loss_option"] if option.partition("=")[0] not in given
+        ]
+
+    def _check_numbers(self) -> None:
+        for name in AT_LEAST_1:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in AT_LEAST_0:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in POSITIVE:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.num_generations < 2:
+            raise ValueError(
+                "num_generations: expected at least 2, as an advantage is a comparison within the "
+                f"group, got {self.num_generations}"
+            )
+        if self.sparsity and not 1e-6 <= self.sparsity < 1:
+            raise ValueError(f"sparsity: expected 0 or from 1e-6 to below 1, got {self.sparsity}")
+
+    def _check_task(self) -> None:
+        if self.task in NEEDS_DATA:
+            if not (self.data and self.model):
+                raise ValueError(
+                    f"task {self.task}: expected data (a JSONL file) and model, got data "
+                    f"{self.data} and model {self.model}"
+                )
+            if self.warmup_steps:
+                raise ValueError(
+                    f"warmup_steps: no effect on {self.task}, which has no demonstrations"
+                )
+        elif self.data or self.eval_data or not self.eval_size:
+            raise ValueError(f"task {self.task}: takes no data or eval_data, and an eval_size >= 1")
+        if self.task == "jsonl" and not self.reward:
+            raise ValueError("task jsonl: expected a reward (FILE.py:function), got none")
+
+    def _check_combinations(self) -> None:
+        if self.reward_weight and not self.reward:
+            raise ValueError("reward_weight: no effect without reward")
+        if self.accuracy is not None:
+            name, _ = self.accuracy_threshold()
+            names = [path.rpartition(":")[2] for path in self.reward]
+            if name not in names:
+                raise ValueError(f"accuracy: expected one of the rewards {names}, got {name!r}")
+        if self.ref_model_sync_steps and not self.beta:
+            raise ValueError("ref_model_sync_steps: no effect with beta 0, without a reference")
+        if self.lora_rank and self.model is None:
+            raise ValueError("lora_rank: expected a model that the adapter is for, got none")
+        if self.lora_rank and self.ref_model_sync_steps:
+            raise ValueError("ref_model_sync_steps: a LoRA run's reference is the model without it")
+        changed = [n for n in ("lora_alpha", "lora_target_modules") if self._differs(n)]
+        if changed and not self.lora_rank:
+            raise ValueError(f"{changed[0]}: no effect without lora_rank")
+
+    def _differs(self, name: str) -> bool:
+        default = {f.name: f for f in fields(self)}[name]
+        missing = default.default if default.default_factory is not list else []
+        return getattr(self, name) != missing
+
+
+def parse_flags(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """Return the settings of a command line; a wrong one ends the process with one line."""
+    with one_line_errors():
+        parser = HfArgumentParser(TrainConfig)
+        parser.error = _error
+        return parser.parse_args_into_dataclasses(arguments)[0]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Context for what the user's settings decide: a ValueError there is one line, not a trace."""
+    try:
+        yield
+    except ValueError as error:
+        _error(str(error))
+
+
+def _error(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

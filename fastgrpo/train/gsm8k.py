@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from .chat import chat_prompt
+from .data import read_jsonl, text_field, train_and_held_out
+from .rewards import Accuracy, Reward, one_by_one
 from .stated_number import calculated_number, stated_number
-from .tasks import Example, Task, TemplatedPrompt
+from .tasks import Example, Task
 
 SYSTEM_PROMPT = """Solve the problem. Write your reply in exactly this form:
 <reasoning>
@@ -45,11 +46,6 @@ def format_reward(completion: str) -> float:
     return 0.2 * sum(tag in completion for tag in TAGS)
 
 
-def reward(completion: str, answer: str) -> float:
-    """Return the sum of both rewards, between 0 and 2.8."""
-    return correctness_reward(completion, answer) + format_reward(completion)
-
-
 def is_correct(completion: str, answer: str) -> bool:
     """Return whether the enclosed answer, or the result of a calculation in it, is ``answer``."""
     if correctness_reward(completion, answer) > 0:
@@ -58,80 +54,45 @@ def is_correct(completion: str, answer: str) -> bool:
     return number is not None and number == stated_number(answer)
 
 
-def build_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """Return system prompt and question in the chat template, or joined if there is none."""
-    system, user = (
+def messages(question: str) -> list[dict[str, str]]:
+    """Return system prompt and question."""
+    return [
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": question},
-    )
-    joined = f"{SYSTEM_PROMPT}\n\n{question}\n"
-    if tokenizer.chat_template is None:
-        return joined
-    try:
-        return _templated(tokenizer, [system, user])
-    except TemplateError:  # some templates, Gemma's among them, refuse a system message
-        user["content"] = joined
-        return _templated(tokenizer, [user])
-
-
-def _templated(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
-) -> TemplatedPrompt:
-    return TemplatedPrompt(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    )
+    ]
 
 
 def read_examples(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Read a JSONL file: ``question`` and ``answer`` (the result follows the last ####) a line.
+    """Read a JSONL file: ``question`` and ``answer`` (the result follows the last ####) a line."""
 
-    The file is UTF-8, with or without a byte order mark. Lines end with \\n or \\r\\n and with
-    nothing else: a JSON string may hold other separators. Blank lines are passed over.
-    """
-    examples = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r")
-            if text:
-                question, answer = _read_row(json.loads(text))
-                examples.append(Example(build_prompt(tokenizer, question), answer))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: expected UTF-8, got {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: expected {{"question": "...", "answer": "... #### 42"}}, '
-                f"got {error!r}"
-            ) from error
-    if not examples:
-        raise ValueError(f"{path}: expected at least one example, got an empty file")
-    return examples
+    def example(row: dict[str, Any]) -> Example:
+        chat = messages(text_field(row, "question").strip())
+        _, mark, answer = text_field(row, "answer").rpartition("####")
+        if not mark:
+            raise ValueError("expected an answer with '####' before its result, got none")
+        if not answer.strip():
+            raise ValueError("expected a result behind the answer's last '####', got nothing")
+        return Example(
+            chat_prompt(tokenizer, chat),
+            answer.strip(),
+            {"question": row["question"]},
+            messages=tuple(chat),
+        )
 
-
-def _read_row(row: dict[str, str]) -> tuple[str, str]:
-    """Return question and result."""
-    question, (_, mark, answer) = row["question"].strip(), row["answer"].rpartition("####")
-    if not mark:
-        raise ValueError("the answer has no '####'")
-    if not answer.strip():
-        raise ValueError("the answer has nothing behind its last '####'")
-    return question, answer.strip()
+    return read_jsonl(path, example)
 
 
 def gsm8k_task(
     tokenizer: PreTrainedTokenizerBase, data: str, eval_data: str | None, eval_size: int
 ) -> Task:
     """Return the task; without ``eval_data``, at most the last tenth of ``data`` is held out."""
-    train = read_examples(data, tokenizer)
-    if eval_data is None:
-        if len(train) < 2:
-            raise ValueError(
-                f"{data}: expected two examples or more to hold one out, or --eval-data"
-            )
-        count = max(1, min(eval_size or len(train), len(train) // 10))
-        train, held_out = train[:-count], train[-count:]
-    else:
-        held_out = read_examples(eval_data, tokenizer)
-        held_out = held_out[: eval_size or None]
-    return Task(
-        train=train, held_out=held_out, reward=reward, is_correct=is_correct, demonstrations=[]
+    train, held_out = train_and_held_out(
+        lambda path: read_examples(path, tokenizer), data, eval_data, eval_size
     )
+    return Task(train, held_out, REWARDS, Accuracy(one_by_one(is_correct)))
+
+
+REWARDS = (
+    Reward("correctness", one_by_one(correctness_reward)),
+    Reward("format", one_by_one(lambda completion, _: format_reward(completion))),
+)

@@ -11,16 +11,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .completions import Rollout
+
 CONSOLE = {  # metric -> (label, format)
     "reward": ("reward", ".3f"),
     "loss": ("loss", "+.4f"),
     "kl": ("kl", ".4f"),
     "entropy": ("entropy", ".3f"),
-    "completion_length": ("len", ".1f"),
+    "completions/mean_length": ("len", ".1f"),
     "grad_norm": ("grad", ".2f"),
     "tokens_per_s": ("tok/s", ".0f"),
     "accuracy": ("held-out", ".3f"),
 }
+
+
+def length_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return the lengths of completions in tokens and the share that was cut, by TRL's names."""
+    lengths = rollout.lengths.float()
+    return {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": (~rollout.finished).float().mean().item(),
+    }
 
 
 class Averages:

@@ -1,14 +1,13 @@
-"""Tasks: prompts, their answers, and the reward of a completion."""
+"""Tasks: prompts, what rewards know about them, and the rewards."""
 
 from __future__ import annotations
 
 import random
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
+from .rewards import Accuracy, Reward
 
 
 class TemplatedPrompt(str):
@@ -17,29 +16,39 @@ class TemplatedPrompt(str):
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer.
+    """A prompt, and what its rewards know beside it.
 
     The tokenizer adds its special tokens, such as a BOS, to a prompt that is not a TemplatedPrompt.
+    Rewards get ``answer``, unless it is None, and every one of ``columns`` under its name. If
+    ``messages`` made the prompt, they get those and the completion as a message too, as in TRL.
     """
 
     prompt: str
-    answer: str
+    answer: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[dict[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)
 class Task:
     """Training and held-out examples, with the functions that judge their completions.
 
-    ``reward`` may raise, or return None or NaN, for a completion that it cannot score. Accuracy
-    counts ``is_correct``. ``demonstrations`` are worked examples for a supervised warm-up; if there
-    are none, there is no warm-up.
+    A completion's reward is the weighted sum of ``rewards``. ``accuracy`` says which held-out
+    completions count as right; None: nothing does, and the reward alone is reported.
+    ``demonstrations`` are worked examples for a supervised warm-up; if there are none, there is no
+    warm-up.
     """
 
     train: list[Example]
     held_out: list[Example]
-    reward: Callable[[str, str], float | None]  # (completion, answer) -> reward
-    is_correct: Callable[[str, str], bool]  # (completion, answer) -> counts as solved
-    demonstrations: list[Example]
+    rewards: tuple[Reward, ...]
+    accuracy: Accuracy | None = None
+    demonstrations: list[Example] = field(default_factory=list)
+
+    def columns(self) -> set[str]:
+        """Return the names under which rewards are given what the examples know."""
+        known = {"answer"} if any(e.answer is not None for e in self.train) else set()
+        return known.union(*(e.columns for e in self.train))
 
 
 def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Example]]:
@@ -52,22 +61,3 @@ def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Exam
             queue += rng.sample(examples, len(examples))
         yield queue[:size]
         queue = queue[size:]
-
-
-def score(
-    reward: Callable[[str, str], float | None], completions: list[str], answers: list[str]
-) -> Tensor:
-    """Return one fp32 reward per completion; NaN marks one that could not be scored."""
-    return torch.tensor(
-        [_score_one(reward, *pair) for pair in zip(completions, answers, strict=True)]
-    )
-
-
-def _score_one(reward: Callable[[str, str], float | None], completion: str, answer: str) -> float:
-    try:
-        value = reward(completion, answer)
-        return float("nan") if value is None or abs(value) == float("inf") else float(value)
-    except Exception as error:  # the user's code: one bad completion must not end a long run
-        kind = type(error).__name__
-        warnings.warn(f"the reward raised {kind}: the completion is unscorable", stacklevel=3)
-        return float("nan")

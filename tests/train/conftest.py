@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig
-from fastgrpo.train.model import Policy, load_policy
+from fastgrpo.train.load import load_policy
+from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import generate
 
 ROOT = Path(__file__).parents[2]

@@ -29,6 +29,7 @@ from fastgrpo.train.evolution import (
 )
 from fastgrpo.train.fitness import mean_reward
 from fastgrpo.train.model import Policy
+from fastgrpo.train.rewards import Reward
 from fastgrpo.train.rollout import generate
 from fastgrpo.train.tasks import Example, Task
 
@@ -256,9 +257,10 @@ def test_memory_is_that_of_inference_and_one_module(monkeypatch) -> None:
 @pytest.mark.slow
 def test_it_learns_the_embedded_task_through_its_protocol(policy, task) -> None:
     """From random weights: to open every answer with a 1, which a reward on the text asks for."""
-    wanted = dataclasses.replace(
-        task, reward=lambda completion, answer: float(completion.startswith("1"))
+    opens_with_1 = Reward(
+        "opens_with_1", lambda completions: [float(text.startswith("1")) for text in completions]
     )
+    wanted = dataclasses.replace(task, rewards=(opens_with_1,))
     search = Evolution(policy.model, sigma=0.02, learning_rate=0.004, num_pairs=8)
     examples = task.train[:16]
     before = mean_reward(policy, wanted, examples, 2)
@@ -273,7 +275,7 @@ def test_it_learns_the_embedded_task_through_its_protocol(policy, task) -> None:
 
 def test_the_mean_reward_leaves_out_what_has_no_score(policy: Policy) -> None:
     rewards = iter([1.0, None, 0.5, None, None])
-    task = Task([], [], lambda completion, answer: next(rewards), str.__eq__, [])
+    task = Task([], [], (Reward("next", lambda completions: [next(rewards) for _ in completions]),))
     examples = [Example("1+2=", "3")] * 3
     assert mean_reward(policy, task, examples, 2) == 0.75
     assert math.isnan(mean_reward(policy, task, examples[:2], 2))

@@ -17,10 +17,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import fastgrpo
-from fastgrpo.train.arithmetic import character_tokenizer
+from fastgrpo.train.arithmetic import arithmetic_task, character_tokenizer
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.optimizer import MasterAdamW
+from fastgrpo.train.rewards import Reward, one_by_one
 
 from .conftest import ROOT, SCRIPT
 
@@ -36,8 +36,10 @@ TINY_RUN = {
     "eval_every": 2,
 }
 PROMISED = {
-    "step", "reward", "loss", "kl", "entropy", "completion_length", "tokens_per_s", "learning_rate",
-    "grad_norm", "clip_low", "clip_high", "live_rows", "unscorable",
+    "step", "reward", "loss", "kl", "entropy", "tokens_per_s", "learning_rate",
+    "grad_norm", "clip_low", "clip_high", "live_rows", "unscorable", "reward_std",
+    "rewards/correct/mean", "rewards/correct/std", "completions/mean_length",
+    "completions/min_length", "completions/max_length", "completions/clipped_ratio",
 }  # fmt: skip
 
 
@@ -175,15 +177,13 @@ def test_a_gradient_that_is_not_finite_skips_the_step(script, policy, rollout, c
 def test_unscorable_completions_are_counted_and_the_run_goes_on(
     script, tmp_path, monkeypatch
 ) -> None:
-    calls = iter(range(10**6))
-
     def reward(completion: str, answer: str) -> float | None:
-        return (0.0, 1.0, math.nan, None, 1 / (next(calls) % 2))[next(calls) % 5]
+        kind = sum(map(ord, completion)) % 5
+        return 1 / 0 if kind == 4 else (0.0, 1.0, math.nan, None)[kind]
 
-    task = script.arithmetic_task(0, 8)
-    monkeypatch.setattr(
-        script, "arithmetic_task", lambda *_: dataclasses.replace(task, reward=reward)
-    )
+    rewards = (Reward("flaky", one_by_one(reward)),)
+    task = dataclasses.replace(arithmetic_task(0, 8), rewards=rewards)
+    monkeypatch.setattr(script, "load_task", lambda *_: task)
     with pytest.warns(UserWarning, match="unscorable"):
         assert script.main(TrainConfig(**TINY_RUN, output_dir=str(tmp_path))) == 0
     rows = read_metrics(tmp_path)
@@ -193,8 +193,9 @@ def test_unscorable_completions_are_counted_and_the_run_goes_on(
 
 
 def test_nothing_scorable_is_no_gradient_and_no_crash(script, tmp_path, monkeypatch) -> None:
-    task = dataclasses.replace(script.arithmetic_task(0, 8), reward=lambda completion, answer: None)
-    monkeypatch.setattr(script, "arithmetic_task", lambda *_: task)
+    nothing = Reward("nothing", lambda completions: [None] * len(completions))
+    task = dataclasses.replace(arithmetic_task(0, 8), rewards=(nothing,))
+    monkeypatch.setattr(script, "load_task", lambda *_: task)
     assert (
         script.main(TrainConfig(**TINY_RUN | {"max_steps": 1}, beta=0.0, output_dir=str(tmp_path)))
         == 0
@@ -263,32 +264,3 @@ def test_gsm8k_from_the_command_line(tmp_path, model_folder) -> None:
     assert "<reasoning>" in (out / "samples.md").read_text()
     trained = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
     assert trained.config.vocab_size == 258
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"task": "poetry"}, "task: expected one of"),
-        ({"loss": "grop"}, "expected one of"),
-        ({"num_generations": 0}, "num_generations: expected at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature: expected a positive number"),
-        ({"learning_rate": float("nan")}, "learning_rate: expected at least 0"),
-        ({"task": "gsm8k"}, "expected data .* and model"),
-        ({"data": "train.jsonl"}, "takes no data"),
-        (
-            {"task": "gsm8k", "data": "x", "model": "y", "warmup_steps": 9},
-            "warmup_steps: no effect",
-        ),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_bad_settings_are_named(fields: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**fields)
-
-
-def test_defaults_depend_on_the_task() -> None:
-    real = TrainConfig(task="gsm8k", data="x", model="y")
-    assert (real.num_generations, real.beta, real.learning_rate) == (16, 0.04, 1e-6)
-    assert real.loss_config() == fastgrpo.LossConfig.preset("grpo", beta=0.04, entropy="detached")
-    assert TrainConfig(loss="dr_grpo").loss_config().max_completion_length == 5

@@ -26,8 +26,10 @@ from transformers import (
 
 from fastgrpo.model.fused_lm import evaluation_mode
 from fastgrpo.train import gsm8k
+from fastgrpo.train.chat import chat_prompt
 from fastgrpo.train.config import TrainConfig
-from fastgrpo.train.model import Policy, load_policy
+from fastgrpo.train.load import load_policy
+from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import check_prompts, demonstrate, encode, ends_at, generate, texts
 from fastgrpo.train.run import Run
 from fastgrpo.train.tasks import Example, Task, TemplatedPrompt
@@ -202,7 +204,7 @@ def test_special_tokens_are_written_once(tmp_path, template: str | None) -> None
     tokenizer = letters(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = template
     policy = loaded(tmp_path, llama(), tokenizer)
-    raw, built = "1+1=", gsm8k.build_prompt(policy.tokenizer, "1+1=")
+    raw, built = "1+1=", chat_prompt(policy.tokenizer, gsm8k.messages("1+1="))
     encoded = encode(policy, [raw, built])
     counts = [(ids == 0).sum() for ids in encoded]
     assert counts == [1, 1 if template in (None, CHAT) else 0]
@@ -216,7 +218,9 @@ def test_rewards_see_every_token_but_end_and_padding(tmp_path) -> None:
     shown = ["<reasoning>r</reasoning>\n<answer>18</answer>", "a  b<s>", "", "1<pad>2"]
     rollout = demonstrate(policy, ["q"] * 4, shown)
     assert texts(policy, rollout) == shown
-    assert gsm8k.reward(texts(policy, rollout)[0], "18") == pytest.approx(2.8)
+    text = texts(policy, rollout)[0]
+    assert gsm8k.correctness_reward(text, "18") == 2.0
+    assert gsm8k.format_reward(text) == pytest.approx(0.8)
     assert rollout.token_ids[0] == len(["<s>", "</s>", "<pad>", "<end>"])  # one token
     other = rollout.token_ids.masked_fill(rollout.token_ids == 1, 3)
     assert texts(policy, dataclasses.replace(rollout, token_ids=other)) == shown
@@ -275,7 +279,7 @@ def test_a_prompt_needs_rows_for_its_tokens(short_sighted) -> None:
 def test_a_run_checks_its_prompts_before_it_writes(short_sighted, tmp_path) -> None:
     config = TrainConfig(output_dir=str(tmp_path / "run"), max_completion_length=60)
     example, long = Example("1+1=", "2"), Example("1" * 10, "2")
-    for task in (Task([example], [long], float, str.__eq__, []), Task([long], [], float, None, [])):
+    for task in (Task([example], [long], ()), Task([long], [], ())):
         with (
             pytest.raises(ValueError, match="prompts: expected 1 to 4 tokens"),
             Run(config, short_sighted, task),

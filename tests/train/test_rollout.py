@@ -10,7 +10,7 @@ import torch
 import fastgrpo
 from fastgrpo.train.completions import left_padded
 from fastgrpo.train.config import TrainConfig
-from fastgrpo.train.model import load_policy
+from fastgrpo.train.load import load_policy
 from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate, texts
 
 

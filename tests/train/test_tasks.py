@@ -1,20 +1,25 @@
-"""Rewards, answers, and examples that cannot be read or scored."""
+"""The tasks' own rewards, and examples that cannot be read."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
-import torch
 
-from fastgrpo import group_advantages
 from fastgrpo.train import gsm8k
 from fastgrpo.train.arithmetic import arithmetic_task, character_tokenizer
+from fastgrpo.train.chat import chat_prompt
+from fastgrpo.train.scoring import right, score
 from fastgrpo.train.stated_number import stated_number
-from fastgrpo.train.tasks import Example, batches, score
+from fastgrpo.train.tasks import Example, Task, batches
 
 from .conftest import ROOT
+
+
+def judged(task: Task, completion: str) -> list:
+    """Reward of a completion of the task's first prompt, and whether it is right."""
+    one = (task, task.train[:1], [completion])
+    return [score(*one).rewards.item(), *right(*one)]
 
 
 def tagged(answer: str) -> str:
@@ -50,7 +55,6 @@ def tagged(answer: str) -> str:
 def test_gsm8k_rewards(completion: str, answer: str, correctness: float, tags: float) -> None:
     assert gsm8k.correctness_reward(completion, answer) == correctness
     assert gsm8k.format_reward(completion) == pytest.approx(tags)
-    assert gsm8k.reward(completion, answer) == pytest.approx(correctness + tags)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +84,8 @@ def test_gsm8k_accuracy_counts_the_result_of_a_calculation(completion: str, corr
         ('{"question": "a", "answer": "1"}', "line 1.*####"),
         ('{"question": 3, "answer": "#### 1"}', "line 1"),
         ("[]", "line 1"),
-        ('{"question": "a", "answer": "b ####"}', "line 1.*nothing behind"),
-        ('\n{"question": "a", "answer": "#### 1\\n#### \\n"}', "line 2.*nothing behind"),
+        ('{"question": "a", "answer": "b ####"}', "line 1.*behind"),
+        ('\n{"question": "a", "answer": "#### 1\\n#### \\n"}', "line 2.*behind"),
         ('{"question": "a", \n"answer": "#### 1"}', "line 1"),
         ("\n \r\n", "at least one example"),
     ],
@@ -140,17 +144,25 @@ def test_gsm8k_prompts_and_split(tmp_path) -> None:
     )
     task = gsm8k.gsm8k_task(tokenizer, str(path), None, eval_size=256)
     assert len(task.train) == 27 and len(task.held_out) == 3
-    assert task.held_out[0] == Example(f"{gsm8k.SYSTEM_PROMPT}\n\nq27\n", "27")
+    assert task.held_out[0] == Example(
+        f"{gsm8k.SYSTEM_PROMPT}\n\nq27\n",
+        "27",
+        {"question": " q27 "},
+        messages=tuple(gsm8k.messages("q27")),
+    )
 
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     )
-    assert gsm8k.build_prompt(tokenizer, "q") == f"[system]{gsm8k.SYSTEM_PROMPT}[user]q[assistant]"
+    assert (
+        chat_prompt(tokenizer, gsm8k.messages("q"))
+        == f"[system]{gsm8k.SYSTEM_PROMPT}[user]q[assistant]"
+    )
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "[user]{{ messages[0].content }}"
     )
-    assert gsm8k.build_prompt(tokenizer, "q") == f"[user]{gsm8k.SYSTEM_PROMPT}\n\nq\n"
+    assert chat_prompt(tokenizer, gsm8k.messages("q")) == f"[user]{gsm8k.SYSTEM_PROMPT}\n\nq"
 
 
 def test_the_dataset_itself_is_read_whole() -> None:
@@ -170,9 +182,9 @@ def test_arithmetic_holds_out_what_it_does_not_train_on() -> None:
     assert len(prompts) == 512 and task.held_out != other.held_out
     assert not prompts & {e.prompt for e in task.train + task.demonstrations}
     a, b = task.train[0].prompt[:-1].split("+")
-    assert task.reward(str(int(a) + int(b)), task.train[0].answer) == 1.0
+    assert judged(task, str(int(a) + int(b))) == [1.0, True]
     for wrong in ("", "7", f"{int(a) + int(b)} ", f"0{int(a) + int(b)}"):
-        assert task.reward(wrong, task.train[0].answer) == 0.0
+        assert judged(task, wrong) == [0.0, False]
 
 
 def test_the_teacher_of_arithmetic_is_careless_but_not_always() -> None:
@@ -197,18 +209,3 @@ def test_batches_visit_everything_before_repeating() -> None:
     assert [e.prompt for e in next(batches(examples, 4, seed=0))] == seen[:4]
     with pytest.raises(ValueError, match="at least one"):
         next(batches([], 4, seed=0))
-
-
-def test_unscorable_completions_do_not_reach_the_group() -> None:
-    def reward(completion: str, answer: str) -> float | None:
-        return {"raise": lambda: 1 / 0, "none": lambda: None, "inf": lambda: math.inf}.get(
-            completion, lambda: float(completion)
-        )()
-
-    completions = ["1", "raise", "0", "none", "nan", "inf", "junk", "1"]
-    with pytest.warns(UserWarning, match="unscorable"):
-        rewards = score(reward, completions, [""] * 8)
-    assert rewards.isnan().tolist() == [False, True, False, True, True, True, True, False]
-    advantages = group_advantages(rewards, 4)
-    assert torch.equal(advantages[:4].sign(), torch.tensor([1.0, 0.0, -1.0, 0.0]))
-    assert not advantages[4:].any()  # one scored completion alone has nothing to be compared with

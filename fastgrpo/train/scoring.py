@@ -1,0 +1,163 @@
+"""Completions to rewards: float64 until they are advantages."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rewards import RewardFunction, accepted
+from .tasks import Example, Task
+
+ROUNDING = 1e-12  # of the largest reward: differences of sums in float64 that mean nothing
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of S completions: their weighted sum, and each for itself.
+
+    NaN in ``rewards`` marks a completion that could not be scored, NaN in ``by_reward`` also one to
+    which that reward does not apply.
+    """
+
+    rewards: Tensor  # (S,) float64
+    by_reward: dict[str, Tensor]  # (S,) float64 each
+
+    def __getitem__(self, chosen: Tensor) -> Scores:
+        """Return the scores of the completions at ``chosen``, (K,) int64 or (S,) bool."""
+        picked = {name: values[chosen] for name, values in self.by_reward.items()}
+        return Scores(self.rewards[chosen], picked)
+
+    def metrics(self) -> dict[str, float]:
+        """Return means and standard deviations (n - 1), under TRL's names."""
+        means = {"reward": _mean(self.rewards), "reward_std": _std(self.rewards)}
+        for name, values in self.by_reward.items():
+            means |= {f"rewards/{name}/mean": _mean(values), f"rewards/{name}/std": _std(values)}
+        return means | {"unscorable": self.rewards.isnan().sum().item()}
+
+
+def score(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> Scores:
+    """Return the rewards of one completion for each example.
+
+    The sum leaves out rewards that are None for a completion. A completion cannot be scored if a
+    reward raises, is NaN or is infinite for it, or if all are None. Raises ValueError for a reward
+    that takes what the data have not, or returns anything but one number for each completion.
+    """
+    given = _given(examples, completions)
+    total = torch.zeros(len(examples), dtype=torch.float64)
+    applies, broken = torch.zeros(len(examples), dtype=torch.bool), total.isnan()
+    by_reward = {}
+    for reward in task.rewards:
+        values = _ask(reward.name, reward.function, given, len(examples))
+        none = torch.tensor([value is None for value in values], dtype=torch.bool)
+        numbers = torch.tensor([0.0 if v is None else v for v in values], dtype=torch.float64)
+        broken |= ~numbers.isfinite()
+        applies |= ~none
+        total += reward.weight * numbers
+        by_reward[reward.name] = numbers.masked_fill(none | ~numbers.isfinite(), math.nan)
+    return Scores(total.masked_fill(broken | ~applies, math.nan), by_reward)
+
+
+def right(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> list[bool]:
+    """Return which completions count as right; none that cannot be judged does."""
+    given = _given(examples, completions)
+    values = _ask("accuracy", task.accuracy.function, given, len(examples))
+    return [value is not None and value >= task.accuracy.threshold for value in values]
+
+
+def check_rewards(task: Task) -> None:
+    """Raise ValueError for a reward that takes a column that the examples do not have."""
+    given = dict.fromkeys(("prompts", "completions", *task.columns()))
+    for reward in task.rewards:
+        accepted(reward.name, reward.function, given)
+
+
+def centred(rewards: Tensor, group_size: int) -> Tensor:
+    """Return rewards (S,) float64 less the mean of their group, as fp32; NaN stays NaN.
+
+    Advantages that compare with the group's mean are the same, and rewards of 10^9 that differ by 1
+    keep their difference.
+    """
+    groups = rewards.view(-1, group_size)
+    apart = groups - groups.nanmean(dim=1, keepdim=True)
+    rounding = ROUNDING * groups.abs().nan_to_num(0.0).amax(dim=1, keepdim=True)
+    return apart.where((apart.abs() > rounding) | apart.isnan(), 0.0).flatten().float()
+
+
+def _given(examples: Sequence[Example], completions: Sequence[str]) -> dict[str, list[Any]]:
+    """Return what a reward may take, by its name."""
+    columns: dict[str, list[Any]] = {
+        name: [e.columns.get(name) for e in examples]
+        for name in dict.fromkeys(name for e in examples for name in e.columns)
+    }
+    if any(e.answer is not None for e in examples):
+        columns["answer"] = [e.answer for e in examples]
+    return columns | {
+        "prompts": [e.prompt if e.messages is None else [*e.messages] for e in examples],
+        "completions": [
+            text if e.messages is None else [{"role": "assistant", "content": text}]
+            for e, text in zip(examples, completions, strict=True)
+        ],
+    }
+
+
+def _ask(
+    name: str, function: RewardFunction, given: Mapping[str, list[Any]], count: int
+) -> list[float | None]:
+    """Return the function's values; where it raises, it is asked again for each one alone."""
+    if not count:
+        return []
+    taken = accepted(name, function, given)
+    try:
+        return _numbers(name, function(**taken), count)
+    except WrongResult:
+        raise
+    except Exception:  # the user's code: one bad completion must not end a long run
+        values, errors = [], []
+        for i in range(count):
+            try:
+                alone = {key: value[i : i + 1] for key, value in taken.items()}
+                values += _numbers(name, function(**alone), 1)
+            except WrongResult:
+                raise
+            except Exception as error:
+                errors.append(error)
+                values.append(math.nan)
+        if errors:
+            warnings.warn(
+                f"reward {name} raised {errors[0]!r:.200} for {len(errors)} of {count} "
+                "completions, which are unscorable",
+                stacklevel=3,
+            )
+        return values
+
+
+class WrongResult(ValueError):
+    """A reward function returned something else than one number for each completion."""
+
+
+def _numbers(name: str, result: object, count: int) -> list[float | None]:
+    try:
+        values = [None if value is None else float(value) for value in result]
+    except TypeError as error:
+        raise WrongResult(
+            f"reward {name}: expected a list of {count} numbers or None, got {result!r:.200}"
+        ) from error
+    if len(values) != count:
+        raise WrongResult(f"reward {name}: expected {count} numbers, got {len(values)}")
+    return values
+
+
+def _mean(values: Tensor) -> float:
+    return values.nanmean().item()
+
+
+def _std(values: Tensor) -> float:
+    """Return the standard deviation of what is not NaN; 0 of a single value."""
+    known = values[~values.isnan()]
+    return known.std().item() if len(known) > 1 else math.nan if not len(known) else 0.0

@@ -1,0 +1,149 @@
+"""Where a policy comes from: a folder, a GGUF file, a LoRA adapter; and what cannot be loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastgrpo.train import load
+from fastgrpo.train.checkpoint import save_checkpoint
+from fastgrpo.train.config import TrainConfig
+from fastgrpo.train.load import load_policy
+from fastgrpo.train.model import Policy
+
+
+def loaded(model: Path, **flags) -> Policy:
+    return load_policy(TrainConfig(model=str(model), device="cpu", backend="torch", **flags))
+
+
+def logits(policy: Policy) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.model(torch.arange(12)[None]).logits
+
+
+def trained(policy: Policy) -> list[str]:
+    return [name for name, p in policy.model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("targets", [[], ["q_proj", "v_proj"]], ids=["all-linear", "two"])
+def test_an_adapter_learns_alone_and_comes_back(tmp_path, model_folder, targets) -> None:
+    pytest.importorskip("peft")
+    flags = {"lora_rank": 4, "lora_alpha": 8.0, "lora_target_modules": targets}
+    policy, plain = loaded(model_folder, **flags), loaded(model_folder)
+    names = trained(policy)
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in names}
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert modules == (set(targets) or linear) and all(".lora_" in name for name in names)
+    assert not policy.head.weight.requires_grad
+    assert torch.equal(logits(policy), logits(plain))  # an adapter starts without effect
+
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_checkpoint(policy, tmp_path / "checkpoint")
+    files = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
+    assert "model.safetensors" not in files
+    saved = json.loads((tmp_path / "checkpoint" / "adapter_config.json").read_text())
+    assert saved["r"] == 4 and saved["lora_alpha"] == 8
+
+    again = loaded(tmp_path / "checkpoint")
+    assert not torch.equal(logits(again), logits(plain))
+    torch.testing.assert_close(logits(again), logits(policy), atol=0, rtol=0)
+    assert trained(again) == names
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    torch.testing.assert_close(alone(torch.arange(12)[None]).logits, logits(policy))
+    policy.model.disable_adapters()
+    assert torch.equal(logits(policy), logits(plain))
+
+
+def test_an_unknown_target_names_those_there_are(model_folder) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="lora_target_modules: expected names among .*'q_proj'"):
+        loaded(model_folder, lora_rank=2, lora_target_modules=["query"])
+
+
+def test_an_adapter_on_an_adapter_is_refused(tmp_path, model_folder) -> None:
+    pytest.importorskip("peft")
+    save_checkpoint(loaded(model_folder, lora_rank=2), tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="lora_rank: .* is an adapter already"):
+        loaded(tmp_path / "checkpoint", lora_rank=2)
+
+
+def test_what_is_not_installed_is_named(monkeypatch, model_folder, tmp_path) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        load, "find_spec", lambda name: None if name in ("peft", "gguf") else known(name)
+    )
+    with pytest.raises(ValueError, match=r"needs the package peft, .* 'fastgrpo\[lora\]'"):
+        loaded(model_folder, lora_rank=2)
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ValueError, match=r"needs the package gguf, .* 'fastgrpo\[gguf\]'"):
+        loaded(tmp_path / "a.gguf")
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path) -> None:
+    with pytest.raises(ValueError, match="model: expected a GGUF file, a folder") as refused:
+        loaded(tmp_path)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_gguf_file_is_dequantised_and_saved_as_an_ordinary_model(tmp_path) -> None:
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    path = write_gguf(gguf, tmp_path / "tiny.gguf")
+    policy = loaded(path)
+    weight = policy.model.model.layers[0].mlp.down_proj.weight
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight.detach(), dequantised(gguf, path), atol=0, rtol=0)
+    assert policy.tokenizer.decode(policy.tokenizer("ab")["input_ids"]) == "ab"
+    save_checkpoint(policy, tmp_path / "checkpoint")
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert torch.equal(logits(loaded(tmp_path / "checkpoint")), logits(policy))
+
+
+def dequantised(gguf, path: Path) -> torch.Tensor:
+    (tensor,) = (t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_down.weight")
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0
+    return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+def write_gguf(gguf, path: Path) -> Path:
+    """Write a random Llama with one layer, its larger weights in 8 bits, and a byte tokenizer."""
+    width, tokens = 32, ["<|end|>", *(chr(i) for i in range(33, 127)), "Ġ", "Ġa"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(width)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["Ġ a"])
+    writer.add_token_types([3, *[1] * (len(tokens) - 1)])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(0)
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes = {f"blk.0.{name}.weight": (width, width) for name in matrices}
+    shapes |= {"token_embd.weight": (len(tokens), width)}
+    quantized = gguf.GGMLQuantizationType.Q8_0
+    torch.manual_seed(0)
+    for name, shape in shapes.items():
+        values = gguf.quantize(torch.randn(shape).numpy(), quantized)
+        writer.add_tensor(name, values, raw_dtype=quantized)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", torch.ones(width).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
