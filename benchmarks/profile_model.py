@@ -42,14 +42,14 @@ from benchmarks.profiles import (
     row_statistics,
 )
 from fastgrpo import ModelHead
-from fastgrpo.train import gsm8k
+from fastgrpo.train import gsm8k, microbatches
 from fastgrpo.train.completions import Rollout
 from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import generate
 
 BANDS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, float("inf"))  # nats
 EPSILON = 0.2
-MICRO_BATCH = 8
+MAX_TOKENS = 4096  # of one forward
 UPDATE = {
     "loss": "dapo preset, beta 0, epsilon 0.2",
     "rewards": "a fair coin per completion, normalised by group",
@@ -83,7 +83,8 @@ def weights_hashes(path: Path) -> dict[str, str]:
 
 def micro_batches(policy: Policy, rollout: Rollout) -> Iterator[tuple[Tensor, Rollout, Tensor]]:
     """Yield completions, their part of the rollout, and its hidden states (N, H)."""
-    for chosen in rollout.micro_batches(MICRO_BATCH):
+    everything = torch.arange(len(rollout), device=rollout.lengths.device)
+    for chosen in microbatches.micro_batches(rollout, everything, MAX_TOKENS, policy.layout):
         batch = rollout[chosen]
         yield chosen, batch, policy.completion_hidden(batch)
 
@@ -97,7 +98,7 @@ def describe_policy(
     hidden = torch.cat([states for _, _, states in micro_batches(policy, rollout)])
     weight, scale = policy.head.weight, 1 / temperature
     stats = row_statistics(hidden, weight, scale=scale)
-    logps = policy.logps(rollout, MICRO_BATCH, temperature, "torch")
+    logps = policy.logps(rollout, MAX_TOKENS, temperature, "torch")
     chosen = typical_rows(stats, curves)
     return {
         "name": f"temperature {temperature:g}",
@@ -148,7 +149,7 @@ def measure_clipping(
     """Return what one update at each of the learning rates does to the ratios of a rollout."""
     rollout = generate(policy, prompts, tokens, 1.0, group)
     count, device = len(rollout), rollout.lengths.device
-    before = policy.logps(rollout, MICRO_BATCH, 1.0, "torch")
+    before = policy.logps(rollout, MAX_TOKENS, 1.0, "torch")
     coins = torch.randint(2, (count,)).float().to(device)
     rollout = replace(rollout, advantages=fastgrpo.group_advantages(coins, group))
     part = torch.arange(len(prompts) // 2 * group, device=device)
@@ -172,7 +173,7 @@ def measure_clipping(
     updates = []
     for rate in rates:
         torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=0.0).step()
-        change = policy.logps(rollout, MICRO_BATCH, 1.0, "torch") - before
+        change = policy.logps(rollout, MAX_TOKENS, 1.0, "torch") - before
         outcome = {"learning_rate": rate}
         for name, half in (("same_tokens", learnt), ("other_tokens", ~learnt)):
             signs = rollout.advantages.sign().repeat_interleave(rollout.lengths)

@@ -24,8 +24,10 @@ from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig, one_line_errors, parse_flags
 from fastgrpo.train.load import load_policy, load_tokenizer
 from fastgrpo.train.metrics import Averages, length_metrics
+from fastgrpo.train.microbatches import live_completions, micro_batches, step_normalizer
 from fastgrpo.train.model import Policy
 from fastgrpo.train.optimizer import MasterAdamW
+from fastgrpo.train.reference import Reference
 from fastgrpo.train.rollout import generate, texts
 from fastgrpo.train.run import Run
 from fastgrpo.train.scoring import centred, score
@@ -40,13 +42,13 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
     run.before = run.evaluate()
     print(f"held-out before: {run.before}")
 
-    reference = policy.frozen_copy() if config.beta > 0 else None
+    reference = Reference(policy) if config.beta > 0 else None
     total_steps = config.max_steps * config.num_iterations
     optimizer = MasterAdamW(policy.model.parameters(), config.learning_rate, total_steps)
     prompts = batches(task.train, config.num_prompts, config.seed)
     for step in run.steps(config.max_steps, "grpo"):
         if reference and config.starts_iteration(step):
-            reference = policy.frozen_copy()
+            reference.refresh()
         rollout, metrics = sample_groups(policy, reference, task, next(prompts), config)
         for _ in range(config.num_iterations):
             metrics |= update(policy, optimizer, rollout, config)
@@ -56,7 +58,7 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
 
 def sample_groups(
     policy: Policy,
-    reference: Policy | None,
+    reference: Reference | None,
     task: Task,
     examples: list[Example],
     config: TrainConfig,
@@ -70,7 +72,7 @@ def sample_groups(
     rewards = centred(scores.rewards, group).to(rollout.lengths.device)
     rollout = replace(rollout, advantages=fastgrpo.group_advantages(rewards, group))
 
-    scoring = (rollout, config.micro_batch_size, config.temperature, config.backend)
+    scoring = (rollout, config.max_tokens_per_microbatch, config.temperature, config.backend)
     if config.num_iterations > 1:  # else the policy is the one that sampled: the ratio is 1
         rollout = replace(rollout, old_logps=policy.logps(*scoring))
     if reference is not None:
@@ -83,12 +85,15 @@ def update(
 ) -> dict[str, float]:
     """Take one optimizer step and return its metrics.
 
-    Every micro-batch is divided by the count of the whole step, so the result does not depend on
-    the micro-batch size.
+    Every micro-batch is divided by the count of the whole step, so the result depends neither on
+    their size nor on the completions without a gradient, which do not enter the model. Metrics are
+    means over the tokens of the others, but ``live_rows`` is a share of all tokens.
     """
     loss, total, averages = config.loss_config(), 0.0, Averages()
-    normalizer = fastgrpo.count_normalizer(rollout.completion_mask, loss)
-    for chosen in rollout.micro_batches(config.micro_batch_size):
+    normalizer = step_normalizer(rollout, loss)
+    live = live_completions(rollout, loss)
+    budget = config.max_tokens_per_microbatch
+    for chosen in micro_batches(rollout, live, budget, policy.layout, loss):
         batch = rollout[chosen]
         out = fastgrpo.grpo_loss(
             policy.completion_hidden(batch),
@@ -99,6 +104,8 @@ def update(
             cu_seqlens=batch.cu_seqlens,
             old_logps=batch.old_logps,
             ref_logps=batch.ref_logps,
+            sampler_logps=batch.sampler_logps,
+            group_ids_or_size=batch.prompt_index if loss.aggregation == "prompt_mean" else None,
             normalizer=normalizer,
             config=loss,
             temperature=config.temperature,
@@ -111,8 +118,12 @@ def update(
         averages.add(out.metrics)
     learning_rate, loss_value = optimizer.learning_rate, float(total)
     grad_norm = optimizer.step(loss_value, config.max_grad_norm)
-    return averages.means() | {
+    metrics = averages.means()
+    forwarded = rollout.lengths[live].sum() / rollout.lengths.sum()
+    return metrics | {
         "loss": loss_value,
+        "live_completions": len(live) / len(rollout),
+        "live_rows": metrics.get("live_rows", 0.0) * forwarded.item(),
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
         "skipped": float(not math.isfinite(loss_value + grad_norm)),

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastgrpo_kernels.surrogates import SURROGATES, Surrogate
+from fastgrpo_kernels.surrogates import BATCH_CONTEXTS, SURROGATES, Surrogate
 
 AGGREGATIONS = (
     "token_mean",  # sum over tokens / number of tokens
@@ -213,3 +213,17 @@ class LossFields:
     def zero_advantage_is_inert(self) -> bool:
         """Whether a token with advantage 0 is known to have no gradient before it is scored."""
         return self.separable and self.rule.inert and self.beta == 0 and self.entropy_coef == 0
+
+    @property
+    def compares_sequences(self) -> bool:
+        """Whether a token's loss depends on other sequences of its call, beyond the denominator."""
+        return self.rule.context in BATCH_CONTEXTS or self.top_entropy_quantile < 1
+
+    @property
+    def zero_advantage_sequence_is_inert(self) -> bool:
+        """Whether a sequence whose advantages are all 0 has neither loss nor gradient.
+
+        Nor do the others change without it, given the denominator.
+        """
+        added = self.beta != 0 or self.entropy_coef != 0
+        return self.rule.inert and not self.compares_sequences and not added

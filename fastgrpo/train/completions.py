@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +64,6 @@ class Rollout:
             value = getattr(self, name)
             picked[name] = None if value is None else value[chosen]
         return Rollout(tuple(self.prompts[i] for i in used.tolist()), index, **picked)
-
-    def micro_batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the completions of each micro-batch; those of like length go together."""
-        for chosen in self.lengths.argsort(stable=True).split(size):
-            yield chosen.sort().values
 
 
 def left_padded(sequences: Sequence[Tensor], padding: int = 0) -> tuple[Tensor, Tensor]:

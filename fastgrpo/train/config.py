@@ -17,7 +17,9 @@ from .loss_flags import loss_config
 from .rewards import load_rewards
 
 NEEDS_DATA = ("gsm8k", "jsonl")
-AT_LEAST_1 = ("num_prompts", "num_iterations", "micro_batch_size", "max_completion_length")
+AT_LEAST_1 = (
+    "num_prompts", "num_iterations", "max_tokens_per_microbatch", "max_completion_length"
+)  # fmt: skip
 AT_LEAST_0 = (
     "max_steps", "warmup_steps", "eval_size", "eval_every", "learning_rate", "beta", "sparsity",
     "lora_rank", "ref_model_sync_steps", "log_completions_every",
@@ -112,8 +114,9 @@ class TrainConfig:
     num_iterations: int | None = _default(
         "num_iterations", "Optimizer steps on each batch of completions (mu)."
     )
-    micro_batch_size: int | None = _default(
-        "micro_batch_size", "Completions in one forward; no effect on the result."
+    max_tokens_per_microbatch: int | None = _default(
+        "max_tokens_per_microbatch",
+        "Most tokens in one forward, padding included; no effect on the result.",
     )
     max_completion_length: int | None = _default(
         "max_completion_length",

@@ -9,7 +9,7 @@ DEFAULTS: dict[str, Any] = {
     "num_prompts": 8,
     "num_generations": 8,
     "num_iterations": 1,
-    "micro_batch_size": 8,
+    "max_tokens_per_microbatch": 4096,
     "max_completion_length": 256,
     "max_steps": 200,
     "learning_rate": 1e-6,
@@ -26,7 +26,6 @@ DEFAULTS: dict[str, Any] = {
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "arithmetic": {
         "num_prompts": 32,
-        "micro_batch_size": 256,
         "max_completion_length": 5,
         "learning_rate": 3e-4,
         "beta": 0.001,

@@ -25,6 +25,7 @@ import fastgrpo
 
 from .arithmetic import character_tokenizer, tiny_model
 from .config import TrainConfig
+from .layouts import choose_layout
 from .model import Policy, end_ids
 
 ADAPTER = "adapter_config.json"
@@ -85,7 +86,9 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
     model = model.to(device).eval()
     if config.gradient_checkpointing:
         _recompute_activations(model)
-    return Policy(model, tokenizer, fastgrpo.head_of(model))
+    layout, why = choose_layout(model)
+    print(why)
+    return Policy(model, tokenizer, fastgrpo.head_of(model), layout)
 
 
 def is_adapter(model: str) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastgrpo
 from fastgrpo import ModelHead
 
-from .completions import Rollout, left_padded
+from .completions import Rollout
+from .layouts import PADDED, Layout
+from .microbatches import micro_batches
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     head: ModelHead
+    layout: Layout = PADDED
 
     @property
     def end_ids(self) -> list[int]:
@@ -30,29 +31,18 @@ class Policy:
         return end_ids(self.model.generation_config, self.tokenizer)
 
     def completion_hidden(self, rollout: Rollout) -> Tensor:
-        """Return hidden states (N, H); the state in row n predicts token n of the completions.
-
-        This is the only place where positions are shifted.
-        """
-        completion_ids = pad_sequence(rollout.completions(), batch_first=True)
-        prompt_ids, prompt_mask = left_padded(rollout.prompts)
-        input_ids = torch.cat((prompt_ids[rollout.prompt_index], completion_ids), dim=1)
-        mask = torch.cat((prompt_mask[rollout.prompt_index], rollout.completion_mask), dim=1)
-        hidden = self.model.base_model(
-            input_ids=input_ids,
-            attention_mask=None if mask.all() else mask.long(),
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
-        return hidden[:, prompt_ids.shape[1] - 1 : -1][rollout.completion_mask]
+        """Return hidden states (N, H); the state in row n predicts token n of the completions."""
+        return self.layout.hidden(self.model, rollout)
 
     @torch.no_grad()
-    def logps(
-        self, rollout: Rollout, micro_batch_size: int, temperature: float, backend: str
-    ) -> Tensor:
-        """Return the log-probs (N,) fp32 of the sampled tokens, without gradient."""
+    def logps(self, rollout: Rollout, max_tokens: int, temperature: float, backend: str) -> Tensor:
+        """Return the log-probs (N,) fp32 of the sampled tokens, without gradient.
+
+        At most `max_tokens` are forwarded at a time.
+        """
         logps = torch.zeros(rollout.token_ids.shape, device=rollout.token_ids.device)
-        for chosen in rollout.micro_batches(micro_batch_size):
+        everything = torch.arange(len(rollout), device=logps.device)
+        for chosen in micro_batches(rollout, everything, max_tokens, self.layout):
             batch = rollout[chosen]
             out = fastgrpo.linear_logps(
                 self.completion_hidden(batch),
@@ -64,11 +54,6 @@ class Policy:
             )
             logps[rollout.tokens_of(chosen)] = out.logps
         return logps
-
-    def frozen_copy(self) -> Policy:
-        """Return a copy that no longer learns: the reference model."""
-        model = copy.deepcopy(self.model).requires_grad_(False)
-        return Policy(model, self.tokenizer, fastgrpo.head_of(model))
 
 
 def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from transformers import get_scheduler
 
 RISING_STEPS = 20
 
@@ -15,24 +16,43 @@ class MasterAdamW:
     """AdamW on fp32 copies of 16-bit parameters; fp32 parameters are updated as they are.
 
     A bf16 weight of 0.02 cannot change by less than 8e-5, so steps of the usual size (1e-6) would
-    be rounded away. Gradients of several backward passes are summed in fp32 too. The learning rate
-    rises over the first steps, while Adam's averages settle, and then falls linearly to 0 at
-    ``total_steps``.
+    be rounded away. Gradients of several backward passes are summed in fp32 too.
+
+    Args:
+        parameters: those that require a gradient are trained, fp32 or 16 bits.
+        learning_rate: the highest.
+        total_steps: at which "linear" and "cosine" reach 0.
+        schedule: the name of a schedule of transformers that takes a warm-up: "linear", "cosine" or
+            "constant_with_warmup".
+        warmup_steps: over which the learning rate rises, while Adam's averages settle. The first
+            step is 1 / warmup_steps of the highest, not 0.
+        weight_decay: AdamW's.
+        betas: AdamW's.
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], learning_rate: float, total_steps: int
+        self,
+        parameters: Iterable[Tensor],
+        learning_rate: float,
+        total_steps: int,
+        *,
+        schedule: str = "linear",
+        warmup_steps: int = RISING_STEPS,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.98),
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters
         ]
         self.adamw = torch.optim.AdamW(
-            self.masters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+            self.masters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
         )
+        skipped = min(1, warmup_steps)  # the step of a warm-up at which nothing is learnt
+        planned = get_scheduler(schedule, self.adamw, warmup_steps, max(1, total_steps) + skipped)
+        (factor,) = planned.lr_lambdas
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.adamw,
-            lambda step: max(0.0, min((step + 1) / RISING_STEPS, 1 - step / max(1, total_steps))),
+            self.adamw, lambda step: factor(step + skipped)
         )
 
     def backward(self, loss: Tensor) -> None:
@@ -46,8 +66,13 @@ class MasterAdamW:
     def step(self, loss: float, max_grad_norm: float) -> float:
         """Clip the gradients, step, clear them; return the norm before clipping.
 
-        If the loss or the norm is not finite, there is no step; the gradients are cleared anyway.
+        A parameter that has no gradient counts as one with gradient 0, as where no completion had
+        an advantage: Adam's averages decay, and the weights go on by them. If the loss or the norm
+        is not finite, there is no step; the gradients are cleared anyway.
         """
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
         if math.isfinite(loss) and math.isfinite(norm):
             self.adamw.step()

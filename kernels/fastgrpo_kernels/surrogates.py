@@ -355,6 +355,8 @@ CONTEXT_FIELDS: dict[str, tuple[str, ...]] = {
     "future_ratio": ("delta", "fipo_half_life", "fipo_low", "fipo_high", "fipo_safety_ratio"),
     "log_weight": (),
 }
+# The rules that look at all sequences of a call; the others look at a token's own.
+BATCH_CONTEXTS = ("drawn_covariance", "top_covariance")
 
 SURROGATES: dict[str, Surrogate] = {
     "reinforce": Surrogate(reinforce, reinforce_formula, (), ("none",), "logp"),

@@ -32,7 +32,7 @@ TINY_RUN = {
     "eval_size": 8,
     "num_prompts": 4,
     "num_generations": 4,
-    "micro_batch_size": 6,
+    "max_tokens_per_microbatch": 64,
     "eval_every": 2,
 }
 PROMISED = {
@@ -114,15 +114,16 @@ def test_learning_rate_0_leaves_the_weights_as_they_were(script, tmp_path) -> No
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.filterwarnings("ignore:max_tokens_per_microbatch")
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
 def test_micro_batches_do_not_change_the_gradient(
     script, policy, rollout, config, loss: str
 ) -> None:
     config = dataclasses.replace(config, loss=loss, beta=0.04, max_grad_norm=1e9)
-    old = policy.logps(rollout, 12, 1.0, "torch") + 0.1 * torch.randn(rollout.token_ids.shape)
+    old = policy.logps(rollout, 1000, 1.0, "torch") + 0.1 * torch.randn(rollout.token_ids.shape)
     rollout = dataclasses.replace(rollout, old_logps=old, ref_logps=old - 0.1)
     results = []
-    for size in (12, 5, 1):
+    for size in (1000, 60, 1):
         learner = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
         learner = dataclasses.replace(
             learner,
@@ -137,7 +138,7 @@ def test_micro_batches_do_not_change_the_gradient(
             learner,
             optimizer,
             rollout,
-            dataclasses.replace(config, micro_batch_size=size),
+            dataclasses.replace(config, max_tokens_per_microbatch=size),
         )
         results.append((grads, metrics))
     for grads, metrics in results[1:]:
@@ -150,10 +151,10 @@ def test_micro_batches_do_not_change_the_gradient(
 
 def test_a_step_makes_better_completions_likelier(script, policy, rollout, config) -> None:
     on_policy = dataclasses.replace(config, beta=0.0)
-    before = policy.logps(rollout, 12, 1.0, "torch")
+    before = policy.logps(rollout, 1000, 1.0, "torch")
     optimizer = MasterAdamW(policy.model.parameters(), 2e-3, 10**6)
     script.update(policy, optimizer, rollout, on_policy)
-    change = policy.logps(rollout, 12, 1.0, "torch") - before
+    change = policy.logps(rollout, 1000, 1.0, "torch") - before
     assert (change * rollout.advantages.repeat_interleave(rollout.lengths)).sum() > 0
 
 
@@ -251,7 +252,7 @@ def test_gsm8k_from_the_command_line(tmp_path, model_folder) -> None:
     arguments, environment = command(
         "--task", "gsm8k", "--data", data, "--eval-data", data, "--model", model_folder,
         "--output-dir", out, "--max-steps", 3, "--num-prompts", 2, "--num-generations", 3,
-        "--micro-batch-size", 4, "--eval-size", 4, "--max-completion-length", 12,
+        "--max-tokens-per-microbatch", 400, "--eval-size", 4, "--max-completion-length", 12,
         "--num-iterations", 2, "--learning-rate", "1e-4", "--backend", "torch", "--device", "cpu",
         "--gradient-checkpointing",
     )  # fmt: skip

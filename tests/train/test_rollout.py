@@ -26,12 +26,11 @@ def naive_logps(policy, rollout, temperature: float) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 5, 12], ids=["one", "uneven", "all"])
+@pytest.mark.filterwarnings("ignore:max_tokens_per_microbatch")
+@pytest.mark.parametrize("max_tokens", [1, 60, 1000], ids=["one", "uneven", "all"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logps_are_the_models_own(
-    policy, rollout, micro_batch_size: int, temperature: float
-) -> None:
-    logps = policy.logps(rollout, micro_batch_size, temperature, "torch")
+def test_logps_are_the_models_own(policy, rollout, max_tokens: int, temperature: float) -> None:
+    logps = policy.logps(rollout, max_tokens, temperature, "torch")
     torch.testing.assert_close(logps, naive_logps(policy, rollout, temperature), atol=2e-5, rtol=0)
 
 
@@ -82,10 +81,11 @@ def test_sampling_follows_the_temperature(policy) -> None:
 
 
 def test_chosen_completions_keep_all_that_is_theirs(policy, rollout) -> None:
-    rollout = dataclasses.replace(rollout, old_logps=policy.logps(rollout, 12, 1.0, "torch"))
+    rollout = dataclasses.replace(rollout, old_logps=policy.logps(rollout, 1000, 1.0, "torch"))
     logps = rollout.old_logps.split(rollout.lengths.tolist())
     seen = []
-    for chosen in rollout.micro_batches(5):
+    for chosen in torch.randperm(12).split(5):
+        chosen = chosen.sort().values
         part, seen = rollout[chosen], seen + chosen.tolist()
         assert torch.equal(part.advantages, rollout.advantages[chosen])
         assert torch.equal(part.finished, rollout.finished[chosen])

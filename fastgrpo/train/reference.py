@@ -1,0 +1,46 @@
+"""The policy that the KL term holds on to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from .completions import Rollout
+from .model import Policy
+
+
+class Reference:
+    """The policy with the weights that it had here or at the last `refresh`.
+
+    Only what is trained is kept a second time: with LoRA, the adapter. For its passes the kept
+    weights take their places in the policy's own model.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._trained = [p for p in policy.model.parameters() if p.requires_grad]
+        self._kept = [p.detach().clone() for p in self._trained]
+
+    def logps(self, rollout: Rollout, max_tokens: int, temperature: float, backend: str) -> Tensor:
+        """Return the log-probs (N,) fp32 of the sampled tokens, as `Policy.logps`."""
+        with self._in_place():
+            return self.policy.logps(rollout, max_tokens, temperature, backend)
+
+    def refresh(self) -> None:
+        """Take over the policy's weights as they are."""
+        for kept, parameter in zip(self._kept, self._trained, strict=True):
+            kept.copy_(parameter.detach())
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self._trained):
+            parameter.data, self._kept[i] = self._kept[i], parameter.data
