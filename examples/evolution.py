@@ -70,6 +70,8 @@ class EvolutionConfig:
     backend: ClassVar[str] = "auto"
     gradient_checkpointing: ClassVar[bool] = False
     lora_rank: ClassVar[int] = 0
+    max_minutes: ClassVar[None] = None
+    tensorboard: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.task == "gsm8k" and not (self.data and self.model):
@@ -84,7 +86,7 @@ def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None
     """Improve the policy by the scores of its perturbed copies; ``run`` logs and saves."""
     if task.demonstrations:
         warm_up(policy, task, run.steps(config.warmup_steps, "warm-up"), config)
-    run.before = run.evaluate()
+    run.before = run.evaluate("Before")
     print(f"held-out before: {run.before}")
 
     search = Evolution(
@@ -104,7 +106,7 @@ def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None
         search.update(scores)
         answers = scores.numel() * config.num_prompts
         run.log(step, {"reward": scores.nanmean().item()}, answers * config.max_completion_length)
-    run.after = run.evaluate()
+    run.after = run.evaluate("After")
 
 
 def score_candidates(

@@ -39,12 +39,18 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
     """Improve the policy with its own completions; ``run`` logs and saves."""
     if task.demonstrations:
         warm_up(policy, task, run.steps(config.warmup_steps, "warm-up"), config)
-    run.before = run.evaluate()
+    run.before = run.evaluate("Before")
     print(f"held-out before: {run.before}")
 
     reference = Reference(policy) if config.beta > 0 else None
     total_steps = config.max_steps * config.num_iterations
-    optimizer = MasterAdamW(policy.model.parameters(), config.learning_rate, total_steps)
+    optimizer = MasterAdamW(
+        policy.model.parameters(),
+        config.learning_rate,
+        total_steps,
+        schedule=config.lr_scheduler_type,
+        warmup_steps=config.lr_warmup_steps,
+    )
     prompts = batches(task.train, config.num_prompts, config.seed)
     for step in run.steps(config.max_steps, "grpo"):
         if reference and config.starts_iteration(step):
@@ -53,7 +59,8 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
         for _ in range(config.num_iterations):
             metrics |= update(policy, optimizer, rollout, config)
         run.log(step, metrics, tokens=len(rollout.token_ids))
-    run.after = run.evaluate()
+        run.watch(step, rollout)
+    run.after = run.evaluate("After")
 
 
 def sample_groups(
@@ -70,7 +77,8 @@ def sample_groups(
     each = [e for e in examples for _ in range(group)]
     scores = score(task, each, texts(policy, rollout))
     rewards = centred(scores.rewards, group).to(rollout.lengths.device)
-    rollout = replace(rollout, advantages=fastgrpo.group_advantages(rewards, group))
+    advantages = fastgrpo.group_advantages(rewards, group)
+    rollout = replace(rollout, rewards=scores.rewards, advantages=advantages)
 
     scoring = (rollout, config.max_tokens_per_microbatch, config.temperature, config.backend)
     if config.num_iterations > 1:  # else the policy is the one that sampled: the ratio is 1
@@ -130,8 +138,11 @@ def update(
     }
 
 
-def main(config: TrainConfig) -> int:
-    """Run the training that ``config`` describes and return the exit code."""
+def main(config: TrainConfig, task: Task | None = None) -> int:
+    """Run the training that ``config`` describes, or on a task of your own; return the exit code.
+
+    A setting that cannot work ends the process with one line.
+    """
     set_seed(config.seed)
     if config.model is None:
         # Such a small model gains little from more threads, and loses much where cores are shared.
@@ -139,7 +150,7 @@ def main(config: TrainConfig) -> int:
         torch.set_num_threads(1)
     with one_line_errors():
         tokenizer = load_tokenizer(config)
-        task = load_task(config, tokenizer)
+        task = task or load_task(config, tokenizer)
         policy = load_policy(config, tokenizer)
         run = Run(config, policy, task)
     with run:

@@ -12,6 +12,7 @@ from .gsm8k import gsm8k_task
 from .own_data import own_task
 from .rewards import Accuracy, load_rewards
 from .scoring import check_rewards
+from .sums import differences_task, sums_task
 from .tasks import Task
 
 
@@ -20,6 +21,9 @@ def load_task(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     files = (config.data, config.eval_data, config.eval_size)
     if config.task == "arithmetic":
         task = arithmetic_task(config.seed, config.eval_size)
+    elif config.task in ("sums", "differences"):
+        made = sums_task if config.task == "sums" else differences_task
+        task = made(tokenizer, config.seed, config.eval_size)
     elif config.task == "gsm8k":
         task = gsm8k_task(tokenizer, *files)
     else:

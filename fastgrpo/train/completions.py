@@ -26,6 +26,7 @@ class Rollout:
     sampler_logps: Tensor | None = None  # (N,) fp32, of the distribution that was sampled from
     old_logps: Tensor | None = None  # (N,) fp32
     ref_logps: Tensor | None = None  # (N,) fp32
+    rewards: Tensor | None = None  # (S,) float64, NaN where there is none
     advantages: Tensor | None = None  # (S,) fp32
 
     def __len__(self) -> int:
@@ -60,7 +61,7 @@ class Rollout:
         for name in ("token_ids", "sampler_logps", "old_logps", "ref_logps"):
             value = getattr(self, name)
             picked[name] = None if value is None else value[tokens]
-        for name in ("lengths", "finished", "advantages"):
+        for name in ("lengths", "finished", "rewards", "advantages"):
             value = getattr(self, name)
             picked[name] = None if value is None else value[chosen]
         return Rollout(tuple(self.prompts[i] for i in used.tolist()), index, **picked)

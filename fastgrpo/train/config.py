@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser
@@ -22,7 +23,7 @@ AT_LEAST_1 = (
 )  # fmt: skip
 AT_LEAST_0 = (
     "max_steps", "warmup_steps", "eval_size", "eval_every", "learning_rate", "beta", "sparsity",
-    "lora_rank", "ref_model_sync_steps", "log_completions_every",
+    "lora_rank", "ref_model_sync_steps", "lr_warmup_steps", "log_completions_every",
 )  # fmt: skip
 POSITIVE = ("temperature", "max_grad_norm", "max_minutes", "lora_alpha")
 
@@ -49,8 +50,9 @@ class TrainConfig:
     preset: str | None = _flag(
         None, f"Defaults of a known program: {', '.join(PRESETS)} (theLMbook's GRPO.py)."
     )
-    task: Literal["arithmetic", "gsm8k", "jsonl"] = _flag(
-        "arithmetic", "What to learn; jsonl: the prompts of --data."
+    task: Literal["arithmetic", "sums", "differences", "gsm8k", "jsonl"] = _flag(
+        "arithmetic",
+        "What to learn. sums, differences: questions for an instruct model; jsonl: --data.",
     )
     model: str | None = _flag(
         None,
@@ -106,7 +108,9 @@ class TrainConfig:
     ref_model_sync_steps: int | None = _default(
         "ref_model_sync_steps", "Steps after which the policy becomes the reference; 0 = never."
     )
-    temperature: float = _flag(1.0, "Temperature of the sampling, and of the loss.")
+    temperature: float | None = _default(
+        "temperature", "Temperature of the sampling, and of the loss."
+    )
     num_prompts: int | None = _default("num_prompts", "Prompts (groups) per step.")
     num_generations: int | None = _default(
         "num_generations", "Completions of each prompt: the group."
@@ -126,8 +130,12 @@ class TrainConfig:
     max_minutes: float | None = _flag(
         None, "The step after which so much time has passed is the last; by default no limit."
     )
-    learning_rate: float | None = _default(
-        "learning_rate", "Highest learning rate of AdamW; it falls linearly to 0."
+    learning_rate: float | None = _default("learning_rate", "Highest learning rate of AdamW.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] | None = _default(
+        "lr_scheduler_type", "How it goes on from there; the first two reach 0 at the last step."
+    )
+    lr_warmup_steps: int | None = _default(
+        "lr_warmup_steps", "Steps over which it rises, while Adam's averages settle."
     )
     max_grad_norm: float | None = _default(
         "max_grad_norm", "Gradients are scaled down to this norm."
@@ -156,6 +164,11 @@ class TrainConfig:
         self._check_numbers()
         self._check_task()
         self._check_combinations()
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError(
+                "tensorboard: needs the package tensorboard, which is not installed: "
+                "pip install 'fastgrpo[tensorboard]'"
+            )
         load_rewards(self.reward, self.reward_weight or None)
         self.loss_config()
 
@@ -206,16 +219,16 @@ class TrainConfig:
             raise ValueError(f"sparsity: expected 0 or from 1e-6 to below 1, got {self.sparsity}")
 
     def _check_task(self) -> None:
-        if self.task in NEEDS_DATA:
-            if not (self.data and self.model):
-                raise ValueError(
-                    f"task {self.task}: expected data (a JSONL file) and model, got data "
-                    f"{self.data} and model {self.model}"
-                )
+        if self.task != "arithmetic":
+            if not self.model:
+                raise ValueError(f"task {self.task}: expected a model, got none")
             if self.warmup_steps:
                 raise ValueError(
                     f"warmup_steps: no effect on {self.task}, which has no demonstrations"
                 )
+        if self.task in NEEDS_DATA:
+            if not self.data:
+                raise ValueError(f"task {self.task}: expected data (a JSONL file), got none")
         elif self.data or self.eval_data or not self.eval_size:
             raise ValueError(f"task {self.task}: takes no data or eval_data, and an eval_size >= 1")
         if self.task == "jsonl" and not self.reward:
@@ -233,8 +246,6 @@ class TrainConfig:
             raise ValueError("ref_model_sync_steps: no effect with beta 0, without a reference")
         if self.lora_rank and self.model is None:
             raise ValueError("lora_rank: expected a model that the adapter is for, got none")
-        if self.lora_rank and self.ref_model_sync_steps:
-            raise ValueError("ref_model_sync_steps: a LoRA run's reference is the model without it")
         changed = [n for n in ("lora_alpha", "lora_target_modules") if self._differs(n)]
         if changed and not self.lora_rank:
             raise ValueError(f"{changed[0]}: no effect without lora_rank")

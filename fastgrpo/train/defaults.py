@@ -9,10 +9,13 @@ DEFAULTS: dict[str, Any] = {
     "num_prompts": 8,
     "num_generations": 8,
     "num_iterations": 1,
+    "temperature": 1.0,
     "max_tokens_per_microbatch": 4096,
     "max_completion_length": 256,
     "max_steps": 200,
     "learning_rate": 1e-6,
+    "lr_scheduler_type": "linear",
+    "lr_warmup_steps": 20,
     "max_grad_norm": 1.0,
     "beta": 0.0,
     "ref_model_sync_steps": 0,
@@ -20,6 +23,17 @@ DEFAULTS: dict[str, Any] = {
     "eval_size": 128,
     "eval_every": 0,
     "log_completions_every": 10,
+}
+# For an instruct model of about 0.1B parameters. At temperature 1 it is rarely right at first.
+_QUESTIONS: dict[str, Any] = {
+    "loss": "dapo",
+    "temperature": 0.7,
+    "num_prompts": 12,
+    "max_completion_length": 16,
+    "max_steps": 60,
+    "learning_rate": 1e-5,
+    "lr_warmup_steps": 5,
+    "eval_every": 10,
 }
 # Arithmetic is small enough to show progress within minutes on two CPU cores. GSM8K follows the
 # usual recipe for 0.5-4B instruct models.
@@ -34,6 +48,8 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_every": 10,
         "log_completions_every": 50,
     },
+    "sums": _QUESTIONS,
+    "differences": _QUESTIONS,
     "gsm8k": {
         "num_prompts": 4,
         "num_generations": 16,
@@ -56,6 +72,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_completion_length": 500,
         "max_steps": 500,
         "learning_rate": 5e-6,
+        "lr_scheduler_type": "constant_with_warmup",
+        "lr_warmup_steps": 0,
         "max_grad_norm": 0.1,
         "beta": 0.04,
         "ref_model_sync_steps": 500,

@@ -103,6 +103,8 @@ def _base_of_adapter(folder: str) -> str:
 
 def _base_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     model = _loaded(AutoModelForCausalLM.from_pretrained, name, dtype=dtype)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"model: expected a model or the folder of an adapter, got that of {name}")
     if name.endswith(".gguf"):
         # The weights are no longer quantised, and a checkpoint must not say that they are.
         del model.config.quantization_config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .completions import Rollout
 
 CONSOLE = {  # metric -> (label, format)
     "reward": ("reward", ".3f"),
+    "flat_groups": ("flat", ".0%"),
     "loss": ("loss", "+.4f"),
     "kl": ("kl", ".4f"),
     "entropy": ("entropy", ".3f"),
@@ -22,6 +24,7 @@ CONSOLE = {  # metric -> (label, format)
     "grad_norm": ("grad", ".2f"),
     "tokens_per_s": ("tok/s", ".0f"),
     "accuracy": ("held-out", ".3f"),
+    "eval_reward": ("held-out reward", ".3f"),
 }
 
 
@@ -68,15 +71,22 @@ class Averages:
 
 
 class MetricsLog:
-    """Writes every step to a JSONL file, flushed at once, and to the console."""
+    """Writes every step to metrics.jsonl, flushed at once, to the console, and for TensorBoard."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
         self.rows: list[dict[str, float | None]] = []
-        self._file = path.open("w", encoding="utf-8")
+        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log one step; a number that is not finite becomes null in the file."""
@@ -84,10 +94,17 @@ class MetricsLog:
         self.rows.append(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    self._board.add_scalar(name, value, step)
         shown = [
             f"{label} {metrics[key]:{form}}"
             for key, (label, form) in CONSOLE.items()
             if key in metrics
         ]
+        own = [name for name in metrics if re.fullmatch("rewards/.*/mean", name)]
+        if len(own) > 1:
+            shown[1:1] = [f"{name.split('/')[1]} {metrics[name]:.3f}" for name in own]
         tqdm.write(" | ".join([f"step {step}", *shown]), file=sys.stdout)
         sys.stdout.flush()

@@ -1,10 +1,13 @@
-"""The output of a run: its folder, result.json, reward.png and samples.md."""
+"""The output of a run: its folder, result.json and reward.png."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import time
+from bisect import bisect
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -36,30 +39,23 @@ def write_report(
     after: Evaluation | None,
     **more: object,
 ) -> None:
-    """Write result.json, reward.png and samples.md; an evaluation that was not made is None."""
+    """Write result.json and reward.png; an evaluation that was not made is None."""
     result = {
         "accuracy_before": before and before.accuracy,
         "accuracy_after": after and after.accuracy,
+        "reward_before": before and _finite(before.reward),
+        "reward_after": after and _finite(after.reward),
         "steps": len(rows),
         **more,
         "seed": config.seed,
         "config": dataclasses.asdict(config),
     }
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "samples.md").write_text(_samples(before, after), encoding="utf-8")
     _plot(folder / "reward.png", rows, before, after)
 
 
-def _samples(before: Evaluation | None, after: Evaluation | None, count: int = 16) -> str:
-    lines = ["# Greedy completions of held-out prompts", ""]
-    for title, evaluation in (("Before", before), ("After", after)):
-        if evaluation is None:
-            continue
-        lines += [f"## {title} (accuracy {evaluation.accuracy:.3f})", ""]
-        for prompt, completion, reward in evaluation.samples[:count]:
-            fence = "~" * (3 + max(prompt.count("~"), completion.count("~")))
-            lines += [f"reward {reward:g}", fence, prompt, "---", completion, fence, ""]
-    return "\n".join(lines)
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _plot(
@@ -68,23 +64,33 @@ def _plot(
     before: Evaluation | None,
     after: Evaluation | None,
 ) -> None:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    nan = float("nan")
-    steps = [row["step"] for row in rows]
-    axes.plot(
-        steps,
-        [nan if (r := row["reward"]) is None else r for row in rows],
-        alpha=0.6,
-        label="training reward",
-    )
-    held_out = [(row["step"], row["accuracy"]) for row in rows if row.get("accuracy") is not None]
-    held_out = ([(0, before.accuracy)] if before else []) + held_out
-    if after and steps and held_out[-1][0] != steps[-1]:
-        held_out.append((steps[-1], after.accuracy))
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), marker="o", label="held-out accuracy (greedy)")
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """Draw the rewards of the training, and below them what the evaluations say."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    training, held_out = figure.subplots(2, sharex=True)
+    training.plot(*_points(rows, "reward"), label="reward")
+    own = [key for key in (rows[0] if rows else ()) if re.fullmatch("rewards/.*/mean", key)]
+    for key in own if len(own) > 1 else ():
+        training.plot(*_points(rows, key), alpha=0.5, label=key.split("/")[1])
+    training.set_ylabel("mean reward of a step")
+    training.legend()
+
+    judged = before is not None and before.accuracy is not None
+    steps, values = _points(rows, "accuracy" if judged else "eval_reward")
+    last = rows[-1]["step"] if rows else 0
+    for step, evaluation in ((0, before), (last, after)):
+        if evaluation is not None and step not in steps:
+            at = bisect(steps, step)
+            steps.insert(at, step)
+            values.insert(at, evaluation.accuracy if judged else evaluation.reward)
+    held_out.plot(steps, values, marker="o")
+    held_out.set_ylabel("held-out accuracy, greedy" if judged else "held-out reward, greedy")
+    held_out.set_xlabel("step")
+    for axes in (training, held_out):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def _points(rows: list[dict[str, float | None]], key: str) -> tuple[list[float], list[float]]:
+    """Return the steps at which a metric is known, and its values."""
+    known = [row for row in rows if row.get(key) is not None]
+    return [row["step"] for row in known], [row[key] for row in known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from .checkpoint import save_checkpoint
+from .completions import Rollout
 from .config import TrainConfig
 from .evaluation import Evaluation, evaluate
 from .interrupt import Interrupt
@@ -17,6 +19,8 @@ from .metrics import MetricsLog
 from .model import Policy
 from .report import new_run_folder, write_report
 from .rollout import check_prompts
+from .samples import SampleLog
+from .stalled import Stalled
 from .tasks import Task
 
 
@@ -32,12 +36,14 @@ class Run:
         self.config, self.policy, self.task = config, policy, task
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
+        self.stalled = Stalled()
         self.interrupt = Interrupt()
 
     def __enter__(self) -> Run:
         self._start = time.perf_counter()
         self.folder = new_run_folder(self.config)
-        self._log = MetricsLog(self.folder / "metrics.jsonl")
+        self._log = MetricsLog(self.folder, self.config.tensorboard)
+        self._samples = SampleLog(self.folder / "samples.md")
         self.interrupt.__enter__()
         return self
 
@@ -60,24 +66,44 @@ class Run:
         return 128 + self.interrupt.signum if self.interrupt.signum else 0
 
     def steps(self, count: int, title: str) -> Iterator[int]:
-        """Yield 1 to ``count`` with a progress bar; an interrupt lets the current step finish."""
+        """Yield 1 to ``count`` with a progress bar, or fewer when ``max_minutes`` have passed.
+
+        An interrupt lets the current step finish.
+        """
+        minutes = self.config.max_minutes or math.inf
         for step in tqdm(range(1, count + 1), desc=title):
             self.interrupt.safe_point()
             self._began = time.perf_counter()
+            if self._began - self._start > 60 * minutes:
+                tqdm.write(f"{title} ends before step {step}: {minutes:g} minutes have passed")
+                return
             yield step
 
-    def evaluate(self) -> Evaluation:
-        """Return greedy accuracy on the held-out prompts."""
+    def evaluate(self, title: str | None = None) -> Evaluation:
+        """Return greedy completions of the held-out prompts; with a title, show some of them."""
         batch_size = self.config.num_prompts * self.config.num_generations
         length = self.config.max_completion_length
-        return evaluate(self.policy, self.task, batch_size, length, self.interrupt.safe_point)
+        made = evaluate(self.policy, self.task, batch_size, length, self.interrupt.safe_point)
+        if title is not None:
+            self._samples.add_evaluation(title, made)
+        return made
 
     def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
         """Log a step with its speed, and every ``eval_every`` steps the held-out accuracy."""
         metrics = metrics | {"tokens_per_s": tokens / (time.perf_counter() - self._began)}
         if self.config.eval_every and step % self.config.eval_every == 0:
-            metrics["accuracy"] = self.evaluate().accuracy
+            evaluation = self.evaluate()
+            metrics["eval_reward"] = evaluation.reward
+            if evaluation.accuracy is not None:
+                metrics["accuracy"] = evaluation.accuracy
         self._log.write(step, metrics)
+
+    def watch(self, step: int, rollout: Rollout) -> None:
+        """Show completions every ``log_completions_every`` steps; warn where nothing is learnt."""
+        self.stalled.watch(rollout)
+        every = self.config.log_completions_every
+        if every and step % every == 0:
+            self._samples.add_group(step, self.policy, rollout)
 
     def _save(self, interrupted: bool) -> None:
         save_checkpoint(self.policy, self.folder / "checkpoint")
@@ -92,9 +118,6 @@ class Run:
             interrupted=interrupted,
         )
         if self.before and self.after:
-            print(
-                f"held-out accuracy before {self.before.accuracy:.3f}, "
-                f"after {self.after.accuracy:.3f} ({seconds:.0f} s)"
-            )
+            print(f"held-out before: {self.before}; after: {self.after} ({seconds:.0f} s)")
         print(f"{'interrupted, saved' if interrupted else 'saved'} in {self.folder}")
         sys.stdout.flush()

@@ -35,11 +35,12 @@ def rewards(tmp_path) -> str:
         ({"num_prompts": 0}, "num_prompts: expected at least 1, got 0"),
         ({"temperature": 0.0}, "temperature: expected a positive number"),
         ({"learning_rate": float("nan")}, "learning_rate: expected at least 0"),
-        ({"task": "gsm8k"}, "expected data .* and model"),
+        ({"task": "gsm8k"}, "task gsm8k: expected a model"),
+        ({"task": "gsm8k", "model": "y"}, "task gsm8k: expected data"),
         ({"data": "train.jsonl"}, "takes no data"),
         ({"num_generations": 1}, "num_generations: expected at least 2, .* comparison .* got 1"),
         ({"preset": "lmbok"}, "preset: expected one of"),
-        ({"preset": "lmbook"}, "expected data .* and model"),
+        ({"preset": "lmbook"}, "task gsm8k: expected a model"),
         (JSONL, "task jsonl: expected a reward"),
         (JSONL | {"reward": ["f"]}, "reward: expected FILE.py:function, got 'f'"),
         (JSONL | {"reward": ["no/file.py:f"]}, "reward: expected a file at no/file.py"),
@@ -50,7 +51,7 @@ def rewards(tmp_path) -> str:
         ({"lora_alpha": 4.0}, "lora_alpha: no effect without lora_rank"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules: no effect without"),
         ({"ref_model_sync_steps": 5, "beta": 0.0}, "ref_model_sync_steps: no effect with beta 0"),
-        ({"ref_model_sync_steps": 5, "lora_rank": 4, "model": "y"}, "ref_model_sync_steps: a LoRA"),
+        ({"lr_warmup_steps": -1}, "lr_warmup_steps: expected at least 0"),
         ({"sparsity": 1.0}, "sparsity: expected 0 or"),
         ({"max_minutes": 0.0}, "max_minutes: expected a positive number"),
         ({"loss_option": ["epsilon=0.1"]}, "loss_option: expected key=value with a key among"),
@@ -83,6 +84,7 @@ def test_a_preset_gives_defaults_and_what_is_given_stays() -> None:
     files = {"data": "x", "model": "y"}
     config = TrainConfig(preset="lmbook", **files)
     assert (config.task, config.num_generations, config.learning_rate) == ("gsm8k", 16, 5e-6)
+    assert (config.lr_scheduler_type, config.lr_warmup_steps) == ("constant_with_warmup", 0)
     assert config.gradient_checkpointing and config.ref_model_sync_steps == 500
     expected = LossConfig(beta=0.04, epsilon_low=0.1, epsilon_high=0.1, entropy="detached")
     assert config.loss_config() == expected
