@@ -72,7 +72,7 @@ def _plot(
     for key in own if len(own) > 1 else ():
         training.plot(*_points(rows, key), alpha=0.5, label=key.split("/")[1])
     training.set_ylabel("mean reward of a step")
-    training.legend()
+    training.legend(loc="upper left")
 
     judged = before is not None and before.accuracy is not None
     steps, values = _points(rows, "accuracy" if judged else "eval_reward")
