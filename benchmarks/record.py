@@ -66,7 +66,7 @@ def cpu_stages(available: list[providers.Provider], record: Record, quick: bool)
 
     def add_case(who: list, shape: Shape, dtype: torch.dtype) -> None:
         # Peers are slow where 16-bit GEMMs are emulated: more rounds would tell nothing more.
-        share = (0.3 if dtype == torch.float32 else 0.05) * record.budget
+        share = (0.16 if dtype == torch.float32 else 0.05) * record.budget
         add("accuracy", partial(cases.accuracy, device=device), who, shape, dtype)
         speed = partial(cases.speed, device=device, rounds=9, seconds=share, peaks=False)
         add("speed", speed, who, shape, dtype)
@@ -92,7 +92,7 @@ def cpu_stages(available: list[providers.Provider], record: Record, quick: bool)
     for condition in CONDITIONS:
         who = [provider for provider in available if provider.name in FASTEST_PROVIDERS]
         label = f"{shapes[0].label}, {condition}, {', '.join(provider.name for provider in who)}"
-        seconds = 0.08 * record.budget
+        seconds = 0.06 * record.budget
         work = partial(cases.conditioned, condition, who, shapes[0], device, 9, seconds)
         stages.append(Stage("conditions", label, 10, work))
     for mode in ("half_masked", "half_skipped", "half_zero", "skip_90", *POLICY_MODES):
