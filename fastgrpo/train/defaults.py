@@ -30,7 +30,7 @@ _QUESTIONS: dict[str, Any] = {
     "temperature": 0.7,
     "num_prompts": 12,
     "max_completion_length": 16,
-    "max_steps": 60,
+    "max_steps": 45,
     "learning_rate": 1e-5,
     "lr_warmup_steps": 5,
     "eval_every": 10,
@@ -49,7 +49,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         "log_completions_every": 50,
     },
     "sums": _QUESTIONS,
-    "differences": _QUESTIONS,
+    "differences": _QUESTIONS | {"max_steps": 120},
     "gsm8k": {
         "num_prompts": 4,
         "num_generations": 16,
