@@ -45,7 +45,8 @@ from fastgrpo import ModelHead
 from fastgrpo.train import gsm8k, microbatches
 from fastgrpo.train.completions import Rollout
 from fastgrpo.train.model import Policy
-from fastgrpo.train.rollout import generate
+from fastgrpo.train.rollout import encode
+from fastgrpo.train.sampler import ModelSampler, Sampling
 
 BANDS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, float("inf"))  # nats
 EPSILON = 0.2
@@ -94,7 +95,9 @@ def describe_policy(
     policy: Policy, prompts: list[str], tokens: int, temperature: float, curves: int
 ) -> dict[str, Any]:
     """Return the description of one completion of each prompt, drawn at `temperature`."""
-    rollout = generate(policy, prompts, tokens, temperature)
+    rollout = ModelSampler(policy).sample(
+        encode(policy, prompts), 1, Sampling(tokens, temperature, seed=(torch.initial_seed(),))
+    )
     hidden = torch.cat([states for _, _, states in micro_batches(policy, rollout)])
     weight, scale = policy.head.weight, 1 / temperature
     stats = row_statistics(hidden, weight, scale=scale)
@@ -147,7 +150,9 @@ def measure_clipping(
     policy: Policy, prompts: list[str], group: int, tokens: int, rates: list[float]
 ) -> dict[str, Any]:
     """Return what one update at each of the learning rates does to the ratios of a rollout."""
-    rollout = generate(policy, prompts, tokens, 1.0, group)
+    rollout = ModelSampler(policy).sample(
+        encode(policy, prompts), group, Sampling(tokens, seed=(torch.initial_seed(),))
+    )
     count, device = len(rollout), rollout.lengths.device
     before = policy.logps(rollout, MAX_TOKENS, 1.0, "torch")
     coins = torch.randint(2, (count,)).float().to(device)

@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,7 +34,8 @@ from fastgrpo.train.gsm8k import gsm8k_task
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
 from fastgrpo.train.run import Run
-from fastgrpo.train.tasks import Task, batches
+from fastgrpo.train.sampler import ModelSampler
+from fastgrpo.train.tasks import Example, Task, shuffled
 from fastgrpo.train.warmup import warm_up
 
 
@@ -97,28 +99,26 @@ def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None
         shaping=config.shaping,
         seed=config.seed,
     )
-    prompts = batches(task.train, config.num_prompts, config.seed)
+    prompts = shuffled(task.train, config.seed)
     for step in run.steps(config.max_steps, "evolution"):
         search.learning_rate = config.learning_rate * (1 - (step - 1) / config.max_steps)
         # All candidates answer the same prompts: none is favoured by easier ones.
-        examples = next(prompts)
-        scores = score_candidates(search, policy, task, examples, config.max_completion_length)
+        examples = list(islice(prompts, config.num_prompts))
+        scores = score_candidates(search, run, examples)
         search.update(scores)
         answers = scores.numel() * config.num_prompts
         run.log(step, {"reward": scores.nanmean().item()}, answers * config.max_completion_length)
     run.after = run.evaluate("After")
 
 
-def score_candidates(
-    search: Evolution, policy: Policy, task: Task, examples: list, max_length: int
-) -> torch.Tensor:
+def score_candidates(search: Evolution, run: Run, examples: list[Example]) -> torch.Tensor:
     """Return the scores of this step's candidates, (2 * num_pairs,), from all processes."""
     rank, processes = place()
-    candidates = search.candidates()
+    candidates, length = search.candidates(), run.config.max_completion_length
     scores = torch.zeros(len(candidates))
     for i in range(rank, len(candidates), processes):
         with search.perturbed(candidates[i]):
-            scores[i] = mean_reward(policy, task, examples, max_length)
+            scores[i] = mean_reward(run.policy, run.sampler, run.task, examples, length)
     if processes > 1:
         # Every score comes from one process and is 0 in the others: the sum is exact.
         dist.all_reduce(scores)
@@ -162,7 +162,7 @@ def main(config: EvolutionConfig) -> int:
         task = arithmetic_task(config.seed, config.eval_size)
     else:
         task = gsm8k_task(policy.tokenizer, config.data, config.eval_data, config.eval_size)
-    with Run(config, policy, task) as run:
+    with Run(config, policy, ModelSampler(policy), task) as run:
         train(run, policy, task, config)
     if dist.is_initialized():
         compare_weights(policy, config)

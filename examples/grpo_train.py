@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from transformers import set_seed
@@ -22,16 +24,18 @@ import fastgrpo
 from fastgrpo.train.catalogue import load_task
 from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig, one_line_errors, parse_flags
+from fastgrpo.train.dynamic_sampling import draw_groups
 from fastgrpo.train.load import load_policy, load_tokenizer
-from fastgrpo.train.metrics import Averages, length_metrics
+from fastgrpo.train.metrics import Averages, length_metrics, sampler_gap
 from fastgrpo.train.microbatches import live_completions, micro_batches, step_normalizer
 from fastgrpo.train.model import Policy
 from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.reference import Reference
-from fastgrpo.train.rollout import generate, texts
+from fastgrpo.train.rollout import encode, texts
 from fastgrpo.train.run import Run
-from fastgrpo.train.scoring import centred, score
-from fastgrpo.train.tasks import Example, Task, batches
+from fastgrpo.train.sampler import ModelSampler, Sampling
+from fastgrpo.train.scoring import Scores, centred, score
+from fastgrpo.train.tasks import Example, Task, shuffled
 from fastgrpo.train.warmup import warm_up
 
 
@@ -51,11 +55,11 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
         schedule=config.lr_scheduler_type,
         warmup_steps=config.lr_warmup_steps,
     )
-    prompts = batches(task.train, config.num_prompts, config.seed)
+    prompts = shuffled(task.train, config.seed)
     for step in run.steps(config.max_steps, "grpo"):
         if reference and config.starts_iteration(step):
             reference.refresh()
-        rollout, metrics = sample_groups(policy, reference, task, next(prompts), config)
+        rollout, metrics = sample_groups(run, reference, prompts, step)
         for _ in range(config.num_iterations):
             metrics |= update(policy, optimizer, rollout, config)
         run.log(step, metrics, tokens=len(rollout.token_ids))
@@ -64,28 +68,34 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
 
 
 def sample_groups(
-    policy: Policy,
-    reference: Reference | None,
-    task: Task,
-    examples: list[Example],
-    config: TrainConfig,
+    run: Run, reference: Reference | None, prompts: Iterator[Example], step: int
 ) -> tuple[Rollout, dict[str, float]]:
-    """Return completions of each prompt with their advantages, and the step's first metrics."""
-    group = config.num_generations
-    prompts = [e.prompt for e in examples]
-    rollout = generate(policy, prompts, config.max_completion_length, config.temperature, group)
-    each = [e for e in examples for _ in range(group)]
-    scores = score(task, each, texts(policy, rollout))
-    rewards = centred(scores.rewards, group).to(rollout.lengths.device)
-    advantages = fastgrpo.group_advantages(rewards, group)
-    rollout = replace(rollout, rewards=scores.rewards, advantages=advantages)
+    """Return completions of prompts with their advantages, and the step's first metrics."""
+    policy, config, group = run.policy, run.config, run.config.num_generations
 
+    def draw(num_prompts: int, attempt: int) -> tuple[Rollout, Scores]:
+        examples = list(islice(prompts, num_prompts))
+        sampling = Sampling(
+            config.max_completion_length, config.temperature, seed=(config.seed, step, attempt)
+        )
+        rollout = run.sampler.sample(encode(policy, [e.prompt for e in examples]), group, sampling)
+        each = [e for e in examples for _ in range(group)]
+        scores = score(run.task, each, texts(policy, rollout))
+        rewards = centred(scores.rewards, group).to(rollout.lengths.device)
+        advantages = fastgrpo.group_advantages(rewards, group)
+        given = scores.rewards.to(rewards.device)
+        return replace(rollout, rewards=given, advantages=advantages), scores
+
+    rollout, scores, dropped = draw_groups(draw, config.num_prompts, config.resample_flat_groups)
     scoring = (rollout, config.max_tokens_per_microbatch, config.temperature, config.backend)
     if config.num_iterations > 1:  # else the policy is the one that sampled: the ratio is 1
         rollout = replace(rollout, old_logps=policy.logps(*scoring))
     if reference is not None:
         rollout = replace(rollout, ref_logps=reference.logps(*scoring))
-    return rollout, scores.metrics() | length_metrics(rollout)
+    return rollout, scores.metrics() | length_metrics(rollout) | {
+        "flat_groups": 1 - rollout.live_groups.float().mean().item(),
+        "groups_resampled": dropped,
+    }
 
 
 def update(
@@ -123,7 +133,7 @@ def update(
         )
         optimizer.backward(out.loss)
         total += out.loss.detach()
-        averages.add(out.metrics)
+        averages.add(out.metrics | sampler_gap(out.logps, batch))
     learning_rate, loss_value = optimizer.learning_rate, float(total)
     grad_norm = optimizer.step(loss_value, config.max_grad_norm)
     metrics = averages.means()
@@ -152,7 +162,7 @@ def main(config: TrainConfig, task: Task | None = None) -> int:
         tokenizer = load_tokenizer(config)
         task = task or load_task(config, tokenizer)
         policy = load_policy(config, tokenizer)
-        run = Run(config, policy, task)
+        run = Run(config, policy, ModelSampler(policy), task)
     with run:
         train(run, policy, task, config)
     return run.exit_code

@@ -22,6 +22,7 @@ from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.evaluation import evaluate
 from fastgrpo.train.load import load_policy
+from fastgrpo.train.sampler import ModelSampler
 from fastgrpo.train.warmup import warm_up
 
 
@@ -50,9 +51,10 @@ def main(args: Settings) -> tuple[float, float]:
     task, policy = arithmetic_task(args.seed, config.eval_size), load_policy(config)
     warm_up(policy, task, range(config.warmup_steps), config)
 
+    sampler, length = ModelSampler(policy), args.max_completion_length
+
     def accuracy() -> float:
-        length = args.max_completion_length
-        return evaluate(policy, task, 256, length, safe_point=lambda: None).accuracy
+        return evaluate(policy, sampler, task, 256, length, safe_point=lambda: None).accuracy
 
     def right(completions: list[str], answer: list[str], **_: object) -> list[float]:
         return task.rewards[0].function(completions, answer)

@@ -6,7 +6,9 @@
     own_data, data, chat,
     stated_number
     model, load                     the policy and its head, and where they come from
-    completions, rollout            a batch of completions, and how it is sampled
+    completions, rollout            a batch of completions, as tokens and as text
+    sampler, kv_cache,              how it is sampled
+    dynamic_sampling
     warmup                          the supervised start
     optimizer                       the step
     evaluation                      greedy accuracy

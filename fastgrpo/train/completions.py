@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -65,6 +65,31 @@ class Rollout:
             value = getattr(self, name)
             picked[name] = None if value is None else value[chosen]
         return Rollout(tuple(self.prompts[i] for i in used.tolist()), index, **picked)
+
+    @property
+    def live_groups(self) -> Tensor:
+        """The groups with an advantage other than 0, (P,) bool: the others teach nothing."""
+        live = torch.zeros(len(self.prompts), dtype=torch.bool, device=self.lengths.device)
+        live[self.prompt_index[self.advantages != 0]] = True
+        return live
+
+
+def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+    """Return the groups of several rollouts, one after the other.
+
+    What one of them lacks, such as ``ref_logps``, the result lacks too.
+    """
+    counts = torch.tensor([len(rollout.prompts) for rollout in rollouts])
+    starts = (counts.cumsum(0) - counts).tolist()
+    joined: dict[str, Tensor | None] = {}
+    for field in fields(Rollout)[2:]:
+        parts = [getattr(rollout, field.name) for rollout in rollouts]
+        joined[field.name] = None if any(x is None for x in parts) else torch.cat(parts)
+    return Rollout(
+        tuple(prompt for rollout in rollouts for prompt in rollout.prompts),
+        torch.cat([r.prompt_index + start for r, start in zip(rollouts, starts, strict=True)]),
+        **joined,
+    )
 
 
 def left_padded(sequences: Sequence[Tensor], padding: int = 0) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ AT_LEAST_1 = (
 AT_LEAST_0 = (
     "max_steps", "warmup_steps", "eval_size", "eval_every", "learning_rate", "beta", "sparsity",
     "lora_rank", "ref_model_sync_steps", "lr_warmup_steps", "log_completions_every",
+    "resample_flat_groups",
 )  # fmt: skip
 POSITIVE = ("temperature", "max_grad_norm", "max_minutes", "lora_alpha")
 
@@ -114,6 +115,9 @@ class TrainConfig:
     num_prompts: int | None = _default("num_prompts", "Prompts (groups) per step.")
     num_generations: int | None = _default(
         "num_generations", "Completions of each prompt: the group."
+    )
+    resample_flat_groups: int = _flag(
+        0, "Most times per step that groups with equal rewards make way for further prompts (DAPO)."
     )
     num_iterations: int | None = _default(
         "num_iterations", "Optimizer steps on each batch of completions (mu)."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .model import Policy
-from .rollout import generate, texts
+from .rollout import encode, texts
+from .sampler import Sampler, Sampling
 from .scoring import right, score
 from .tasks import Task
 
@@ -18,6 +20,8 @@ class Evaluation:
 
     accuracy: float | None  # None where the task does not say what is right
     samples: list[tuple[str, str, float]]  # prompt, completion, reward
+    seconds: float
+    seconds: float
 
     @property
     def reward(self) -> float:
@@ -31,21 +35,41 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy, task: Task, batch_size: int, max_length: int, safe_point: Callable[[], None]
+    policy: Policy,
+    sampler: Sampler,
+    task: Task,
+    batch_size: int,
+    max_length: int,
+    safe_point: Callable[[], None],
 ) -> Evaluation:
-    """Decode greedily for all held-out prompts; ``safe_point`` is called before each batch."""
-    correct: list[bool] = []
-    samples = []
-    for start in range(0, len(task.held_out), batch_size):
+    """Decode greedily for all held-out prompts.
+
+    A batch has the tokens that ``batch_size`` completions of the longest prompt may have; of
+    shorter prompts it takes more. ``safe_point`` is called before each batch.
+    """
+    start = time.perf_counter()
+    encoded = encode(policy, [e.prompt for e in task.held_out])
+    completions = [""] * len(encoded)
+    for chosen in _batches([len(prompt) + max_length for prompt in encoded], batch_size):
         safe_point()
-        examples = task.held_out[start : start + batch_size]
-        rollout = generate(policy, [e.prompt for e in examples], max_length, temperature=0.0)
-        completions = texts(policy, rollout)
-        if task.accuracy is not None:
-            correct += right(task, examples, completions)
-        rewards = score(task, examples, completions).rewards.tolist()
-        samples += [
-            (e.prompt, text, r) for e, text, r in zip(examples, completions, rewards, strict=True)
-        ]
-    accuracy = None if task.accuracy is None else sum(correct) / max(1, len(samples))
-    return Evaluation(accuracy, samples)
+        prompts = [encoded[i] for i in chosen]
+        rollout = sampler.sample(prompts, 1, Sampling(max_length, temperature=0.0))
+        for i, text in zip(chosen, texts(policy, rollout), strict=True):
+            completions[i] = text
+    rewards = score(task, task.held_out, completions).rewards.tolist()
+    prompts = [e.prompt for e in task.held_out]
+    accuracy = None
+    if task.accuracy is not None:
+        accuracy = sum(right(task, task.held_out, completions)) / max(1, len(prompts))
+    samples = list(zip(prompts, completions, rewards, strict=True))
+    return Evaluation(accuracy, samples, time.perf_counter() - start)
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yield indices, longest first; no batch has more than ``size`` times the longest length."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    budget = size * max(lengths, default=0)
+    while order:
+        count = max(1, budget // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]

@@ -39,6 +39,28 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
     }
 
 
+def sampler_gap(logps: Tensor, rollout: Rollout) -> dict[str, Tensor]:
+    """Return how far the sampler's log-probs are from the trainer's, as ``Averages.add`` takes it.
+
+    The trainer's are ``old_logps`` or, on the first update of a batch, ``logps`` (N,). There is
+    nothing to compare with where the sampler reported no log-probs (NaN for a token).
+    """
+    if rollout.sampler_logps is None:
+        return {}
+    trainer = logps if rollout.old_logps is None else rollout.old_logps
+    gap = (trainer - rollout.sampler_logps).abs()
+    gap = gap[~rollout.sampler_logps.isnan()]
+    if not len(gap):
+        return {}
+    count = torch.tensor(len(gap), device=gap.device)
+    return {
+        "sampler_gap_mean": gap.mean(),
+        "sampler_gap_mean_count": count,
+        "sampler_gap_max": gap.max(),
+        "sampler_gap_max_count": count,
+    }
+
+
 class Averages:
     """Means over a step's micro-batches, each weighted by its own count; kept on the device."""
 

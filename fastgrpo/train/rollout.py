@@ -1,4 +1,4 @@
-"""Sampling: prompts in, groups of completions out, as tensors and as text."""
+"""Prompts and completions between text and tokens."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
-from fastgrpo.model.fused_lm import evaluation_mode
-
-from .completions import Rollout, left_padded
+from .completions import Rollout
 from .model import Policy
 from .tasks import TemplatedPrompt
 
@@ -55,46 +52,6 @@ def check_prompts(policy: Policy, prompts: Sequence[str], max_length: int) -> No
                 f"prompts: expected 1 to {context - max_length} tokens, the model's context of "
                 f"{context} less max_completion_length {max_length}, got {len(ids)} in {shown!r}"
             )
-
-
-def ends_at(ids: Tensor, eos_token_ids: Tensor) -> Tensor:
-    """Return a (B, T) bool mask: True through the first end-of-sequence token of each row."""
-    is_end = torch.isin(ids, eos_token_ids)
-    return (is_end.cumsum(dim=1) - is_end.long()) == 0
-
-
-@torch.no_grad()
-def generate(
-    policy: Policy,
-    prompts: Sequence[str],
-    max_length: int,
-    temperature: float,
-    num_generations: int = 1,
-) -> Rollout:
-    """Return ``num_generations`` completions of each prompt; temperature 0 decodes greedily."""
-    encoded = encode(policy, prompts)
-    prompt_ids, prompt_mask = left_padded(encoded, policy.tokenizer.pad_token_id)
-    index = torch.arange(len(prompts), device=prompt_ids.device).repeat_interleave(num_generations)
-    end_ids = policy.end_ids
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    generation = GenerationConfig(
-        max_new_tokens=max_length,
-        do_sample=temperature > 0,
-        pad_token_id=policy.tokenizer.pad_token_id,
-        eos_token_id=end_ids,
-        **sampling,
-    )
-    with evaluation_mode(policy.model):
-        sequences = policy.model.generate(
-            input_ids=prompt_ids[index],
-            attention_mask=prompt_mask[index].long(),
-            generation_config=generation,
-        )
-    completion_ids = sequences[:, prompt_ids.shape[1] :]
-    ends = torch.tensor(end_ids, device=completion_ids.device)
-    mask = ends_at(completion_ids, ends)
-    finished = (mask & torch.isin(completion_ids, ends)).any(dim=1)
-    return Rollout(encoded, index, completion_ids[mask], mask.sum(dim=1), finished)
 
 
 def texts(policy: Policy, rollout: Rollout) -> list[str]:

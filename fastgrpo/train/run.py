@@ -19,6 +19,7 @@ from .metrics import MetricsLog
 from .model import Policy
 from .report import new_run_folder, write_report
 from .rollout import check_prompts
+from .sampler import Sampler
 from .samples import SampleLog
 from .stalled import Stalled
 from .tasks import Task
@@ -27,13 +28,14 @@ from .tasks import Task
 class Run:
     """Context of a run. Leaving it saves checkpoint and report, even after Ctrl-C or SIGTERM.
 
-    A prompt that the model cannot read is a ValueError before anything is written.
+    ``sampler`` decodes in evaluations, and is at hand for the training. A prompt that the model
+    cannot read is a ValueError before anything is written.
     """
 
-    def __init__(self, config: TrainConfig, policy: Policy, task: Task) -> None:
+    def __init__(self, config: TrainConfig, policy: Policy, sampler: Sampler, task: Task) -> None:
         prompts = dict.fromkeys(e.prompt for e in task.train + task.held_out + task.demonstrations)
         check_prompts(policy, list(prompts), config.max_completion_length)
-        self.config, self.policy, self.task = config, policy, task
+        self.config, self.policy, self.sampler, self.task = config, policy, sampler, task
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
         self.stalled = Stalled()
@@ -83,7 +85,9 @@ class Run:
         """Return greedy completions of the held-out prompts; with a title, show some of them."""
         batch_size = self.config.num_prompts * self.config.num_generations
         length = self.config.max_completion_length
-        made = evaluate(self.policy, self.task, batch_size, length, self.interrupt.safe_point)
+        made = evaluate(
+            self.policy, self.sampler, self.task, batch_size, length, self.interrupt.safe_point
+        )
         if title is not None:
             self._samples.add_evaluation(title, made)
         return made
@@ -93,7 +97,7 @@ class Run:
         metrics = metrics | {"tokens_per_s": tokens / (time.perf_counter() - self._began)}
         if self.config.eval_every and step % self.config.eval_every == 0:
             evaluation = self.evaluate()
-            metrics["eval_reward"] = evaluation.reward
+            metrics |= {"eval_reward": evaluation.reward, "eval_seconds": evaluation.seconds}
             if evaluation.accuracy is not None:
                 metrics["accuracy"] = evaluation.accuracy
         self._log.write(step, metrics)

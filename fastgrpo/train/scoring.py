@@ -33,6 +33,14 @@ class Scores:
         picked = {name: values[chosen] for name, values in self.by_reward.items()}
         return Scores(self.rewards[chosen], picked)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """Return the scores of several batches of one task, one after the other."""
+        return cls(
+            torch.cat([part.rewards for part in parts]),
+            {k: torch.cat([part.by_reward[k] for part in parts]) for k in parts[0].by_reward},
+        )
+
     def metrics(self) -> dict[str, float]:
         """Return means and standard deviations (n - 1), under TRL's names."""
         means = {"reward": _mean(self.rewards), "reward_std": _std(self.rewards)}

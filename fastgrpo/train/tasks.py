@@ -51,13 +51,10 @@ class Task:
         return known.union(*(e.columns for e in self.train))
 
 
-def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Yield batches forever. Every example comes once per pass, in a new order each pass."""
+def shuffled(examples: list[Example], seed: int) -> Iterator[Example]:
+    """Yield examples forever. Every one comes once per pass, in a new order each pass."""
     if not examples:
         raise ValueError("examples: expected at least one to train on, got none")
-    rng, queue = random.Random(seed), []
+    rng = random.Random(seed)
     while True:
-        while len(queue) < size:
-            queue += rng.sample(examples, len(examples))
-        yield queue[:size]
-        queue = queue[size:]
+        yield from rng.sample(examples, len(examples))

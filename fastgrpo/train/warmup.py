@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 
@@ -12,7 +13,7 @@ from .config import TrainConfig
 from .model import Policy
 from .optimizer import MasterAdamW
 from .rollout import demonstrate
-from .tasks import Task, batches
+from .tasks import Task, shuffled
 
 BATCH_SIZE, LEARNING_RATE, MAX_GRAD_NORM = 64, 3e-3, 1.0
 
@@ -23,9 +24,9 @@ def warm_up(policy: Policy, task: Task, steps: Iterable[int], config: TrainConfi
     The loss is cross-entropy: REINFORCE with advantage 1 on a given text.
     """
     optimizer = MasterAdamW(policy.model.parameters(), LEARNING_RATE, config.warmup_steps)
-    demonstrations = batches(task.demonstrations, BATCH_SIZE, config.seed)
+    demonstrations = shuffled(task.demonstrations, config.seed)
     for _ in steps:
-        examples = next(demonstrations)
+        examples = list(islice(demonstrations, BATCH_SIZE))
         batch = demonstrate(policy, [e.prompt for e in examples], [e.answer for e in examples])
         out = fastgrpo.grpo_loss(
             policy.completion_hidden(batch),

@@ -17,7 +17,8 @@ from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
-from fastgrpo.train.rollout import generate
+from fastgrpo.train.rollout import encode
+from fastgrpo.train.sampler import ModelSampler, Sampling
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "grpo_train.py"
@@ -54,10 +55,16 @@ def policy(config: TrainConfig) -> Policy:
 
 
 @pytest.fixture
-def rollout(policy: Policy, config: TrainConfig) -> Rollout:
+def sampler(policy: Policy) -> ModelSampler:
+    return ModelSampler(policy)
+
+
+@pytest.fixture
+def rollout(policy: Policy, sampler: ModelSampler) -> Rollout:
     """Twelve completions with advantages, of prompts that need padding."""
     torch.manual_seed(1)
-    rollout = generate(policy, ["1+2=", "34+56=", "7+10="], 8, 1.3, num_generations=4)
+    prompts = encode(policy, ["1+2=", "34+56=", "7+10="])
+    rollout = sampler.sample(prompts, 4, Sampling(8, 1.3))
     return dataclasses.replace(rollout, advantages=torch.randn(12))
 
 

@@ -30,7 +30,8 @@ from fastgrpo.train.evolution import (
 from fastgrpo.train.fitness import mean_reward
 from fastgrpo.train.model import Policy
 from fastgrpo.train.rewards import Reward
-from fastgrpo.train.rollout import generate
+from fastgrpo.train.rollout import encode
+from fastgrpo.train.sampler import Sampling
 from fastgrpo.train.tasks import Example, Task
 
 from .conftest import ROOT
@@ -57,13 +58,15 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_weights_come_back_to_the_bit_over_many_candidates(policy, dtype: torch.dtype) -> None:
+def test_weights_come_back_to_the_bit_over_many_candidates(
+    policy, sampler, dtype: torch.dtype
+) -> None:
     """With noise up to a hundred times the weights, which adding and subtracting would lose."""
     policy.model.to(dtype)
-    before = bits(policy.model)
+    prompts, before = encode(policy, ["1+2=", "34+5="]), bits(policy.model)
     for seed in range(30):
         with perturbed(policy.model, seed, scale=(2.0, -0.02)[seed % 2]):
-            generate(policy, ["1+2=", "34+5="], 2, temperature=0.0)
+            sampler.sample(prompts, 1, Sampling(2, temperature=0.0))
         assert same_bits(bits(policy.model), before)
     add_noises(policy.model, [1], [0.01])
     assert not same_bits(bits(policy.model), before)
@@ -80,15 +83,17 @@ def test_adding_and_subtracting_would_not_bring_them_back(policy) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_weights_come_back_after_an_error_in_the_middle_of_a_forward(policy, error: type) -> None:
-    before = bits(policy.model)
+def test_weights_come_back_after_an_error_in_the_middle_of_a_forward(
+    policy, sampler, error: type
+) -> None:
+    prompts, before = encode(policy, ["1+2="]), bits(policy.model)
 
     def fail(*_: object) -> None:
         raise error
 
     hook = policy.model.model.layers[1].mlp.act_fn.register_forward_pre_hook(fail)
     with pytest.raises(error), perturbed(policy.model, 0, 0.1):
-        generate(policy, ["1+2="], 1, temperature=0.0)
+        sampler.sample(prompts, 1, Sampling(1, temperature=0.0))
     hook.remove()
     assert same_bits(bits(policy.model), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in policy.model.modules())
@@ -255,7 +260,7 @@ def test_memory_is_that_of_inference_and_one_module(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_it_learns_the_embedded_task_through_its_protocol(policy, task) -> None:
+def test_it_learns_the_embedded_task_through_its_protocol(policy, sampler, task) -> None:
     """From random weights: to open every answer with a 1, which a reward on the text asks for."""
     opens_with_1 = Reward(
         "opens_with_1", lambda completions: [float(text.startswith("1")) for text in completions]
@@ -263,22 +268,22 @@ def test_it_learns_the_embedded_task_through_its_protocol(policy, task) -> None:
     wanted = dataclasses.replace(task, rewards=(opens_with_1,))
     search = Evolution(policy.model, sigma=0.02, learning_rate=0.004, num_pairs=8)
     examples = task.train[:16]
-    before = mean_reward(policy, wanted, examples, 2)
+    before = mean_reward(policy, sampler, wanted, examples, 2)
     for _ in range(12):
         scores = []
         for candidate in search.candidates():
             with search.perturbed(candidate):
-                scores.append(mean_reward(policy, wanted, examples, 2))
+                scores.append(mean_reward(policy, sampler, wanted, examples, 2))
         search.update(torch.tensor(scores))
-    assert before < 0.5 and mean_reward(policy, wanted, task.held_out, 2) > 0.9
+    assert before < 0.5 and mean_reward(policy, sampler, wanted, task.held_out, 2) > 0.9
 
 
-def test_the_mean_reward_leaves_out_what_has_no_score(policy: Policy) -> None:
+def test_the_mean_reward_leaves_out_what_has_no_score(policy: Policy, sampler) -> None:
     rewards = iter([1.0, None, 0.5, None, None])
     task = Task([], [], (Reward("next", lambda completions: [next(rewards) for _ in completions]),))
     examples = [Example("1+2=", "3")] * 3
-    assert mean_reward(policy, task, examples, 2) == 0.75
-    assert math.isnan(mean_reward(policy, task, examples[:2], 2))
+    assert mean_reward(policy, sampler, task, examples, 2) == 0.75
+    assert math.isnan(mean_reward(policy, sampler, task, examples[:2], 2))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.model import Policy
 from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.rewards import Reward
+from fastgrpo.train.sampler import ModelSampler
 from fastgrpo.train.scoring import centred
+from fastgrpo.train.tasks import Task
 
 G, EPSILON, BETA = 4, 0.1, 0.04
 REWARDS = [2.8, 0.0, 1.3, 0.8, 0.5, 0.5, 2.0, -0.1, 0.2, 0.4, 0.4, 0.4]
@@ -95,10 +97,10 @@ def test_outer_iterations_start_from_the_policy(script, policy, rollout, task, m
     seen = []
     sample = script.sample_groups
 
-    def spy(policy, reference, *rest):
+    def spy(run, reference, *rest):
         scoring = (rollout, 4096, 1.0, "torch")
         seen.append(torch.equal(policy.logps(*scoring), reference.logps(*scoring)))
-        return sample(policy, reference, *rest)
+        return sample(run, reference, *rest)
 
     monkeypatch.setattr(script, "sample_groups", spy)
     config = TrainConfig(
@@ -106,12 +108,17 @@ def test_outer_iterations_start_from_the_policy(script, policy, rollout, task, m
         max_steps=5, ref_model_sync_steps=2, beta=0.1, eval_every=0,
     )  # fmt: skip
     length = Reward("length", lambda completions: [len(text) for text in completions])
-    script.train(FakeRun(), policy, dataclasses.replace(task, rewards=(length,)), config)
+    task = dataclasses.replace(task, rewards=(length,))
+    script.train(FakeRun(config, policy, task), policy, task, config)
     assert seen == [True, False, True, False, True]
 
 
 class FakeRun:
     """A run that neither evaluates nor logs."""
+
+    def __init__(self, config: TrainConfig, policy: Policy, task: Task) -> None:
+        self.config, self.policy, self.task = config, policy, task
+        self.sampler = ModelSampler(policy)
 
     def steps(self, count: int, title: str) -> range:
         return range(1, count + 1)

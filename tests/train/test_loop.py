@@ -39,7 +39,9 @@ PROMISED = {
     "step", "reward", "loss", "kl", "entropy", "tokens_per_s", "learning_rate",
     "grad_norm", "clip_low", "clip_high", "live_rows", "unscorable", "reward_std",
     "rewards/correct/mean", "rewards/correct/std", "completions/mean_length",
-    "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+    "flat_groups", "groups_resampled",
+    "sampler_gap_mean", "sampler_gap_max", "completions/min_length",
+    "completions/max_length", "completions/clipped_ratio",
 }  # fmt: skip
 
 
@@ -61,8 +63,9 @@ def test_a_run_leaves_every_file_with_its_keys(script, tmp_path) -> None:
     assert script.main(TrainConfig(**TINY_RUN, output_dir=str(tmp_path))) == 0
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows if row.get("eval_seconds", 0) > 0] == [2]
     for row in rows:
-        assert row.keys() >= PROMISED
+        assert row.keys() >= PROMISED and row["sampler_gap_max"] < 1e-3
         assert all(math.isfinite(row[key]) for key in PROMISED), row
     result = json.loads((tmp_path / "result.json").read_text())
     assert {"accuracy_before", "accuracy_after", "seconds", "seed", "config"} <= result.keys()

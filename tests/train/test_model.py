@@ -30,8 +30,9 @@ from fastgrpo.train.chat import chat_prompt
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
-from fastgrpo.train.rollout import check_prompts, demonstrate, encode, ends_at, generate, texts
+from fastgrpo.train.rollout import check_prompts, demonstrate, encode, texts
 from fastgrpo.train.run import Run
+from fastgrpo.train.sampler import ModelSampler, Sampling, ends_at
 from fastgrpo.train.tasks import Example, Task, TemplatedPrompt
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
@@ -111,7 +112,7 @@ def test_recomputed_activations_are_those_of_the_sampler(tmp_path, model_folder,
     for layer in policy.model.modules():
         if run := getattr(layer, "_gradient_checkpointing_func", None):
             layer._gradient_checkpointing_func = lambda *a, run=run: calls.append(1) or run(*a)
-    rollout = generate(policy, ["1+2=", "12+34="], 8, temperature=1.0)
+    rollout = ModelSampler(policy).sample(encode(policy, ["1+2=", "12+34="]), 1, Sampling(8))
     assert not calls  # while sampling the layers keep their cache
     first = policy.completion_hidden(rollout)
     assert len(calls) == 2
@@ -181,7 +182,7 @@ def test_a_text_ends_where_tokenizer_or_model_say(
     for end in ends:  # the model says nothing else
         weight.zero_()
         weight[end] = policy.model.base_model(torch.tensor([[5]])).last_hidden_state[0, -1]
-        rollout = generate(policy, ["%"], 4, temperature=0.0)
+        rollout = ModelSampler(policy).sample(encode(policy, ["%"]), 1, Sampling(4, 0.0))
         assert rollout.token_ids.tolist() == [end] and rollout.finished.all()
 
 
@@ -282,7 +283,7 @@ def test_a_run_checks_its_prompts_before_it_writes(short_sighted, tmp_path) -> N
     for task in (Task([example], [long], ()), Task([long], [], ())):
         with (
             pytest.raises(ValueError, match="prompts: expected 1 to 4 tokens"),
-            Run(config, short_sighted, task),
+            Run(config, short_sighted, ModelSampler(short_sighted), task),
         ):
             pass
     assert not (tmp_path / "run").exists()

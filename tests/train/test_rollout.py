@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fastgrpo
-from fastgrpo.train.completions import left_padded
+from fastgrpo.train.completions import concatenate, left_padded
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.load import load_policy
-from fastgrpo.train.rollout import demonstrate, encode, ends_at, generate, texts
+from fastgrpo.train.metrics import sampler_gap
+from fastgrpo.train.rollout import demonstrate, texts
 
 
 def naive_logps(policy, rollout, temperature: float) -> torch.Tensor:
@@ -56,28 +57,42 @@ def test_prompts_are_padded_on_the_left() -> None:
     assert mask.tolist() == [[True] * 3, [False, False, True]]
 
 
-def test_ends_at_takes_any_of_several_end_tokens() -> None:
-    ids = torch.tensor([[5, 1, 2, 5], [2, 2, 5, 5], [5, 5, 5, 5]])
-    expected = [[True, True, False, False], [True, False, False, False], [True] * 4]
-    assert ends_at(ids, torch.tensor([1, 2])).tolist() == expected
+def test_rollouts_that_are_put_together_are_the_whole(policy, rollout) -> None:
+    parts = [rollout[torch.tensor(chosen)] for chosen in ([0, 1, 2, 3], [4, 5, 6, 7, 8], [9, 11])]
+    whole, expected = concatenate(parts), rollout[torch.tensor([*range(10), 11])]
+    assert whole.prompt_index.tolist() == [0] * 4 + [1] * 4 + [2] + [3] * 2
+    assert [p.tolist() for p in whole.prompts] == [
+        rollout.prompts[i].tolist() for i in (0, 1, 2, 2)
+    ]
+    for name in ("token_ids", "lengths", "finished", "sampler_logps", "advantages"):
+        assert torch.equal(getattr(whole, name), getattr(expected, name))
+    assert whole.old_logps is None
+    scored = dataclasses.replace(parts[0], old_logps=parts[0].sampler_logps)
+    assert concatenate([scored, parts[1]]).old_logps is None
 
 
-def test_greedy_completions_do_not_depend_on_the_padding_beside_them(policy) -> None:
-    alone = generate(policy, ["1+2="], 6, temperature=0.0)
-    beside = generate(policy, ["1+2=", "12345+67890="], 6, temperature=0.0)
-    assert texts(policy, alone)[0] == texts(policy, beside)[0]
+def test_live_groups_have_an_advantage(rollout) -> None:
+    advantages = torch.tensor([0.0, 0, 0, 0, 0, 0, 1e-8, 0, -1, 1, 0, 0])
+    rollout = dataclasses.replace(rollout, advantages=advantages)
+    assert rollout.live_groups.tolist() == [False, True, True]
 
 
-def test_sampling_follows_the_temperature(policy) -> None:
-    """First tokens of many samples have the frequencies that the scored distribution says."""
-    torch.manual_seed(0)
-    count, temperature = 4000, 1.5
-    rollout = generate(policy, ["1+2="], 1, temperature, num_generations=count)
-    with torch.no_grad():
-        logits = policy.model(input_ids=encode(policy, ["1+2="])[0][None]).logits[0, -1]
-    probs = (logits / temperature).softmax(-1)
-    seen = torch.bincount(rollout.token_ids, minlength=len(probs)) / count
-    assert ((seen - probs).abs() <= 4.5 * (probs * (1 - probs) / count).sqrt() + 1e-3).all()
+def test_the_gap_to_the_sampler(rollout) -> None:
+    """Of the first forward: later ones have moved away from old_logps, which is from it."""
+    moved = rollout.sampler_logps + 0.5
+    moved[0] -= 0.25
+    gap = sampler_gap(moved, rollout)
+    count = len(moved)
+    assert gap["sampler_gap_mean"].item() == pytest.approx(0.5 - 0.25 / count, abs=1e-5)
+    assert gap["sampler_gap_max"].item() == pytest.approx(0.5, abs=1e-5)
+    assert gap["sampler_gap_mean_count"] == count
+    later = dataclasses.replace(rollout, old_logps=rollout.sampler_logps - 0.125)
+    assert sampler_gap(moved, later)["sampler_gap_max"].item() == pytest.approx(0.125, abs=1e-5)
+    holes = rollout.sampler_logps.index_fill(0, torch.tensor([0]), float("nan"))
+    part = sampler_gap(moved, dataclasses.replace(rollout, sampler_logps=holes))
+    assert part["sampler_gap_mean_count"] == count - 1
+    assert part["sampler_gap_mean"].item() == pytest.approx(0.5, abs=1e-5)
+    assert sampler_gap(moved, dataclasses.replace(rollout, sampler_logps=None)) == {}
 
 
 def test_chosen_completions_keep_all_that_is_theirs(policy, rollout) -> None:

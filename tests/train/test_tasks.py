@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 
 import pytest
 
@@ -11,7 +12,7 @@ from fastgrpo.train.arithmetic import arithmetic_task, character_tokenizer
 from fastgrpo.train.chat import chat_prompt
 from fastgrpo.train.scoring import right, score
 from fastgrpo.train.stated_number import stated_number
-from fastgrpo.train.tasks import Example, Task, batches
+from fastgrpo.train.tasks import Example, Task, shuffled
 
 from .conftest import ROOT
 
@@ -200,12 +201,11 @@ def test_the_teacher_of_arithmetic_is_careless_but_not_always() -> None:
     assert all(0.2 < shares[digit] < 0.5 for digit in "3456789")  # imitated greedily: wrong
 
 
-def test_batches_visit_everything_before_repeating() -> None:
+def test_every_example_comes_before_any_comes_again() -> None:
     examples = [Example(str(i), "") for i in range(10)]
-    stream = batches(examples, 4, seed=0)
-    seen = [e.prompt for _ in range(5) for e in next(stream)]
+    seen = [e.prompt for e in islice(shuffled(examples, seed=0), 20)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(e.prompt for e in examples)
     assert seen[:10] != seen[10:]
-    assert [e.prompt for e in next(batches(examples, 4, seed=0))] == seen[:4]
+    assert [e.prompt for e in islice(shuffled(examples, seed=0), 4)] == seen[:4]
     with pytest.raises(ValueError, match="at least one"):
-        next(batches([], 4, seed=0))
+        next(shuffled([], seed=0))

@@ -57,7 +57,7 @@ def test_a_warning_says_why_nothing_is_learnt(rollout, rewards, reason: str) -> 
 
 def test_samples_are_those_of_a_group_from_best_to_worst(tmp_path, policy, rollout, capsys) -> None:
     log = SampleLog(tmp_path / "samples.md")
-    log.add_evaluation("Before", Evaluation(0.5, [("1+1=", "~~~ 2", 1.0)] * 40))
+    log.add_evaluation("Before", Evaluation(0.5, [("1+1=", "~~~ 2", 1.0)] * 40, 0.0))
     before = log.path.read_text()
     assert before.count("1+1=") == 16 and "~~~~~~\n1+1=\n~~~~~~" in before
     rewards = [0.0] * 4 + [0.0, 3.0, NAN, 1.0] + [5.0, 5.0, 5.0, 0.0]
@@ -118,7 +118,7 @@ def test_the_plot_says_what_its_axes_are(drawn) -> None:
         {"step": 2, "reward": None, "rewards/a/mean": 0.4, "rewards/b/mean": 0.1, "accuracy": 0.7},
         {"step": 3, "reward": 1.0, "rewards/a/mean": 0.5, "rewards/b/mean": 0.5},
     ]
-    training, held_out = drawn(rows, Evaluation(0.1, []), Evaluation(0.9, []))
+    training, held_out = drawn(rows, Evaluation(0.1, [], 0.0), Evaluation(0.9, [], 0.0))
     assert training.get_ylabel() == "mean reward of a step"
     assert held_out.get_ylabel() == "held-out accuracy, greedy"
     assert held_out.get_xlabel() == "step"
@@ -130,7 +130,7 @@ def test_the_plot_says_what_its_axes_are(drawn) -> None:
 def test_without_accuracy_the_plot_shows_held_out_rewards(drawn) -> None:
     samples = [("a", "b", 2.0), ("a", "b", NAN), ("a", "b", 1.0)]
     rows = [{"step": 1, "reward": 0.5, "rewards/a/mean": 0.5, "eval_reward": 1.75}]
-    training, held_out = drawn(rows, Evaluation(None, samples), None)
+    training, held_out = drawn(rows, Evaluation(None, samples, 0.0), None)
     assert held_out.get_ylabel() == "held-out reward, greedy"
     assert held_out.lines[0].get_xydata().tolist() == [[0, 1.5], [1, 1.75]]
     assert [line.get_label() for line in training.lines] == ["reward"]
