@@ -78,7 +78,13 @@ def allocated_peak_mib(call: Callable[[], object], device: torch.device) -> floa
     return peak / MIB
 
 
-def _status_kib(field: str) -> int:
+def reset_peak() -> None:
+    """Let VmHWM begin again at what is resident."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status_kib(field: str) -> int:
+    """Return VmRSS, the resident set, or VmHWM, the highest that it was."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
@@ -95,10 +101,10 @@ def _main() -> None:
     # Once at a tiny shape: threads, GEMM libraries and imports are not the call's memory.
     run(provider, arguments.mode, random_batch(TINY_SHAPES[0], dtype).to(dtype, frozen=frozen))
     batch = random_batch(Shape(*json.loads(arguments.shape)), dtype).to(dtype, frozen=frozen)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    before = _status_kib("VmRSS")
+    reset_peak()
+    before = status_kib("VmRSS")
     run(provider, arguments.mode, batch)
-    print(json.dumps({"peak_mib": (_status_kib("VmHWM") - before) / 1024}))
+    print(json.dumps({"peak_mib": (status_kib("VmHWM") - before) / 1024}))
 
 
 if __name__ == "__main__":
