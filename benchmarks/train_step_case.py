@@ -1,4 +1,4 @@
-"""What both sides of `benchmarks.train_step` get: prompts, completions, rewards, ends and a model."""
+"""What both sides of `benchmarks.train_step` get: tokens, rewards, ends and a model."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from fastgrpo.train.sampler import ModelSampler, Sampling
 from transformers import LogitsProcessorList
 
 import fastgrpo
@@ -21,6 +20,7 @@ from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.optimizer import MasterAdamW
+from fastgrpo.train.sampler import ModelSampler, Sampling
 
 
 def serve(

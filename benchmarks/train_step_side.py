@@ -1,4 +1,4 @@
-"""One side of `benchmarks.train_step` in a process of its own: a command per line, an answer each."""
+"""One side of `benchmarks.train_step` in a process of its own: an answer for each command."""
 
 from __future__ import annotations
 

@@ -10,7 +10,9 @@
     sampler, kv_cache,              how it is sampled
     dynamic_sampling
     warmup                          the supervised start
-    optimizer                       the step
+    microbatches, layouts,          what enters the model, and how prompts and completions stand
+    attention
+    optimizer, reference            the step, and the policy that the KL holds on to
     evaluation                      greedy accuracy
     run, metrics, report,           what a run writes, and how it ends
     checkpoint, interrupt

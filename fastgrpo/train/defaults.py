@@ -10,7 +10,7 @@ DEFAULTS: dict[str, Any] = {
     "num_generations": 8,
     "num_iterations": 1,
     "temperature": 1.0,
-    "max_tokens_per_microbatch": 4096,
+    "max_tokens_per_microbatch": 1024,
     "max_completion_length": 256,
     "max_steps": 200,
     "learning_rate": 1e-6,
@@ -53,6 +53,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "gsm8k": {
         "num_prompts": 4,
         "num_generations": 16,
+        "max_tokens_per_microbatch": 4096,
         "max_completion_length": 500,
         "max_steps": 500,
         "max_grad_norm": 0.1,

@@ -23,19 +23,8 @@ def test_the_case_is_the_committed_one() -> None:
 def test_both_sides_take_the_same_step(tmp_path, capsys) -> None:
     pytest.importorskip("trl")
     output = tmp_path / "record.json"
-    train_step.main(
-        [
-            "--rehearse",
-            "--rounds",
-            "1",
-            "--trl-batch",
-            "2",
-            "--budget",
-            "20",
-            "--output",
-            str(output),
-        ]
-    )
+    sizes = ["--rounds", "1", "--trl-batch", "2", "--budget", "20"]
+    train_step.main(["--rehearse", *sizes, "--output", str(output)])
     record = json.loads(output.read_text())
     for samples in record["samples"].values():
         for command, asked in samples["ours"].items():
