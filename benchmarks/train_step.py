@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ class Side:
 
 def measure(
     settings: dict[str, Any], commands: list[dict[str, str]], rounds: int
-) -> dict[str, Samples]:
-    """Return what both sides answered to each command, "what alive", round by round.
+) -> Iterator[dict[str, Samples]]:
+    """Yield after each round what both sides answered so far to each command, "what alive".
 
     Every side warms up with one update of all groups. The side that goes first changes from
     round to round.
@@ -106,12 +107,12 @@ def measure(
                         key = f"{command['what']} {command['alive']}"
                         samples[side.name].setdefault(key, []).append(found)
                         print(f"round {number + 1} | {side.name} | {key} | {found}", flush=True)
-            if "step half" in samples["ours"]:
-                samples["ours"]["evaluate"] = [sides[1].ask(EVALUATION)]
+                if "step half" in samples["ours"]:
+                    samples["ours"].setdefault("evaluate", []).append(sides[1].ask(EVALUATION))
+                yield samples
         finally:
             for side in sides:
                 side.close()
-    return samples
 
 
 def median(samples: Samples, command: str, measure: str) -> float:
@@ -136,7 +137,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def race(options: argparse.Namespace, model: str, output: Path) -> dict[str, Any]:
-    """Run the race and return its record, which is written after each half of it."""
+    """Run the race and return its record, which is written after each round."""
     case = TINY if options.rehearse else FULL
     settings = {
         "model": model,
@@ -161,9 +162,10 @@ def race(options: argparse.Namespace, model: str, output: Path) -> dict[str, Any
         ("recomputed", list(UPDATES[1:]), 1),
     ):
         chosen = settings | {"gradient_checkpointing": checkpointing == "recomputed"}
-        record["samples"][checkpointing] = measure(chosen, commands, rounds)
-        record["load_average"].append(os.getloadavg()[0])
-        environment.write_record(output, record)
+        for samples in measure(chosen, commands, rounds):
+            record["samples"][checkpointing] = samples
+            record["load_average"].append(os.getloadavg()[0])
+            environment.write_record(output, record)
     return record
 
 
