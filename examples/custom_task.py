@@ -1,4 +1,4 @@
-"""A task of your own: prompts, a reward, and what counts as right. A tiny model learns to copy.
+"""A task of your own: prompts, a reward, and what counts as right. A tiny model begins to copy.
 
   python examples/custom_task.py
 
