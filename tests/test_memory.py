@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastgrpo
 from fastgrpo import LossConfig, ops, reference
-from fastgrpo.head import huge_pages
 from fastgrpo.testing import make_batch
 from fastgrpo_kernels import Logps
 from oracle import largest_inside, live_inside
@@ -187,28 +185,3 @@ def test_the_peak_of_a_process(config, dtype):
     )
     slack = 8  # MiB: libraries' own buffers and code pages touched for the first time
     assert peak <= gradients + workspace + per_row + slack
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages"
-)
-def test_large_buffers_are_advised_to_be_in_huge_pages():
-    """The kernel marks with "hg" what was advised, whether or not it then gives huge pages."""
-    size = 2**26  # malloc never takes as much from memory that was freed
-    large = huge_pages.in_huge_pages(torch.empty(size, dtype=torch.uint8))
-    plain = torch.empty(size, dtype=torch.uint8)
-    assert "hg" in flags_of(large) and "hg" not in flags_of(plain)
-    assert large.fill_(7).sum().item() == 7 * large.numel()
-
-
-def flags_of(x: torch.Tensor) -> list[str]:
-    """The flags of the mapping that the middle of x lies in."""
-    address, inside = x.data_ptr() + x.nbytes // 2, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first and not first.endswith(":"):
-            start, end = (int(bound, 16) for bound in first.split("-"))
-            inside = start <= address < end
-        elif inside and first == "VmFlags:":
-            return line.split()[1:]
-    raise AssertionError("no mapping has this address")

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.head.huge_pages import in_huge_pages
 from fastgrpo.head.plan import Needs, Plan, VocabSlice
 from fastgrpo_kernels import Head, Logps, Rows, Upstream
 
@@ -144,16 +143,13 @@ class GradSums:
         # fp16 gradients stay fp32 here: a loss scaler must multiply them before they are rounded.
         final = dtype if weight.dtype == torch.float16 else weight.dtype
         in_place = whole or final == dtype
-        dweight = None
-        if needs.weight:
-            new = torch.empty_like if len(rows.ids) else torch.zeros_like
-            dweight = in_huge_pages(new(weight, dtype=dtype if in_place else final))
+        new_weight = torch.empty_like if len(rows.ids) else torch.zeros_like
         scratch_shape = (plan.slice_width, weight.shape[1])
         return cls(
             plan,
             head.trained_columns,
             rows.hidden.new_zeros(rows.hidden.shape, dtype=dtype) if needs.hidden else None,
-            dweight,
+            new_weight(weight, dtype=dtype if in_place else final) if needs.weight else None,
             weight.new_zeros(len(weight), dtype=dtype) if needs.bias else None,
             None if in_place or not needs.weight else weight.new_empty(scratch_shape, dtype=dtype),
             final,

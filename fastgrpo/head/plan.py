@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastgrpo.backend import Kernels
-from fastgrpo.head.huge_pages import in_huge_pages
 from fastgrpo_kernels import Head, Rows
 from fastgrpo_kernels.runtime import multiprocessors
 
@@ -121,7 +120,7 @@ class Plan(NamedTuple):
 
     def new_tile(self, n: int, width: int, device: torch.device) -> Tensor:
         """Return an uninitialised tile of logits (n, width)."""
-        return in_huge_pages(torch.empty((n, width), dtype=self.accumulator, device=device))
+        return torch.empty((n, width), dtype=self.accumulator, device=device)
 
     def slices(self, head: Head, width: int) -> Iterator[VocabSlice]:
         """Yield the vocabulary slice by slice."""
