@@ -21,7 +21,6 @@ class Evaluation:
     accuracy: float | None  # None where the task does not say what is right
     samples: list[tuple[str, str, float]]  # prompt, completion, reward
     seconds: float
-    seconds: float
 
     @property
     def reward(self) -> float:

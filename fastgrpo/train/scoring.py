@@ -56,7 +56,7 @@ def score(task: Task, examples: Sequence[Example], completions: Sequence[str]) -
     reward raises, is NaN or is infinite for it, or if all are None. Raises ValueError for a reward
     that takes what the data have not, or returns anything but one number for each completion.
     """
-    given = _given(examples, completions)
+    given = _given(task, examples, completions)
     total = torch.zeros(len(examples), dtype=torch.float64)
     applies, broken = torch.zeros(len(examples), dtype=torch.bool), total.isnan()
     by_reward = {}
@@ -73,14 +73,14 @@ def score(task: Task, examples: Sequence[Example], completions: Sequence[str]) -
 
 def right(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> list[bool]:
     """Return which completions count as right; none that cannot be judged does."""
-    given = _given(examples, completions)
+    given = _given(task, examples, completions)
     values = _ask("accuracy", task.accuracy.function, given, len(examples))
     return [value is not None and value >= task.accuracy.threshold for value in values]
 
 
 def check_rewards(task: Task) -> None:
-    """Raise ValueError for a reward that takes a column that the examples do not have."""
-    given = dict.fromkeys(("prompts", "completions", *task.columns()))
+    """Raise ValueError for a reward that takes a column that no example has."""
+    given = dict.fromkeys(("prompts", "completions", *task.columns))
     for reward in task.rewards:
         accepted(reward.name, reward.function, given)
 
@@ -97,14 +97,14 @@ def centred(rewards: Tensor, group_size: int) -> Tensor:
     return apart.where((apart.abs() > rounding) | apart.isnan(), 0.0).flatten().float()
 
 
-def _given(examples: Sequence[Example], completions: Sequence[str]) -> dict[str, list[Any]]:
-    """Return what a reward may take, by its name."""
+def _given(
+    task: Task, examples: Sequence[Example], completions: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Return what a reward may take, by its name: also columns that none of the examples has."""
     columns: dict[str, list[Any]] = {
-        name: [e.columns.get(name) for e in examples]
-        for name in dict.fromkeys(name for e in examples for name in e.columns)
+        name: [e.columns.get(name, e.answer if name == "answer" else None) for e in examples]
+        for name in task.columns
     }
-    if any(e.answer is not None for e in examples):
-        columns["answer"] = [e.answer for e in examples]
     return columns | {
         "prompts": [e.prompt if e.messages is None else [*e.messages] for e in examples],
         "completions": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from .rewards import Accuracy, Reward
@@ -45,10 +46,12 @@ class Task:
     accuracy: Accuracy | None = None
     demonstrations: list[Example] = field(default_factory=list)
 
-    def columns(self) -> set[str]:
-        """Return the names under which rewards are given what the examples know."""
-        known = {"answer"} if any(e.answer is not None for e in self.train) else set()
-        return known.union(*(e.columns for e in self.train))
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """The names under which rewards are given what at least one of the examples knows."""
+        examples = self.train + self.held_out
+        known = {"answer"} if any(e.answer is not None for e in examples) else set()
+        return frozenset(known).union(*(e.columns for e in examples))
 
 
 def shuffled(examples: list[Example], seed: int) -> Iterator[Example]:

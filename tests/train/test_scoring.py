@@ -79,6 +79,15 @@ def test_a_column_that_a_row_has_not_is_none_there() -> None:
     assert scores.rewards[0] == 2 and scores.rewards[1].isnan()
 
 
+def test_a_column_that_no_row_of_a_batch_has_is_none_in_all_of_it() -> None:
+    def level(completions, level, answer):
+        return [7.0 if (n, a) == (None, None) else 0.0 for n, a in zip(level, answer, strict=True)]
+
+    bare = Example("a")
+    task = task_of(level, examples=(PLAIN, bare))
+    assert score(task, [bare, bare], ["", ""]).rewards.tolist() == [7.0, 7.0]
+
+
 def test_the_sum_is_weighted_and_leaves_out_what_does_not_apply() -> None:
     def a(completions):
         return [1.0, 2.0, None, None]
