@@ -32,12 +32,16 @@ ADAPTER = "adapter_config.json"
 
 
 def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of ``config.model``, or one of digits; ValueError if there is none."""
+    """Return the tokenizer of ``config.model``, or one of digits; ValueError if there is none.
+
+    An adapter without a tokenizer beside it has that of its model.
+    """
     if config.model is None:
         return character_tokenizer()
-    if is_adapter(config.model):  # it was saved beside the adapter
-        return AutoTokenizer.from_pretrained(config.model, padding_side="left")
-    return _loaded(AutoTokenizer.from_pretrained, config.model, padding_side="left")
+    name = config.model
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
+        name = _base_of_adapter(name)
+    return _loaded(AutoTokenizer.from_pretrained, name, padding_side="left")
 
 
 def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Policy:
@@ -48,9 +52,7 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
     ValueError. ``tokenizer`` is that of ``load_tokenizer``, which is called if it is None.
     """
     tokenizer = tokenizer or load_tokenizer(config)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(config.device)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.model is None:
@@ -91,14 +93,27 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
     return Policy(model, tokenizer, fastgrpo.head_of(model), layout)
 
 
+def _device(name: str) -> str:
+    """Return the device's name, of the best one for "auto"; ValueError where there is no such."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise ValueError(f"device: got {name!r}: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def is_adapter(model: str) -> bool:
     """Return whether ``model`` is the folder of a LoRA adapter."""
     return (Path(model) / ADAPTER).is_file()
 
 
 def _base_of_adapter(folder: str) -> str:
-    base = json.loads((Path(folder) / ADAPTER).read_text(encoding="utf-8"))
-    return base["base_model_name_or_path"]
+    settings = json.loads((Path(folder) / ADAPTER).read_text(encoding="utf-8"))
+    if not (base := settings.get("base_model_name_or_path")):
+        raise ValueError(f"model: expected the name of its model in {folder}/{ADAPTER}, got none")
+    return base
 
 
 def _base_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -124,7 +139,7 @@ def _loaded(load: Callable[..., Any], name: str, **options: Any) -> Any:
         name, options = str(path.parent), options | {"gguf_file": path.name}
     try:
         return load(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip().splitlines() or [repr(error)])[0]
         raise ValueError(
             f"model: expected a GGUF file, a folder or a name on the hub that transformers loads, "

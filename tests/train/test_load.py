@@ -75,6 +75,29 @@ def test_an_adapter_on_an_adapter_is_refused(tmp_path, model_folder) -> None:
         loaded(tmp_path / "checkpoint", lora_rank=2)
 
 
+def test_an_adapter_without_a_tokenizer_has_that_of_its_model(tmp_path, model_folder) -> None:
+    pytest.importorskip("peft")
+    save_checkpoint(loaded(model_folder, lora_rank=2), tmp_path / "checkpoint")
+    for path in (tmp_path / "checkpoint").iterdir():
+        if not path.name.startswith("adapter"):
+            path.unlink()
+    again, plain = loaded(tmp_path / "checkpoint"), loaded(model_folder)
+    assert again.tokenizer("a b")["input_ids"] == plain.tokenizer("a b")["input_ids"]
+    assert again.end_ids == plain.end_ids
+    path = tmp_path / "checkpoint" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="model: expected the name of its model in .*, got none"):
+        loaded(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device: got '{device}': .+") as refused:
+        load_policy(TrainConfig(device=device))
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_what_is_not_installed_is_named(monkeypatch, model_folder, tmp_path) -> None:
     known = importlib.util.find_spec
     monkeypatch.setattr(
@@ -91,6 +114,15 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path) -> None:
     with pytest.raises(ValueError, match="model: expected a GGUF file, a folder") as refused:
         loaded(tmp_path)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_package_that_a_tokenizer_lacks_is_one_line(monkeypatch, model_folder) -> None:
+    def fails(*args, **kwargs):
+        raise ImportError("\nneeds the sentencepiece library\nwhich was not found")
+
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(ValueError, match="got .*: needs the sentencepiece library$"):
+        loaded(model_folder)
 
 
 def test_a_gguf_file_is_dequantised_and_saved_as_an_ordinary_model(tmp_path) -> None:
