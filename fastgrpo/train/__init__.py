@@ -2,8 +2,8 @@
 
     config, defaults, loss_flags    the flags
     tasks, rewards, scoring         prompts, and what their completions are worth
-    catalogue, arithmetic, gsm8k,   the tasks by name, and a file of one's own
-    own_data, data, chat,
+    catalogue, arithmetic, sums,    the tasks by name, and a file of one's own
+    gsm8k, own_data, data, chat,
     stated_number
     model, load                     the policy and its head, and where they come from
     completions, rollout            a batch of completions, as tokens and as text
@@ -14,8 +14,9 @@
     attention
     optimizer, reference            the step, and the policy that the KL holds on to
     evaluation                      greedy accuracy
-    run, metrics, report,           what a run writes, and how it ends
-    checkpoint, interrupt
+    run, metrics, samples,          what a run writes and warns of, and how it ends
+    stalled, report, checkpoint,
+    interrupt
     evolution, fitness              REINFORCE over parameters: ``examples/evolution.py``
 
 Left out of the loop: several processes (torchrun, FSDP), resuming, inference engines.

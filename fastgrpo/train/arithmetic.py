@@ -20,10 +20,12 @@ def arithmetic_task(seed: int, eval_size: int) -> Task:
     The demonstrations come from a careless teacher. It counts on from the first number, and the
     further it counts the more often its answer is one too small. A model that imitates it gets most
     sums wrong, but the right answer is now and then among its samples. Reinforcement learning has
-    to find it there.
+    to find it there. ValueError if ``eval_size`` leaves nothing to train on.
     """
     rng = random.Random(seed)
     pairs = [(a, b) for a in range(100, 1000) for b in range(10)]
+    if eval_size >= len(pairs):
+        raise ValueError(f"eval_size: expected below {len(pairs)}, got {eval_size}")
     rng.shuffle(pairs)
     examples = [Example(f"{a}+{b}=", str(a + b)) for a, b in pairs]
     taught = [

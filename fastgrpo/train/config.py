@@ -24,7 +24,7 @@ AT_LEAST_1 = (
 AT_LEAST_0 = (
     "max_steps", "warmup_steps", "eval_size", "eval_every", "learning_rate", "beta", "sparsity",
     "lora_rank", "ref_model_sync_steps", "lr_warmup_steps", "log_completions_every",
-    "resample_flat_groups",
+    "resample_flat_groups", "seed",
 )  # fmt: skip
 POSITIVE = ("temperature", "max_grad_norm", "max_minutes", "lora_alpha")
 
@@ -51,9 +51,10 @@ class TrainConfig:
     preset: str | None = _flag(
         None, f"Defaults of a known program: {', '.join(PRESETS)} (theLMbook's GRPO.py)."
     )
-    task: Literal["arithmetic", "sums", "differences", "gsm8k", "jsonl"] = _flag(
-        "arithmetic",
-        "What to learn. sums, differences: questions for an instruct model; jsonl: --data.",
+    task: Literal["arithmetic", "sums", "differences", "gsm8k", "jsonl"] | None = _flag(
+        None,
+        "What to learn; by default arithmetic or the preset's. sums, differences: questions for an "
+        "instruct model; jsonl: --data.",
     )
     model: str | None = _flag(
         None,
@@ -104,7 +105,9 @@ class TrainConfig:
         0.0, "Threshold tau of the sparse backward: an unbiased estimate; 0 = exact."
     )
     beta: float | None = _default(
-        "beta", "Weight of the KL to the starting model; 0 = no reference model."
+        "beta",
+        "Weight of the KL to the starting model, 0 = no reference model. A --loss that has one of "
+        "its own (lmbook, nemo_grpo, dsv32) brings it.",
     )
     ref_model_sync_steps: int | None = _default(
         "ref_model_sync_steps", "Steps after which the policy becomes the reference; 0 = never."
@@ -160,6 +163,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.preset is not None:
             self._apply_preset()
+        if self.task is None:
+            self.task = "arithmetic"
+        if self.beta is None and self.loss is not None:
+            self.beta = LossConfig.preset(self.loss).beta or None
         if self.task not in TASK_DEFAULTS:
             raise ValueError(f"task: expected one of {sorted(TASK_DEFAULTS)}, got {self.task!r}")
         for name in DEFAULTS:
@@ -197,8 +204,11 @@ class TrainConfig:
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {self.preset!r}")
         preset = PRESETS[self.preset]
-        self.task = preset["task"]
+        if self.task is None:
+            self.task = preset["task"]
         self.gradient_checkpointing |= preset["gradient_checkpointing"]
+        if self.loss is not None:  # a loss of one's own has bounds of its own
+            return
         given = {option.partition("=")[0] for option in self.loss_option}
         self.loss_option = self.loss_option + [
             option for option in preset["loss_option"] if option.partition("=")[0] not in given

@@ -108,8 +108,9 @@ def _function(path: str) -> RewardFunction:
 @lru_cache
 def _module(file: str) -> Any:
     path = Path(file)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    # A name with a slash hides no module that someone imports; dataclasses look for it.
+    spec = importlib.util.spec_from_file_location(file, path)
+    module = sys.modules[file] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)

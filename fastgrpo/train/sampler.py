@@ -51,10 +51,10 @@ class Sampling:
 
     def all_processors(self) -> LogitsProcessorList:
         """Return what turns logits into those of the distribution that is sampled from."""
-        warped = self.temperature not in (0.0, 1.0)
-        return LogitsProcessorList(
-            [*self.processors, *([TemperatureLogitsWarper(self.temperature)] if warped else [])]
-        )
+        processors = [*self.processors]
+        if self.temperature not in (0.0, 1.0):
+            processors.append(TemperatureLogitsWarper(float(self.temperature)))
+        return LogitsProcessorList(processors)
 
 
 class Sampler(Protocol):

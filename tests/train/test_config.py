@@ -9,8 +9,11 @@ import pytest
 
 import fastgrpo
 from fastgrpo import LossConfig
+from fastgrpo.objective.presets import PRESETS as LOSSES
 from fastgrpo.train.config import TrainConfig, parse_flags
+from fastgrpo.train.defaults import TASK_DEFAULTS
 from fastgrpo.train.loss_flags import FIELDS, loss_options
+from fastgrpo.train.rewards import load_rewards
 
 JSONL = {"task": "jsonl", "data": "x", "model": "y"}
 
@@ -52,6 +55,7 @@ def rewards(tmp_path) -> str:
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules: no effect without"),
         ({"ref_model_sync_steps": 5, "beta": 0.0}, "ref_model_sync_steps: no effect with beta 0"),
         ({"lr_warmup_steps": -1}, "lr_warmup_steps: expected at least 0"),
+        ({"seed": -1}, "seed: expected at least 0"),
         ({"sparsity": 1.0}, "sparsity: expected 0 or"),
         ({"max_minutes": 0.0}, "max_minutes: expected a positive number"),
         ({"loss_option": ["epsilon=0.1"]}, "loss_option: expected key=value with a key among"),
@@ -94,6 +98,20 @@ def test_a_preset_gives_defaults_and_what_is_given_stays() -> None:
     )  # fmt: skip
     assert (own.learning_rate, own.num_iterations) == (1e-6, 3)
     assert own.loss_config() == dataclasses.replace(expected, epsilon_high=0.2)
+
+
+def test_task_and_loss_beside_a_preset_win() -> None:
+    own = TrainConfig(preset="lmbook", task="sums", model="y", loss="dapo")
+    assert (own.task, own.learning_rate, own.num_generations) == ("sums", 5e-6, 16)
+    assert own.loss_config() == LossConfig.preset("dapo", beta=0.04, entropy="detached")
+    assert dataclasses.replace(own, seed=1).loss_config() == own.loss_config()
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_loss_with_a_kl_brings_its_weight(name: str) -> None:
+    expected = LossConfig.preset(name).beta or TASK_DEFAULTS["arithmetic"]["beta"]
+    assert TrainConfig(loss=name).loss_config().beta == expected
+    assert TrainConfig(loss=name, beta=0.5).loss_config().beta == 0.5
 
 
 def test_the_policy_becomes_the_reference_after_every_so_many_steps() -> None:
@@ -168,3 +186,20 @@ def test_a_reward_file_that_fails_is_named(tmp_path) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(ValueError, match="expected that broken.py runs, got ZeroDivisionError"):
         TrainConfig(**JSONL, reward=[f"{tmp_path}/broken.py:f"])
+
+
+def test_a_reward_file_may_have_dataclasses(tmp_path) -> None:
+    """They look for the module among those that are imported."""
+    (tmp_path / "typed.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "@dataclass\n"
+        "class Judge:\n"
+        "    best: ClassVar[float] = 1.0\n"
+        "    weight: float = 2.0\n"
+        "def f(completions):\n"
+        "    return [Judge.best * Judge().weight for _ in completions]\n"
+    )
+    (reward,) = load_rewards([f"{tmp_path}/typed.py:f"], None)
+    assert reward.function([""]) == [2.0]

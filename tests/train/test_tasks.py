@@ -209,3 +209,9 @@ def test_every_example_comes_before_any_comes_again() -> None:
     assert [e.prompt for e in islice(shuffled(examples, seed=0), 4)] == seen[:4]
     with pytest.raises(ValueError, match="at least one"):
         next(shuffled([], seed=0))
+
+
+def test_arithmetic_keeps_sums_to_train_on() -> None:
+    assert len(arithmetic_task(seed=0, eval_size=8999).train) == 1
+    with pytest.raises(ValueError, match="eval_size: expected below 9000, got 9000"):
+        arithmetic_task(seed=0, eval_size=9000)
