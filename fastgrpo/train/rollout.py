@@ -40,6 +40,11 @@ def check_prompts(policy: Policy, prompts: Sequence[str], max_length: int) -> No
     rows = policy.model.get_input_embeddings().num_embeddings
     context = policy.model.config.get_text_config()
     context = getattr(context, "max_position_embeddings", None) or float("inf")
+    if max_length >= context:
+        raise ValueError(
+            f"max_completion_length: expected below the model's context of {context}, "
+            f"got {max_length}"
+        )
     for prompt, ids in zip(prompts, prompt_tokens(policy, prompts), strict=True):
         shown = prompt if len(prompt) <= 80 else f"{prompt[:40]} ... {prompt[-40:]}"
         if max(ids, default=0) >= rows:

@@ -270,6 +270,8 @@ def test_prompts_fit_into_the_context_with_their_completions(short_sighted) -> N
         check_prompts(short_sighted, ["1", fits], 11)
     with pytest.raises(ValueError, match="got 0 in ''"):
         check_prompts(short_sighted, [TemplatedPrompt("")], 10)
+    with pytest.raises(ValueError, match="max_completion_length: .* context of 64, got 64"):
+        check_prompts(short_sighted, ["1"], 64)
 
 
 def test_a_prompt_needs_rows_for_its_tokens(short_sighted) -> None:
