@@ -82,7 +82,7 @@ def sample_groups(
         each = [e for e in examples for _ in range(group)]
         scores = score(run.task, each, texts(policy, rollout))
         rewards = centred(scores.rewards, group).to(rollout.lengths.device)
-        advantages = fastgrpo.group_advantages(rewards, group)
+        advantages = fastgrpo.group_advantages(rewards, group, estimator=config.advantage_estimator)
         given = scores.rewards.to(rewards.device)
         return replace(rollout, rewards=given, advantages=advantages), scores
 

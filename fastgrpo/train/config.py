@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from transformers import HfArgumentParser
 
@@ -18,6 +18,8 @@ from .loss_flags import loss_config
 from .rewards import load_rewards
 
 NEEDS_DATA = ("gsm8k", "jsonl")
+# Those that look at differences of rewards alone, and at nothing else.
+Estimator = Literal["grpo", "dr_grpo", "grpo_loo", "grpo_passk", "rloo"]
 AT_LEAST_1 = (
     "num_prompts", "num_iterations", "max_tokens_per_microbatch", "max_completion_length"
 )  # fmt: skip
@@ -101,6 +103,11 @@ class TrainConfig:
     loss_option: list[str] = _several(
         "key=value for a field of LossConfig, such as epsilon_high=0.28."
     )
+    advantage_estimator: Estimator | None = _flag(
+        None,
+        "How rewards of a group become advantages, as in fastgrpo.group_advantages. By default "
+        "dr_grpo (no division by the standard deviation) with the loss of that name, else grpo.",
+    )
     sparsity: float = _flag(
         0.0, "Threshold tau of the sparse backward: an unbiased estimate; 0 = exact."
     )
@@ -172,6 +179,8 @@ class TrainConfig:
         for name in DEFAULTS:
             if getattr(self, name) is None:
                 setattr(self, name, default_of(name, self.task, self.preset))
+        if self.advantage_estimator is None:
+            self.advantage_estimator = "dr_grpo" if self.loss == "dr_grpo" else "grpo"
         self._check_numbers()
         self._check_task()
         self._check_combinations()
@@ -249,6 +258,11 @@ class TrainConfig:
             raise ValueError("task jsonl: expected a reward (FILE.py:function), got none")
 
     def _check_combinations(self) -> None:
+        if self.advantage_estimator not in get_args(Estimator):
+            raise ValueError(
+                f"advantage_estimator: expected one of {get_args(Estimator)}, got "
+                f"{self.advantage_estimator!r}"
+            )
         if self.reward_weight and not self.reward:
             raise ValueError("reward_weight: no effect without reward")
         if self.accuracy is not None:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import fastgrpo
+from fastgrpo_kernels.runtime import obstacle
 
 from .arithmetic import character_tokenizer, tiny_model
 from .config import TrainConfig
@@ -51,8 +52,10 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
     the folder of a LoRA adapter, which then goes on learning. What cannot be loaded or trained is a
     ValueError. ``tokenizer`` is that of ``load_tokenizer``, which is called if it is None.
     """
-    tokenizer = tokenizer or load_tokenizer(config)
     device = _device(config.device)
+    if config.backend == "triton" and (reason := obstacle(torch.device(device))):
+        raise ValueError(f"backend: got 'triton', but {reason}")
+    tokenizer = tokenizer or load_tokenizer(config)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.model is None:

@@ -203,3 +203,11 @@ def test_a_reward_file_may_have_dataclasses(tmp_path) -> None:
     )
     (reward,) = load_rewards([f"{tmp_path}/typed.py:f"], None)
     assert reward.function([""]) == [2.0]
+
+
+def test_a_loss_may_bring_its_advantages() -> None:
+    assert TrainConfig().advantage_estimator == "grpo"
+    assert TrainConfig(loss="dr_grpo").advantage_estimator == "dr_grpo"
+    assert TrainConfig(loss="dr_grpo", advantage_estimator="rloo").advantage_estimator == "rloo"
+    with pytest.raises(ValueError, match="advantage_estimator: expected one of .* got 'gpg'"):
+        TrainConfig(advantage_estimator="gpg")

@@ -91,6 +91,11 @@ def test_an_adapter_without_a_tokenizer_has_that_of_its_model(tmp_path, model_fo
         loaded(tmp_path / "checkpoint")
 
 
+def test_triton_on_a_cpu_is_refused_before_a_model_is_loaded() -> None:
+    with pytest.raises(ValueError, match="backend: got 'triton', but .+"):
+        load_policy(TrainConfig(device="cpu", backend="triton", model="nowhere"))
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
     with pytest.raises(ValueError, match=f"device: got '{device}': .+") as refused:

@@ -87,6 +87,23 @@ def test_a_run_leaves_every_file_with_its_keys(script, tmp_path) -> None:
     ]  # fmt: skip
 
 
+def test_advantages_of_dr_grpo_are_not_divided_by_the_spread(script, tmp_path, monkeypatch) -> None:
+    rollouts, update = [], script.update
+    monkeypatch.setattr(
+        script, "update", lambda *given: (rollouts.append(given[2]), update(*given))[1]
+    )
+    task = arithmetic_task(0, 8)
+    length = Reward("length", lambda completions, **_: [float(len(text)) for text in completions])
+    task = dataclasses.replace(task, rewards=(length,))
+    script.main(TrainConfig(**TINY_RUN, loss="dr_grpo", output_dir=str(tmp_path)), task)
+    groups = torch.stack([r.rewards for r in rollouts]).view(-1, TINY_RUN["num_generations"])
+    advantages = torch.stack([r.advantages for r in rollouts]).view_as(groups).double()
+    assert groups.std(dim=1).max() > 0
+    torch.testing.assert_close(
+        advantages, groups - groups.mean(1, keepdim=True), rtol=1e-6, atol=1e-6
+    )
+
+
 def test_a_seed_gives_the_same_run_again(script, tmp_path) -> None:
     kept = [key for key in PROMISED if key != "tokens_per_s"]
     runs = []
