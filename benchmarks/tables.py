@@ -119,6 +119,8 @@ def modes_table(record: Row) -> str:
 
 def conditions_table(record: Row) -> str:
     """Return the times of an fp32 loss on fewer threads and on a busy machine, fastest first."""
+    if not record.get("conditions"):
+        return "This record has none of these conditions."
     lines = ["| tokens x vocabulary x hidden | condition | implementation | ms (p10-p90) | share |"]
     lines += ["|---|---|---|---|---|"]
     timed = [row for row in record["conditions"] if "median_ms" in row and row["provider"] != BOUND]

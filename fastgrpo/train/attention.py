@@ -87,25 +87,23 @@ def attention(
     key: Tensor,  # (1, key heads, L, D)
     value: Tensor,  # (1, key heads, L, D)
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     packing: Packing | None = None,
-    windows: list[int | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention (1, L, heads, D) of a packed row, or transformers' without `packing`.
 
-    `windows`, if given, is told the sliding window of each layer that asks. Raises
+    A list `windows` among the others is told the sliding window of each layer that asks. Raises
     UnsupportedAttentionError for what changes attention beyond a causal mask with a window.
     """
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask,
-            dropout=dropout, scaling=scaling, sliding_window=sliding_window, **others,
+            scaling=scaling, sliding_window=sliding_window, **others,
         )  # fmt: skip
-    _refuse(module, dropout, others)
-    if windows is not None:
+    _refuse(module, others)
+    if (windows := others.get("windows")) is not None:
         windows.append(sliding_window)
     if query.is_cuda and query.dtype in HALF:
         return _varlen(query, key, value, scaling, sliding_window, packing.varlen)[None], None
@@ -120,14 +118,14 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def _refuse(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
+def _refuse(module: nn.Module, others: dict[str, Any]) -> None:
     unsupported = [
         name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None
     ]
     causal = others.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         unsupported.append("is_causal=False")
-    if dropout:
+    if others.get("dropout"):
         unsupported.append("dropout")
     if unsupported:
         raise UnsupportedAttentionError(
