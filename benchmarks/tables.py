@@ -16,15 +16,18 @@ from typing import Any
 
 from benchmarks.cases import BOUND
 from benchmarks.environment import RESULTS, ROOT
+from benchmarks.learning import COMMITTED, curve, kept_run
 from benchmarks.profiles import newest_record
 from benchmarks.time_model import roofline
 from benchmarks.time_model.machines import MACHINES
+from benchmarks.train_step import table as race_table
 
 # Each document, and the path of the records' folder in its links.
 DOCUMENTS = {
     ROOT / "README.md": "benchmarks/results",
     ROOT / "docs" / "performance.md": "../benchmarks/results",
     ROOT / "docs" / "sparse-backward.md": "../benchmarks/results",
+    ROOT / "docs" / "training.md": "../benchmarks/results",
 }
 LEARNING = ROOT / "docs" / "figures" / "sparse-learning.json"
 Row = dict[str, Any]
@@ -261,6 +264,41 @@ def _learning(results: Path, folder: str) -> str:
     )
 
 
+def _runs(results: Path, folder: str) -> str:
+    """Return what a pretrained model learnt in the committed runs of the loop."""
+    lines = ["| run | steps | held-out accuracy, from before to after | mean reward of a step: "]
+    lines[0] += "first ten, last ten | minutes |"
+    lines += ["|---|---|---|---|---|"]
+    facts = None
+    for name in COMMITTED:
+        if not (results / "learning" / name).exists():
+            continue
+        result, steps, facts = kept_run(name, results / "learning")
+        accuracies = " ".join(f"{value:.3f}" for value in curve(result, steps).values())
+        rewards = [row["reward"] for row in steps]
+        ends = ", ".join(f"{statistics.fmean(part):.3f}" for part in (rewards[:10], rewards[-10:]))
+        lines.append(
+            f"| [{name}]({folder}/learning/{name}/samples.md) | {result['steps']} | {accuracies} "
+            f"| {ends} | {result['seconds'] / 60:.0f} |"
+        )
+    if facts is None:
+        return "No run yet."
+    installed = ", ".join(f"{p} {facts['versions'][p]}" for p in ("torch", "transformers"))
+    return f"{facts['device']}, {facts['threads']} threads, {installed}.\n\n" + "\n".join(lines)
+
+
+def _race(results: Path, folder: str) -> str:
+    """Return the newest race of a training step against TRL's."""
+    records = [(json.loads(p.read_text())["date"], p) for p in results.glob("train-step-*.json")]
+    if not records:
+        return "No record yet."
+    path = max(records)[1]
+    record = json.loads(path.read_text())
+    rounds = len(record["samples"]["kept"]["ours"]["step half"])
+    facts = f"{record['model']}, {record['settings']['dtype']}, medians of {rounds} rounds"
+    return f"{facts}. {_caption(path, record, folder)}\n\n{race_table(record)}"
+
+
 # The marker's name -> from the folder of records, and the path of that folder in links, the text.
 TABLES: dict[str, Callable[[Path, str], str]] = {
     "summary": _recorded("cpu", summary_table),
@@ -278,6 +316,8 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "predicted": _predicted,
     "predicted-kept": _curve,
     "sparse-learning": _learning,
+    "runs": _runs,
+    "race": _race,
 }
 
 
