@@ -73,11 +73,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit's hash, with "+changes" when the tree differs; None without a commit."""
+    """Return the commit's hash, with "+changes" when the tree differs; None without a commit.
+
+    The records themselves do not count as a difference.
+    """
     head = _output("git", "rev-parse", "HEAD")
     if head is None:
         return None
-    return head + ("+changes" if _output("git", "status", "--porcelain") else "")
+    changes = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return head + ("+changes" if changes else "")
 
 
 def gpu_state() -> dict[str, str] | None:
