@@ -13,15 +13,22 @@ from .tasks import Example, Task
 
 
 def sums_task(tokenizer: PreTrainedTokenizerBase, seed: int, eval_size: int) -> Task:
-    """Return "What is a + b?", a and b from 1 to 20; held-out questions are not trained on."""
+    """Return "What is a + b?", a and b from 1 to 20; held-out questions are not trained on.
+
+    Nor is ``b + a`` where ``a + b`` is held out: both are, or neither.
+    """
     numbers = range(1, 21)
-    questions = [(f"{a} + {b}", a + b) for a in numbers for b in numbers]
-    return _task(tokenizer, questions, seed, eval_size)
+    twins = [
+        [(f"{x} + {y}", a + b) for x, y in dict.fromkeys([(a, b), (b, a)])]
+        for a in numbers
+        for b in range(1, a + 1)
+    ]
+    return _task(tokenizer, twins, seed, eval_size)
 
 
 def differences_task(tokenizer: PreTrainedTokenizerBase, seed: int, eval_size: int) -> Task:
     """Return "What is a - b?", b below a, a up to 30; held-out questions are not trained on."""
-    questions = [(f"{a} - {b}", a - b) for a in range(2, 31) for b in range(1, a)]
+    questions = [[(f"{a} - {b}", a - b)] for a in range(2, 31) for b in range(1, a)]
     return _task(tokenizer, questions, seed, eval_size)
 
 
@@ -31,19 +38,25 @@ def states_the_answer(completion: str, answer: str) -> float:
 
 
 def _task(
-    tokenizer: PreTrainedTokenizerBase, questions: list[tuple[str, int]], seed: int, eval_size: int
+    tokenizer: PreTrainedTokenizerBase,
+    twins: list[list[tuple[str, int]]],
+    seed: int,
+    eval_size: int,
 ) -> Task:
-    if eval_size >= len(questions):
-        raise ValueError(f"eval_size: expected below {len(questions)}, got {eval_size}")
-    examples = []
-    for question, answer in questions:
-        chat = {"role": "user", "content": f"What is {question}? Answer with a number only."}
-        examples.append(Example(chat_prompt(tokenizer, [chat]), str(answer), messages=(chat,)))
-    random.Random(seed).shuffle(examples)
+    """Return questions with their answers as a task; those that are twins are not parted."""
+    count = sum(map(len, twins))
+    if eval_size >= count:
+        raise ValueError(f"eval_size: expected below {count}, got {eval_size}")
+    random.Random(seed).shuffle(twins)
+    # One without a twin comes last. It fills the place that two together would overflow.
+    twins.append(twins.pop(max(i for i, alike in enumerate(twins) if len(alike) == 1)))
+    train: list[Example] = []
+    held_out: list[Example] = []
+    for alike in twins:
+        part = held_out if len(held_out) + len(alike) <= eval_size else train
+        for question, answer in alike:
+            chat = {"role": "user", "content": f"What is {question}? Answer with a number only."}
+            prompt = chat_prompt(tokenizer, [chat])
+            part.append(Example(prompt, str(answer), messages=(chat,)))
     correct = one_by_one(states_the_answer)
-    return Task(
-        train=examples[eval_size:],
-        held_out=examples[:eval_size],
-        rewards=(Reward("correct", correct),),
-        accuracy=Accuracy(correct),
-    )
+    return Task(train, held_out, (Reward("correct", correct),), Accuracy(correct))

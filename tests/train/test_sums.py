@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fastgrpo.train.arithmetic import character_tokenizer
@@ -25,6 +27,20 @@ def test_held_out_questions_are_not_trained_on(sign: str) -> None:
         words = example.messages[0]["content"].split()
         a, b = int(words[2]), int(words[4].strip("?"))
         assert words[3] == sign and int(example.answer) == (a + b if sign == "+" else a - b) > 0
+
+
+def terms(prompt: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\d+", prompt))
+
+
+@pytest.mark.parametrize("eval_size", [1, 2, 127, 128, 398, 399])
+def test_a_sum_is_not_trained_on_in_the_other_order(eval_size: int) -> None:
+    for seed in range(5):
+        task = sums_task(character_tokenizer(), seed, eval_size)
+        assert len(task.held_out) == eval_size and len(task.train) == 400 - eval_size
+        assert not {terms(e.prompt) for e in task.train} & {terms(e.prompt) for e in task.held_out}
+        again = sums_task(character_tokenizer(), seed, eval_size)
+        assert (again.train, again.held_out) == (task.train, task.held_out)
 
 
 @pytest.mark.parametrize(
