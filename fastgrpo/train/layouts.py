@@ -193,7 +193,7 @@ def _said(error: Exception) -> str:
 def _trial(model: PreTrainedModel) -> Rollout:
     """Return completions of random tokens."""
     generator = torch.Generator().manual_seed(0)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]
     device = model.get_input_embeddings().weight.device
 
     def draw(n: int) -> Tensor:

@@ -70,6 +70,7 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
         model = _base_model(config.model, dtype)
     if config.lora_rank:
         _add_adapter(model, config)
+    _check_head(model, "lora_target_modules" if config.lora_rank else "model")
     # Only the token ids are kept: a repetition penalty or top-k that came with the model would make
     # the sampler's distribution differ from the one that the loss assumes.
     loaded = model.generation_config
@@ -185,9 +186,26 @@ def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> None:
         parameter.requires_grad_("lora_" in name)
 
 
+def _check_head(model: PreTrainedModel, field: str) -> None:
+    """Raise where an adapter acts on the head, whose weight a policy keeps from here on.
+
+    A copy that is trained in its place (peft's ``modules_to_save``) is such a weight.
+    """
+    layers = [model.get_output_embeddings()]
+    if model.config.get_text_config().tie_word_embeddings:
+        layers.append(model.get_input_embeddings())
+    for layer in layers:
+        if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
+            (name,) = (name for name, module in model.named_modules() if module is layer)
+            raise ValueError(
+                f"{field}: expected an adapter that leaves the head, and what it is tied to, "
+                f"alone, got one on {name}"
+            )
+
+
 def _check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
     """Raise unless the model has a row for every token that is put beside a text."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]
     written = tokenizer("")["input_ids"]  # what the tokenizer adds to every prompt
     for role, ids in (("pad", [tokenizer.pad_token_id]), ("end", ends), ("special", written)):
         if beyond := [i for i in ids if i >= rows]:

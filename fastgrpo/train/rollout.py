@@ -37,7 +37,7 @@ def check_prompts(policy: Policy, prompts: Sequence[str], max_length: int) -> No
     Nothing is cut or left out: a prompt without its end asks something else, and accuracy without
     the long prompts is another number.
     """
-    rows = policy.model.get_input_embeddings().num_embeddings
+    rows = policy.model.get_input_embeddings().weight.shape[0]
     context = policy.model.config.get_text_config()
     context = getattr(context, "max_position_embeddings", None) or float("inf")
     if max_length >= context:

@@ -15,6 +15,7 @@ from fastgrpo.train.checkpoint import save_checkpoint
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
+from fastgrpo.train.optimizer import MasterAdamW
 
 
 def loaded(model: Path, **flags) -> Policy:
@@ -73,6 +74,82 @@ def test_an_adapter_on_an_adapter_is_refused(tmp_path, model_folder) -> None:
     save_checkpoint(loaded(model_folder, lora_rank=2), tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="lora_rank: .* is an adapter already"):
         loaded(tmp_path / "checkpoint", lora_rank=2)
+
+
+def with_head(folder: Path, model_folder: Path, tied: bool) -> Path:
+    """The model and its tokenizer in another folder, its head tied to the embedding or not."""
+    policy = loaded(model_folder)
+    policy.model.config.tie_word_embeddings = tied
+    policy.model.tie_weights()
+    save_checkpoint(policy, folder)
+    return folder
+
+
+def with_adapter(folder: Path, base: Path, **options) -> Path:
+    """The folder of an adapter that has learnt something."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tied", "targets", "name"),
+    [
+        (False, ["lm_head"], "lm_head"),
+        (True, ["q_proj", "lm_head"], "lm_head"),
+        (True, ["embed_tokens"], "model.embed_tokens"),
+    ],
+)
+def test_a_flag_puts_no_adapter_on_the_head(tmp_path, model_folder, tied, targets, name) -> None:
+    pytest.importorskip("peft")
+    folder = with_head(tmp_path / "model", model_folder, tied)
+    with pytest.raises(ValueError, match=f"lora_target_modules: .* alone, got one on {name}$"):
+        loaded(folder, lora_rank=2, lora_target_modules=targets)
+
+
+@pytest.mark.parametrize(
+    ("tied", "options"),
+    [
+        (False, {"target_modules": ["lm_head", "q_proj"]}),
+        (True, {"target_modules": ["lm_head"]}),
+        (False, {"target_modules": ["lm_head"], "use_dora": True}),
+        (True, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}),
+    ],
+    ids=["lora", "tied", "dora", "tokens"],
+)
+def test_an_adapter_that_acts_on_the_head_is_refused(tmp_path, model_folder, tied, options) -> None:
+    base = with_head(tmp_path / "model", model_folder, tied)
+    adapter = with_adapter(tmp_path / "adapter", base, **options)
+    with pytest.raises(ValueError, match="model: expected an adapter .* got one on lm_head$"):
+        loaded(adapter)
+
+
+def test_an_adapter_on_an_embedding_that_is_not_the_head_learns(model_folder) -> None:
+    pytest.importorskip("peft")
+    policy = loaded(model_folder, lora_rank=2, lora_target_modules=["embed_tokens"])
+    assert trained(policy) and all(".embed_tokens.lora_" in name for name in trained(policy))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_trained_copy_of_the_head_is_the_policys_head(tmp_path, model_folder, tied) -> None:
+    base = with_head(tmp_path / "model", model_folder, tied)
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    policy = loaded(with_adapter(tmp_path / "adapter", base, **options))
+    states = policy.model.base_model(torch.arange(12)[None]).last_hidden_state
+    before, optimizer = logits(policy), MasterAdamW(policy.model.parameters(), 1e-2, 10)
+    optimizer.backward((states @ policy.head.weight.t()).square().mean())
+    optimizer.step(0.0, 1.0)
+    states = policy.model.base_model(torch.arange(12)[None]).last_hidden_state
+    after = logits(policy)
+    assert (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(states @ policy.head.weight.t(), after)
+    save_checkpoint(policy, tmp_path / "checkpoint")
+    torch.testing.assert_close(logits(loaded(tmp_path / "checkpoint")), after)
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_model(tmp_path, model_folder) -> None:
