@@ -26,7 +26,7 @@ from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig, one_line_errors, parse_flags
 from fastgrpo.train.dynamic_sampling import draw_groups
 from fastgrpo.train.load import load_policy, load_tokenizer
-from fastgrpo.train.metrics import Averages, length_metrics, sampler_gap
+from fastgrpo.train.metrics import Averages, length_metrics, over_updates, sampler_gap
 from fastgrpo.train.microbatches import live_completions, micro_batches, step_normalizer
 from fastgrpo.train.model import Policy
 from fastgrpo.train.optimizer import MasterAdamW
@@ -60,9 +60,8 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
         if reference and config.starts_iteration(step):
             reference.refresh()
         rollout, metrics = sample_groups(run, reference, prompts, step)
-        for _ in range(config.num_iterations):
-            metrics |= update(policy, optimizer, rollout, config)
-        run.log(step, metrics, tokens=len(rollout.token_ids))
+        updates = [update(policy, optimizer, rollout, config) for _ in range(config.num_iterations)]
+        run.log(step, metrics | over_updates(updates), tokens=len(rollout.token_ids))
         run.watch(step, rollout)
     run.after = run.evaluate("After")
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -90,6 +91,18 @@ class Averages:
         if means.get("importance_square"):
             means["ess"] = means["importance_mean"] ** 2 / means["importance_square"]
         return means | {name: value.item() for name, value in self.extrema.items()}
+
+
+def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the metrics of a step from those of its updates: means, and extrema of extrema."""
+    found = {}
+    for name in dict.fromkeys(name for metrics in updates for name in metrics):
+        values = [metrics[name] for metrics in updates if name in metrics]
+        if name.endswith(("_min", "_max")):
+            found[name] = min(values) if name.endswith("_min") else max(values)
+        else:
+            found[name] = sum(values) / len(values)
+    return found
 
 
 class MetricsLog:

@@ -12,10 +12,12 @@ import torch
 from matplotlib.figure import Figure
 
 from fastgrpo.train import run as runs
+from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.evaluation import Evaluation
-from fastgrpo.train.metrics import MetricsLog
+from fastgrpo.train.metrics import MetricsLog, over_updates
 from fastgrpo.train.report import write_report
+from fastgrpo.train.rewards import Reward
 from fastgrpo.train.samples import SampleLog
 from fastgrpo.train.stalled import STEPS, Stalled
 
@@ -94,6 +96,31 @@ def test_a_run_ends_after_its_minutes(script, tmp_path, monkeypatch) -> None:
     assert script.main(config) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert 0 < result["steps"] < 10 and result["accuracy_after"] is not None
+
+
+def test_a_step_logs_the_means_of_its_updates(script, tmp_path, monkeypatch) -> None:
+    made, update = [], script.update
+    monkeypatch.setattr(script, "update", lambda *given: made.append(update(*given)) or made[-1])
+    config = TrainConfig(
+        device="cpu", backend="torch", max_steps=1, warmup_steps=0, eval_size=4, num_prompts=2,
+        num_generations=4, num_iterations=3, eval_every=0, output_dir=str(tmp_path),
+    )  # fmt: skip
+    length = Reward("length", lambda completions, **_: [float(len(text)) for text in completions])
+    script.main(config, dataclasses.replace(arithmetic_task(0, 4), rewards=(length,)))
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert len(made) == 3
+    for name in ("loss", "grad_norm", "learning_rate", "kl"):
+        values = [metrics[name] for metrics in made]
+        assert len(set(values)) == 3 and row[name] == pytest.approx(sum(values) / 3)
+    assert row["ratio_max"] == max(metrics["ratio_max"] for metrics in made)
+    assert row["ratio_min"] == min(metrics["ratio_min"] for metrics in made)
+
+
+def test_an_update_that_was_skipped_shows_as_a_share() -> None:
+    updates = [{"skipped": 1.0, "loss": NAN}, {"skipped": 0.0, "loss": 1.0}]
+    found = over_updates(updates)
+    assert found["skipped"] == 0.5 and math.isnan(found["loss"])
+    assert over_updates([{"ess": 3.0}, {}]) == {"ess": 3.0}
 
 
 @pytest.fixture
