@@ -159,7 +159,7 @@ def main(config: TrainConfig, task: Task | None = None) -> int:
         torch.set_num_threads(1)
     with one_line_errors():
         tokenizer = load_tokenizer(config)
-        task = task or load_task(config, tokenizer)
+        task = load_task(config, tokenizer, task)
         policy = load_policy(config, tokenizer)
         run = Run(config, policy, ModelSampler(policy), task)
     with run:

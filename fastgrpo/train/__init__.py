@@ -1,6 +1,7 @@
 """The parts of a lean GRPO loop. The loop itself, top to bottom, is ``examples/grpo_train.py``.
 
-    config, defaults, loss_flags    the flags
+    config, flags, rules, defaults, the flags
+    loss_flags
     tasks, rewards, scoring         prompts, and what their completions are worth
     catalogue, arithmetic, sums,    the tasks by name, and a file of one's own
     gsm8k, own_data, data, chat,

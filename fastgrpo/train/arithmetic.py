@@ -33,6 +33,7 @@ def arithmetic_task(seed: int, eval_size: int) -> Task:
         for a, b in pairs
     ]
     return Task(
+        "arithmetic",
         train=examples[eval_size:],
         held_out=examples[:eval_size],
         rewards=(Reward("correct", EQUAL),),

@@ -89,7 +89,7 @@ def gsm8k_task(
     train, held_out = train_and_held_out(
         lambda path: read_examples(path, tokenizer), data, eval_data, eval_size
     )
-    return Task(train, held_out, REWARDS, Accuracy(one_by_one(is_correct)))
+    return Task("gsm8k", train, held_out, REWARDS, Accuracy(one_by_one(is_correct)))
 
 
 REWARDS = (

@@ -54,7 +54,7 @@ def own_task(
     train, held_out = train_and_held_out(
         lambda path: read_examples(path, tokenizer), data, eval_data, eval_size
     )
-    return Task(train, held_out, rewards=())
+    return Task("jsonl", train, held_out, rewards=())
 
 
 def _messages(prompt: object) -> list[dict[str, str]]:

@@ -16,13 +16,13 @@ from .config import TrainConfig
 from .evaluation import Evaluation
 
 
-def new_run_folder(config: TrainConfig) -> Path:
+def new_run_folder(config: TrainConfig, task: str) -> Path:
     """Create and return ``output_dir``, or a new folder under runs/ named by task, seed, time."""
     if config.output_dir is not None:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    name = f"{config.task}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{task}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{i}" for i in range(2, 100))):
         folder = Path("runs") / (name + suffix)
         if not folder.exists():

@@ -43,7 +43,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self._start = time.perf_counter()
-        self.folder = new_run_folder(self.config)
+        self.folder = new_run_folder(self.config, self.task.name)
         self._log = MetricsLog(self.folder, self.config.tensorboard)
         self._samples = SampleLog(self.folder / "samples.md")
         self.interrupt.__enter__()
@@ -118,6 +118,7 @@ class Run:
             self._log.rows,
             self.before,
             self.after,
+            task=self.task.name,
             seconds=seconds,
             interrupted=interrupted,
         )

@@ -23,13 +23,13 @@ def sums_task(tokenizer: PreTrainedTokenizerBase, seed: int, eval_size: int) -> 
         for a in numbers
         for b in range(1, a + 1)
     ]
-    return _task(tokenizer, twins, seed, eval_size)
+    return _task("sums", tokenizer, twins, seed, eval_size)
 
 
 def differences_task(tokenizer: PreTrainedTokenizerBase, seed: int, eval_size: int) -> Task:
     """Return "What is a - b?", b below a, a up to 30; held-out questions are not trained on."""
     questions = [[(f"{a} - {b}", a - b)] for a in range(2, 31) for b in range(1, a)]
-    return _task(tokenizer, questions, seed, eval_size)
+    return _task("differences", tokenizer, questions, seed, eval_size)
 
 
 def states_the_answer(completion: str, answer: str) -> float:
@@ -38,6 +38,7 @@ def states_the_answer(completion: str, answer: str) -> float:
 
 
 def _task(
+    name: str,
     tokenizer: PreTrainedTokenizerBase,
     twins: list[list[tuple[str, int]]],
     seed: int,
@@ -59,4 +60,4 @@ def _task(
             prompt = chat_prompt(tokenizer, [chat])
             part.append(Example(prompt, str(answer), messages=(chat,)))
     correct = one_by_one(states_the_answer)
-    return Task(train, held_out, (Reward("correct", correct),), Accuracy(correct))
+    return Task(name, train, held_out, (Reward("correct", correct),), Accuracy(correct))

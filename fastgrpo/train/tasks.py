@@ -34,12 +34,13 @@ class Example:
 class Task:
     """Training and held-out examples, with the functions that judge their completions.
 
-    A completion's reward is the weighted sum of ``rewards``. ``accuracy`` says which held-out
-    completions count as right; None: nothing does, and the reward alone is reported.
-    ``demonstrations`` are worked examples for a supervised warm-up; if there are none, there is no
-    warm-up.
+    Run folders are named after ``name``. A completion's reward is the weighted sum of ``rewards``.
+    ``accuracy`` says which held-out completions count as right; None: nothing does, and the reward
+    alone is reported. ``demonstrations`` are worked examples for a supervised warm-up; if there are
+    none, there is no warm-up.
     """
 
+    name: str
     train: list[Example]
     held_out: list[Example]
     rewards: tuple[Reward, ...]

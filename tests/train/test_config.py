@@ -11,7 +11,7 @@ import fastgrpo
 from fastgrpo import LossConfig
 from fastgrpo.objective.presets import PRESETS as LOSSES
 from fastgrpo.train.config import TrainConfig, parse_flags
-from fastgrpo.train.defaults import TASK_DEFAULTS
+from fastgrpo.train.defaults import DEFAULTS, TASK_DEFAULTS
 from fastgrpo.train.loss_flags import FIELDS, loss_options
 from fastgrpo.train.rewards import load_rewards
 
@@ -48,14 +48,22 @@ def rewards(tmp_path) -> str:
         (JSONL | {"reward": ["f"]}, "reward: expected FILE.py:function, got 'f'"),
         (JSONL | {"reward": ["no/file.py:f"]}, "reward: expected a file at no/file.py"),
         ({"reward_weight": [1.0]}, "reward_weight: no effect without reward"),
-        ({"accuracy": "correct=1"}, "accuracy: expected one of the rewards"),
         ({"accuracy": "correct"}, "accuracy: expected REWARD=NUMBER"),
         ({"lora_rank": 4}, "lora_rank: expected a model"),
         ({"lora_alpha": 4.0}, "lora_alpha: no effect without lora_rank"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules: no effect without"),
         ({"ref_model_sync_steps": 5, "beta": 0.0}, "ref_model_sync_steps: no effect with beta 0"),
         ({"lr_warmup_steps": -1}, "lr_warmup_steps: expected at least 0"),
+        (
+            {"lr_warmup_steps": 7, "max_steps": 2, "num_iterations": 3},
+            "lr_warmup_steps: expected at most 6, .* max_steps times num_iterations, got 7",
+        ),
         ({"seed": -1}, "seed: expected at least 0"),
+        ({"seed": 2**32}, "seed: expected below"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a finite number, got inf"),
+        ({"dtype": "float16"}, "dtype: expected one of .*'bfloat16'.*, got 'float16'"),
+        ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected one of .* got 'sine'"),
+        ({"output_dir": __file__}, "output_dir: expected a folder, got the file .*test_config.py"),
         ({"sparsity": 1.0}, "sparsity: expected 0 or"),
         ({"max_minutes": 0.0}, "max_minutes: expected a positive number"),
         ({"loss_option": ["epsilon=0.1"]}, "loss_option: expected key=value with a key among"),
@@ -105,6 +113,18 @@ def test_task_and_loss_beside_a_preset_win() -> None:
     assert (own.task, own.learning_rate, own.num_generations) == ("sums", 5e-6, 16)
     assert own.loss_config() == LossConfig.preset("dapo", beta=0.04, entropy="detached")
     assert dataclasses.replace(own, seed=1).loss_config() == own.loss_config()
+
+
+def test_a_preset_without_its_kl() -> None:
+    own = TrainConfig(preset="lmbook", task="sums", model="y", beta=0.0)
+    assert (own.beta, own.ref_model_sync_steps) == (0.0, 0)
+    assert own.loss_config() == LossConfig(epsilon_low=0.1, epsilon_high=0.1, entropy="detached")
+
+
+def test_the_learning_rate_rises_in_all_steps_at_most() -> None:
+    assert TrainConfig(max_steps=3, num_iterations=2).lr_warmup_steps == 6
+    assert TrainConfig().lr_warmup_steps == DEFAULTS["lr_warmup_steps"]
+    assert TrainConfig(max_steps=6, lr_warmup_steps=6).lr_warmup_steps == 6
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

@@ -280,7 +280,9 @@ def test_it_learns_the_embedded_task_through_its_protocol(policy, sampler, task)
 
 def test_the_mean_reward_leaves_out_what_has_no_score(policy: Policy, sampler) -> None:
     rewards = iter([1.0, None, 0.5, None, None])
-    task = Task([], [], (Reward("next", lambda completions: [next(rewards) for _ in completions]),))
+    task = Task(
+        "a", [], [], (Reward("next", lambda completions: [next(rewards) for _ in completions]),)
+    )
     examples = [Example("1+2=", "3")] * 3
     assert mean_reward(policy, sampler, task, examples, 2) == 0.75
     assert math.isnan(mean_reward(policy, sampler, task, examples[:2], 2))

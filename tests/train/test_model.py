@@ -282,7 +282,7 @@ def test_a_prompt_needs_rows_for_its_tokens(short_sighted) -> None:
 def test_a_run_checks_its_prompts_before_it_writes(short_sighted, tmp_path) -> None:
     config = TrainConfig(output_dir=str(tmp_path / "run"), max_completion_length=60)
     example, long = Example("1+1=", "2"), Example("1" * 10, "2")
-    for task in (Task([example], [long], ()), Task([long], [], ())):
+    for task in (Task("a", [example], [long], ()), Task("a", [long], [], ())):
         with (
             pytest.raises(ValueError, match="prompts: expected 1 to 4 tokens"),
             Run(config, short_sighted, ModelSampler(short_sighted), task),

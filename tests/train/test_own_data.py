@@ -11,8 +11,9 @@ from fastgrpo.train.arithmetic import character_tokenizer
 from fastgrpo.train.catalogue import load_task
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.own_data import read_examples
+from fastgrpo.train.rewards import Reward
 from fastgrpo.train.scoring import right, score
-from fastgrpo.train.tasks import Example, TemplatedPrompt
+from fastgrpo.train.tasks import Example, Task, TemplatedPrompt
 
 USER = {"role": "user", "content": "2+2"}
 SYSTEM = {"role": "system", "content": "short"}
@@ -121,3 +122,26 @@ def test_rewards_of_ones_own_replace_those_of_a_task(settings, tokenizer) -> Non
     assert reward.name == "same"
     with pytest.raises(ValueError, match="reward length: .* got .'limit'. without a default"):
         load_task(TrainConfig(reward=settings["reward"]), tokenizer)
+
+
+def test_accuracy_may_be_by_any_reward_of_the_task(settings, tokenizer, tmp_path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": "a", "answer": f"#### {i}"} for i in range(4)]
+    flags = {"task": "gsm8k", "data": written(tmp_path / "gsm8k", *rows), "model": "m"}
+    formal = load_task(TrainConfig(**flags, accuracy="format=0.4"), tokenizer)
+    assert right(formal, formal.train[:2], ["<answer></answer>", "<answer>"]) == [True, False]
+    for config, known in (
+        (TrainConfig(**flags, accuracy="same=1"), "correctness', 'format"),
+        (TrainConfig(accuracy="format=1"), "correct"),
+        (TrainConfig(**settings, accuracy="correct=1"), "same', 'length"),
+    ):
+        with pytest.raises(ValueError, match=f"accuracy: .* the rewards .'{known}'., got "):
+            load_task(config, tokenizer)
+
+
+def test_flags_replace_the_rewards_of_a_task_made_in_python(settings, tokenizer) -> None:
+    made = Task("copying", [Example("2=", "2")], [], (Reward("none", lambda completions: [0.0]),))
+    config = TrainConfig(reward=settings["reward"][:1], accuracy="same=1")
+    task = load_task(config, tokenizer, made)
+    assert [reward.name for reward in task.rewards] == ["same"] and task.name == "copying"
+    assert right(task, task.train, ["2"]) == [True] and task.train == made.train

@@ -19,7 +19,7 @@ PLAIN = Example("hi", "5", {"level": 2})
 def task_of(*functions, weights=None, examples=(PLAIN,)) -> Task:
     weights = weights or [1.0] * len(functions)
     names = [f.__name__ for f in functions]
-    return Task([*examples], [], tuple(map(Reward, names, functions, weights)))
+    return Task("a", [*examples], [], tuple(map(Reward, names, functions, weights)))
 
 
 def rewards_of(function, completions: list[str], example: Example = PLAIN) -> list[float]:
@@ -162,7 +162,7 @@ def test_accuracy_is_a_threshold() -> None:
     def length(completions):
         return [None if c == "none" else math.nan if c == "nan" else len(c) for c in completions]
 
-    task = Task([], [], (), Accuracy(length, 2.0))
+    task = Task("a", [], [], (), Accuracy(length, 2.0))
     assert right(task, [PLAIN] * 5, ["a", "ab", "abc", "none", "nan"]) == [
         False, True, True, False, False
     ]  # fmt: skip
