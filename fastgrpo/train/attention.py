@@ -7,11 +7,8 @@ argument, so that gradient checkpointing finds it again in the backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,65 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .packed_row import Packing, Varlen, length
+
 NAME = "sdpa_or_packing"  # transformers asks of a name with "sdpa" that the model supports sdpa
 HALF = (torch.float16, torch.bfloat16)
 
 
 class UnsupportedAttentionError(ValueError):
     """Attention that `Packing` has no exact form of."""
-
-
-class Prefix(NamedTuple):
-    """A prefix of `length` tokens, then suffixes that see it and themselves; all causal."""
-
-    length: int
-    suffixes: tuple[int, ...] = ()
-
-
-class Varlen(NamedTuple):
-    """The same as sequences of queries and of keys, for kernels that take bounds."""
-
-    keys: Tensor | None  # (K,) int64: the token of each key; None: each token once
-    cu_queries: Tensor  # (M + 1,) int32
-    cu_keys: Tensor  # (M + 1,) int32
-    max_queries: int
-    max_keys: int
-
-
-@dataclass(frozen=True)
-class Packing:
-    """What a row (1, L) of tokens consists of, one prefix with its suffixes after the other."""
-
-    prefixes: tuple[Prefix, ...]
-    device: torch.device
-
-    def spans(self) -> Iterator[tuple[slice, slice]]:
-        """Yield each run of queries with the prefix that it sees besides itself."""
-        start = 0
-        for length, suffixes in self.prefixes:
-            prefix = slice(start, start + length)
-            yield prefix, slice(start, start)
-            start += length
-            for suffix in suffixes:
-                if suffix:
-                    yield slice(start, start + suffix), prefix
-                start += suffix
-
-    @cached_property
-    def varlen(self) -> Varlen:
-        """The bounds, made once for all layers."""
-        spans = list(self.spans())
-        queries = torch.tensor([own.stop - own.start for own, _ in spans])
-        seen = queries + torch.tensor([prefix.stop - prefix.start for _, prefix in spans])
-        keys = None
-        if any(prefix.suffixes for prefix in self.prefixes):
-            runs = [torch.arange(r.start, r.stop) for own, prefix in spans for r in (prefix, own)]
-            keys = torch.cat(runs).to(self.device)
-        bounds = (
-            torch.nn.functional.pad(n.cumsum(0), (1, 0)).to(self.device, torch.int32)
-            for n in (queries, seen)
-        )
-        return Varlen(keys, *bounds, int(queries.max()), int(seen.max()))
 
 
 def attention(
@@ -107,11 +53,7 @@ def attention(
         windows.append(sliding_window)
     if query.is_cuda and query.dtype in HALF:
         return _varlen(query, key, value, scaling, sliding_window, packing.varlen)[None], None
-    parts = [
-        _span(query, key, value, scaling, sliding_window, own, prefix)
-        for own, prefix in packing.spans()
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    return _calls(query, key, value, scaling, sliding_window, packing), None
 
 
 AttentionInterface.register(NAME, attention)
@@ -133,37 +75,36 @@ def _refuse(module: nn.Module, others: dict[str, Any]) -> None:
         )
 
 
-def _span(
+def _calls(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     scaling: float | None,
     window: int | None,
-    own: slice,
-    prefix: slice,
+    packing: Packing,
 ) -> Tensor:
-    """Return what a run of queries (1, heads, T, D) sees of its prefix and of itself."""
-    tokens, before = own.stop - own.start, prefix.stop - prefix.start
-    key, value = (
-        torch.cat((x[:, :, prefix], x[:, :, own]), dim=2) if before else x[:, :, own]
-        for x in (key, value)
-    )
-    plain = window is None or before + tokens <= window
-    mask = None
-    if not plain or (before and tokens > 1):
-        mask = torch.ones(tokens, before + tokens, dtype=torch.bool, device=query.device)
-        mask = mask.tril(before)
-        if not plain:
-            mask = mask.triu(before + 1 - window)
-    return scaled_dot_product_attention(
-        query[:, :, own],
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None and not before and tokens > 1,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    """Return the attention (1, L, heads, D), call by call."""
+    sizes = [length(call.own) for call in packing.calls]
+    split = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    masks = packing.masks(window, query.dtype)
+    parts = []
+    for (_, prefix), mask, (own_query, own_key, own_value) in zip(
+        packing.calls, masks, split, strict=True
+    ):
+        if length(prefix):
+            own_key = torch.cat((key[:, :, prefix], own_key), dim=2)
+            own_value = torch.cat((value[:, :, prefix], own_value), dim=2)
+        part = scaled_dot_product_attention(
+            own_query,
+            own_key,
+            own_value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, dim=1)
 
 
 def _varlen(

@@ -19,15 +19,15 @@ class RoomyLayer(DynamicLayer):
     """Keys and values (S, heads, length, dim) with room behind them: a token is written in place.
 
     A DynamicLayer copies everything for each token that it takes in. A sliding window needs no
-    layer of its own: the mask hides what lies before it.
+    layer of its own: the mask hides what lies before it. No more than `most` tokens come.
     """
 
-    def __init__(self, like: DynamicLayer, completions: int, length: int) -> None:
+    def __init__(self, like: DynamicLayer, completions: int, length: int, most: int) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = like.keys.dtype, like.keys.device, True
-        self._length = length
+        self._length, self._most = length, most
         self._rooms = [
-            x.new_zeros(completions, x.shape[1], length + ROOM, x.shape[3])
+            x.new_empty(completions, x.shape[1], min(length + ROOM, most), x.shape[3])
             for x in (like.keys, like.values)
         ]
         self._show()
@@ -36,6 +36,7 @@ class RoomyLayer(DynamicLayer):
         """Write what was read of prompts for the completions at `rows` (prompts, G) int64."""
         for room, states in zip(self._rooms, (read.keys, read.values), strict=True):
             start = self._length - states.shape[-2]
+            room[rows, :, :start] = 0
             room[rows, :, start : self._length] = states[:, None]
 
     def update(
@@ -43,8 +44,8 @@ class RoomyLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append states (S, heads, n, dim); return all of them."""
         start, self._length = self._length, self._length + key_states.shape[-2]
-        if self._length > self._rooms[0].shape[-2]:
-            more = (0, 0, 0, self._length + ROOM - self._rooms[0].shape[-2])
+        if self._length > (size := self._rooms[0].shape[-2]):
+            more = (0, 0, 0, min(self._length + ROOM, self._most) - size)
             self._rooms = [torch.nn.functional.pad(room, more) for room in self._rooms]
         for room, states in zip(self._rooms, (key_states, value_states), strict=True):
             room[..., start : self._length, :] = states
@@ -68,13 +69,14 @@ def can_prefill(model: PreTrainedModel) -> bool:
 
 
 def prefill(
-    model: PreTrainedModel, prompts: Sequence[Tensor], repeats: int, padding: int
+    model: PreTrainedModel, prompts: Sequence[Tensor], repeats: int, padding: int, most: int
 ) -> tuple[Tensor, Cache]:
     """Read every prompt once; return what follows them, for `repeats` completions of each.
 
     Args:
         prompts: P of (length,) int64.
         padding: the token id beside shorter prompts.
+        most: the tokens that a completion has at most.
 
     Returns the logits (P * repeats, V) of the first token in the model's dtype, and the cache, in
     which all prompts end at the same place.
@@ -95,7 +97,9 @@ def prefill(
             logits_to_keep=1,
         )
         logits.append(out.logits[:, -1])
-        layers = layers or [RoomyLayer(layer, count, longest) for layer in read.layers]
+        layers = layers or [
+            RoomyLayer(layer, count, longest, longest + most) for layer in read.layers
+        ]
         for layer, prompt_layer in zip(layers, read.layers, strict=True):
             layer.fill(every[chosen], prompt_layer)
     order = torch.tensor([i for batch in batches for i in batch], device=every.device)

@@ -10,6 +10,8 @@ All give the same hidden states. The last token of a completion predicts nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -19,8 +21,9 @@ from transformers import PreTrainedModel
 
 from fastgrpo.model.head import backbone_of, unwrapped
 
-from .attention import NAME, Packing, Prefix
+from .attention import NAME
 from .completions import Rollout
+from .packed_row import Packing, Prefix
 
 # Roundings of hidden states that are as good as none, in steps of the dtype; and how many times
 # its own rounding (a padded batch against single sequences) a model may differ.
@@ -45,34 +48,28 @@ def shared(model: nn.Module, rollout: Rollout, windows: list[int | None] | None 
 
     Positions go on from the prompt in every completion. `windows` as in `attention`.
     """
-    tokens, positions, states, prefixes, start = [], [], [], [], 0
-    completions = rollout.completions()
-    for prompt, chosen in zip(rollout.prompts, _members(rollout), strict=True):
+    row, prefixes, (ids, prompts, completions) = _Row(), [], _places(rollout)
+    for prompt, chosen in zip(prompts, _members(rollout), strict=True):
         suffixes = [completions[i][:-1] for i in chosen]
         prefixes.append(Prefix(len(prompt), tuple(map(len, suffixes))))
-        tokens += [prompt, *suffixes]
-        positions.append(torch.arange(len(prompt)))
-        last = start + len(prompt) - 1
-        start += len(prompt)
+        row.add(prompt, 0)
+        last = len(row.tokens) - 1
         for suffix in suffixes:
-            positions.append(len(prompt) + torch.arange(len(suffix)))
-            states += [torch.tensor([last]), torch.arange(start, start + len(suffix))]
-            start += len(suffix)
-    return _row(model, tokens, positions, states, prefixes, windows)
+            row.states += [last, *range(len(row.tokens), len(row.tokens) + len(suffix))]
+            row.add(suffix, len(prompt))
+    return _hidden(model, ids, row, prefixes, windows)
 
 
 def packed(model: nn.Module, rollout: Rollout, windows: list[int | None] | None = None) -> Tensor:
     """Return the states (N, H) that predict the completions, forwarded in one row."""
-    tokens, positions, states, prefixes, start = [], [], [], [], 0
-    for i, completion in zip(rollout.prompt_index.tolist(), rollout.completions(), strict=True):
-        prompt = rollout.prompts[i]
-        length = len(prompt) + len(completion) - 1
-        tokens += [prompt, completion[:-1]]
-        positions.append(torch.arange(length))
-        states.append(torch.arange(start + len(prompt) - 1, start + length))
-        prefixes.append(Prefix(length))
-        start += length
-    return _row(model, tokens, positions, states, prefixes, windows)
+    row, prefixes, (ids, prompts, completions) = _Row(), [], _places(rollout)
+    for i, completion in zip(rollout.prompt_index.tolist(), completions, strict=True):
+        row.add(prompts[i], 0)
+        start = len(row.tokens) - 1
+        row.states += range(start, start + len(completion))
+        row.add(completion[:-1], len(prompts[i]))
+        prefixes.append(Prefix(len(prompts[i]) + len(completion) - 1))
+    return _hidden(model, ids, row, prefixes, windows)
 
 
 def padded(model: nn.Module, rollout: Rollout) -> Tensor:
@@ -234,23 +231,47 @@ def _members(rollout: Rollout) -> list[list[int]]:
     return members
 
 
-def _row(
+@dataclass
+class _Row:
+    """A row of tokens, in lists: a tensor for each completion would take longer than a layer."""
+
+    tokens: list[int] = field(default_factory=list)  # where each of them is in the rollout
+    positions: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)  # those that predict the completions
+
+    def add(self, tokens: range, position: int) -> None:
+        self.tokens += tokens
+        self.positions += range(position, position + len(tokens))
+
+
+def _places(rollout: Rollout) -> tuple[Tensor, list[range], list[range]]:
+    """Return the tokens of all prompts and completions (M,), and where each of them is there."""
+    ids = torch.cat((*rollout.prompts, rollout.token_ids))
+    lengths = [*map(len, rollout.prompts), *rollout.lengths.tolist()]
+    places = [range(end - n, end) for n, end in zip(lengths, accumulate(lengths), strict=True)]
+    return ids, places[: len(rollout.prompts)], places[len(rollout.prompts) :]
+
+
+def _hidden(
     model: nn.Module,
-    tokens: list[Tensor],
-    positions: list[Tensor],
-    states: list[Tensor],
+    ids: Tensor,  # (M,) int64
+    row: _Row,
     prefixes: list[Prefix],
     windows: list[int | None] | None,
 ) -> Tensor:
-    ids = torch.cat(tokens)
+    """Return the states (N, H) of a row."""
+    tokens, positions, states = (
+        torch.tensor(places, device=ids.device)
+        for places in (row.tokens, row.positions, row.states)
+    )
     kept = {} if windows is None else {"windows": windows}
     hidden = backbone_of(unwrapped(model))(
-        input_ids=ids[None],
-        position_ids=torch.cat(positions).to(ids.device)[None],
+        input_ids=ids[None, tokens],
+        position_ids=positions[None],
         # A mask of four dimensions is taken as it is, so that transformers makes none of L x L.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
         packing=Packing(tuple(prefixes), ids.device),
         use_cache=False,
         **kept,
     ).last_hidden_state
-    return hidden[0, torch.cat(states).to(ids.device)]
+    return hidden[0, states]

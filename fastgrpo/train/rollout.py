@@ -72,10 +72,8 @@ def texts(policy: Policy, rollout: Rollout) -> list[str]:
 def demonstrate(policy: Policy, prompts: list[str], completions: list[str]) -> Rollout:
     """Return given texts as a rollout, each followed by the end-of-sequence token."""
     device = policy.head.weight.device
-    rows = [
-        policy.tokenizer(text, add_special_tokens=False)["input_ids"] + policy.end_ids[:1]
-        for text in completions
-    ]
+    encoded = policy.tokenizer(completions, add_special_tokens=False)["input_ids"]
+    rows = [ids + policy.end_ids[:1] for ids in encoded]
     return Rollout(
         encode(policy, prompts),
         torch.arange(len(prompts), device=device),

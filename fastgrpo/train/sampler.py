@@ -132,7 +132,7 @@ class ModelSampler:
         model, padding = self.policy.model, self.policy.tokenizer.pad_token_id
         ends = torch.tensor(self.policy.end_ids, device=prompts[0].device)
         processors = sampling.all_processors()
-        logits, cache = prefill(model, prompts, num_generations, padding)
+        logits, cache = prefill(model, prompts, num_generations, padding, sampling.max_length)
         count, length = len(logits), sampling.max_length
         ids = torch.full((count, length), padding, device=ends.device)
         logps = torch.zeros(count, length, device=ends.device)

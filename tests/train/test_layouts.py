@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 import fastgrpo
 from fastgrpo.testing import LargestTensor
-from fastgrpo.train import attention, layouts
-from fastgrpo.train.attention import NAME, Packing, Prefix, UnsupportedAttentionError
+from fastgrpo.train import attention, layouts, packed_row
+from fastgrpo.train.attention import NAME, UnsupportedAttentionError
 from fastgrpo.train.completions import Rollout
 from fastgrpo.train.layouts import LAYOUTS, choose_layout
 from fastgrpo.train.load import _recompute_activations
+from fastgrpo.train.packed_row import Call, Packing, Prefix, Span, length
 from model_families import tiny
 
 # A window that is shorter than every sequence but one.
@@ -56,6 +57,13 @@ def rollout_of(groups: list[tuple[int, list[int]]]) -> Rollout:
 def rollout() -> Rollout:
     """Prompts of different lengths, completions of one token, a group of one."""
     return rollout_of([(6, [4, 1, 7]), (1, [3, 1]), (9, [5]), (4, [1])])
+
+
+@pytest.fixture(params=[128, 8], ids=["one call", "several calls"])
+def few(monkeypatch, request) -> int:
+    """Tokens of a call of sdpa: all of the rollout's, or not even those of a group."""
+    monkeypatch.setattr(packed_row, "FEW", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -109,7 +117,7 @@ def relative(x: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_three_layouts_give_the_models_own_losses_and_gradients(
-    in_float64, family: str, rollout
+    in_float64, few: int, family: str, rollout
 ) -> None:
     model = model_of(family).double()
     logps = own_logps(model, rollout)
@@ -187,21 +195,21 @@ def test_a_completion_that_sees_another_is_found_out(monkeypatch) -> None:
     """Then completions are packed; where these see each other too, they are padded."""
     model = model_of("qwen2")
 
-    def leaky(query, key, value, scaling, window, own, prefix):
-        return span(query, key, value, scaling, window, own, slice(0, own.start))
+    def causal(call: Call, window: int | None) -> Tensor:
+        queries, before = length(call.own), length(call.prefix)
+        return torch.ones(queries, before + queries, dtype=torch.bool).tril(before)
 
-    span = attention._span
     monkeypatch.setattr(
-        attention.Packing,
+        Packing,
         "spans",
-        lambda self, spans=attention.Packing.spans: (
-            (own, slice(0, own.start) if prefix.stop > prefix.start else prefix)
+        lambda self, spans=Packing.spans: (
+            Span(own, slice(0, own.start) if length(prefix) else prefix)
             for own, prefix in spans(self)
         ),
     )
     layout, why = choose_layout(model)
     assert layout.name == "packed" and "shared: hidden states differ by" in why
-    monkeypatch.setattr(attention, "_span", leaky)
+    monkeypatch.setattr(Call, "mask", causal)
     layout, why = choose_layout(model)
     assert layout.name == "padded" and "packed: hidden states differ by" in why
     assert model.config._attn_implementation == "sdpa"
@@ -256,6 +264,24 @@ def test_no_mask_of_all_tokens_by_all_tokens(name: str) -> None:
     assert seen.bytes < tokens**2
 
 
+def test_short_sequences_share_calls(monkeypatch) -> None:
+    """As many as have FEW tokens: a call for each would take longer than what it computes."""
+    model = model_of("qwen2")
+    assert choose_layout(model)[0].name == "shared"
+    sizes, sdpa = [], attention.scaled_dot_product_attention
+
+    def counted(query: Tensor, key: Tensor, *args, **kwargs) -> Tensor:
+        sizes.append((query.shape[2], key.shape[2]))
+        return sdpa(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    groups = [(6, [5] * 8), (100, [41] * 4), (6, [5] * 8)]
+    with torch.no_grad():
+        LAYOUTS["shared"].hidden(model, rollout_of(groups))
+    per_layer = [(38, 38), (100, 100), (120, 220), (40, 140), (38, 38)]
+    assert sizes == per_layer * model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -276,7 +302,7 @@ def test_attention_beyond_a_causal_mask_is_refused(options: dict) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_bounds_for_kernels_say_the_same_as_spans(monkeypatch, window: int | None) -> None:
+def test_bounds_for_kernels_say_the_same_as_spans(monkeypatch, few, window: int | None) -> None:
     """By a stand-in for the CUDA kernel that aligns queries with the last keys."""
     signature = inspect.signature(varlen.varlen_attn)
 
