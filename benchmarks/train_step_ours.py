@@ -76,7 +76,7 @@ def serve(
         if command["what"] != "evaluate":
             rewards = torch.tensor(case.rewards(command["alive"]), device=device)
             rollout = replace(rollout, advantages=fastgrpo.group_advantages(rewards, case.group))
-            metrics = script.update(policy, optimizer, rollout, config)
+            _, metrics = script.update(policy, optimizer, rollout, config)
             found |= {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"]}
             assert math.isfinite(metrics["loss"])
         ended = time.perf_counter()

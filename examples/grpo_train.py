@@ -47,20 +47,16 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
     print(f"held-out before: {run.before}")
 
     reference = Reference(policy) if config.beta > 0 else None
-    total_steps = config.max_steps * config.num_iterations
-    optimizer = MasterAdamW(
-        policy.model.parameters(),
-        config.learning_rate,
-        total_steps,
-        schedule=config.lr_scheduler_type,
-        warmup_steps=config.lr_warmup_steps,
-    )
+    optimizer = MasterAdamW.of(policy.model, config)
     prompts = shuffled(task.train, config.seed)
     for step in run.steps(config.max_steps, "grpo"):
         if reference and config.starts_iteration(step):
             reference.refresh()
         rollout, metrics = sample_groups(run, reference, prompts, step)
-        updates = [update(policy, optimizer, rollout, config) for _ in range(config.num_iterations)]
+        updates = []
+        for _ in range(config.num_iterations):
+            rollout, found = update(policy, optimizer, rollout, config)
+            updates.append(found)
         run.log(step, metrics | over_updates(updates), tokens=len(rollout.token_ids))
         run.watch(step, rollout)
     run.after = run.evaluate("After")
@@ -86,11 +82,9 @@ def sample_groups(
         return replace(rollout, rewards=given, advantages=advantages), scores
 
     rollout, scores, dropped = draw_groups(draw, config.num_prompts, config.resample_flat_groups)
-    scoring = (rollout, config.max_tokens_per_microbatch, config.temperature, config.backend)
-    if config.num_iterations > 1:  # else the policy is the one that sampled: the ratio is 1
-        rollout = replace(rollout, old_logps=policy.logps(*scoring))
     if reference is not None:
-        rollout = replace(rollout, ref_logps=reference.logps(*scoring))
+        scoring = (config.max_tokens_per_microbatch, config.temperature, config.backend)
+        rollout = replace(rollout, ref_logps=reference.logps(rollout, *scoring))
     return rollout, scores.metrics() | length_metrics(rollout) | {
         "flat_groups": 1 - rollout.live_groups.float().mean().item(),
         "groups_resampled": dropped,
@@ -99,16 +93,17 @@ def sample_groups(
 
 def update(
     policy: Policy, optimizer: MasterAdamW, rollout: Rollout, config: TrainConfig
-) -> dict[str, float]:
-    """Take one optimizer step and return its metrics.
+) -> tuple[Rollout, dict[str, float]]:
+    """Take one optimizer step; return the rollout with its ``old_logps``, and the step's metrics.
 
     Every micro-batch is divided by the count of the whole step, so the result depends neither on
-    their size nor on the completions without a gradient, which do not enter the model. Metrics are
-    means over the tokens of the others, but ``live_rows`` is a share of all tokens.
+    their size nor on the completions without a gradient, which do not enter the model. The first
+    update of a rollout has ratios of 1, and its log-probs are the ``old_logps`` of the next ones.
     """
-    loss, total, averages = config.loss_config(), 0.0, Averages()
-    normalizer = step_normalizer(rollout, loss)
-    live = live_completions(rollout, loss)
+    loss, total = config.loss_config(), 0.0
+    normalizer, live = step_normalizer(rollout, loss), live_completions(rollout, loss)
+    averages = Averages(rollout, live)
+    logps = torch.full_like(rollout.token_ids, math.nan, dtype=torch.float32)
     budget = config.max_tokens_per_microbatch
     for chosen in micro_batches(rollout, live, budget, policy.layout, loss):
         batch = rollout[chosen]
@@ -133,14 +128,13 @@ def update(
         optimizer.backward(out.loss)
         total += out.loss.detach()
         averages.add(out.metrics | sampler_gap(out.logps, batch))
+        logps[rollout.tokens_of(chosen)] = out.logps
+    if rollout.old_logps is None:
+        rollout = replace(rollout, old_logps=logps)
     learning_rate, loss_value = optimizer.learning_rate, float(total)
     grad_norm = optimizer.step(loss_value, config.max_grad_norm)
-    metrics = averages.means()
-    forwarded = rollout.lengths[live].sum() / rollout.lengths.sum()
-    return metrics | {
+    return rollout, averages.means() | {
         "loss": loss_value,
-        "live_completions": len(live) / len(rollout),
-        "live_rows": metrics.get("live_rows", 0.0) * forwarded.item(),
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
         "skipped": float(not math.isfinite(loss_value + grad_norm)),
@@ -154,8 +148,7 @@ def main(config: TrainConfig, task: Task | None = None) -> int:
     """
     set_seed(config.seed)
     if config.model is None:
-        # Such a small model gains little from more threads, and loses much where cores are shared.
-        # With one thread the numbers do not depend on the number of cores.
+        # More threads gain such a small model little, and its numbers would depend on how many.
         torch.set_num_threads(1)
     with one_line_errors():
         tokenizer = load_tokenizer(config)

@@ -63,9 +63,15 @@ def sampler_gap(logps: Tensor, rollout: Rollout) -> dict[str, Tensor]:
 
 
 class Averages:
-    """Means over a step's micro-batches, each weighted by its own count; kept on the device."""
+    """Means over a step's micro-batches, each weighted by its own count; kept on the device.
 
-    def __init__(self) -> None:
+    They are over the tokens of the completions at ``live`` (K,) int64, which enter the model. But
+    ``live_rows`` is a share of all tokens of the rollout.
+    """
+
+    def __init__(self, rollout: Rollout, live: Tensor) -> None:
+        self.live_completions = len(live) / len(rollout)
+        self.live_tokens = rollout.tokens_of(live).float().mean()
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self.extrema: dict[str, Tensor] = {}
@@ -88,6 +94,8 @@ class Averages:
             name: (total / self.counts[name].clamp(min=1)).item()
             for name, total in self.sums.items()
         }
+        means["live_completions"] = self.live_completions
+        means["live_rows"] = means.get("live_rows", 0.0) * self.live_tokens.item()
         if means.get("importance_square"):
             means["ess"] = means["importance_mean"] ** 2 / means["importance_square"]
         return means | {name: value.item() for name, value in self.extrema.items()}

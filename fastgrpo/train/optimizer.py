@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_scheduler
+
+from .config import TrainConfig
 
 RISING_STEPS = 20
 
@@ -53,6 +55,17 @@ class MasterAdamW:
         (factor,) = planned.lr_lambdas
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adamw, lambda step: factor(step + skipped)
+        )
+
+    @classmethod
+    def of(cls, model: nn.Module, config: TrainConfig) -> MasterAdamW:
+        """Return the optimizer of a run with these settings."""
+        return cls(
+            model.parameters(),
+            config.learning_rate,
+            config.max_steps * config.num_iterations,
+            schedule=config.lr_scheduler_type,
+            warmup_steps=config.lr_warmup_steps,
         )
 
     def backward(self, loss: Tensor) -> None:

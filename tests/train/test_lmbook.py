@@ -83,7 +83,7 @@ def test_an_update_is_the_programs(script, policy, rollout, mu: int) -> None:
     optimizer.step = lambda *_: (
         found.update(zip(names, [p.grad for p in optimizer.masters], strict=True)) or 0.0
     )
-    metrics = script.update(policy, optimizer, rollout, config)
+    _, metrics = script.update(policy, optimizer, rollout, config)
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
     if mu > 1:
         assert metrics["clip_region"] > 0

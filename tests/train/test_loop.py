@@ -154,7 +154,7 @@ def test_micro_batches_do_not_change_the_gradient(
         optimizer.step = lambda *_, o=optimizer, g=grads: (
             g.extend(p.grad.clone() for p in o.masters) or 0.0
         )
-        metrics = script.update(
+        _, metrics = script.update(
             learner,
             optimizer,
             rollout,
@@ -185,12 +185,12 @@ def test_a_gradient_that_is_not_finite_skips_the_step(script, policy, rollout, c
     poisoned = dataclasses.replace(
         rollout, advantages=rollout.advantages.index_fill(0, torch.tensor(3), math.inf)
     )
-    metrics = script.update(policy, optimizer, poisoned, on_policy)
+    _, metrics = script.update(policy, optimizer, poisoned, on_policy)
     assert metrics["skipped"] == 1
     assert all(
         torch.equal(before[name], value) for name, value in policy.model.state_dict().items()
     )
-    metrics = script.update(policy, optimizer, rollout, on_policy)
+    _, metrics = script.update(policy, optimizer, rollout, on_policy)
     assert metrics["skipped"] == 0
     assert all(value.isfinite().all() for value in policy.model.state_dict().values())
 

@@ -10,9 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgrpo.train.arithmetic import arithmetic_task
+from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.layouts import LAYOUTS, Layout
+from fastgrpo.train.microbatches import live_completions
+from fastgrpo.train.model import Policy
 from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.reference import Reference
+from fastgrpo.train.rewards import Reward
 
 
 @pytest.fixture
@@ -70,7 +75,7 @@ def test_flat_groups_do_not_enter_the_model_and_change_nothing(
         batch = dataclasses.replace(
             rollout, ref_logps=learner.logps(rollout, 1000, 1.0, "torch") if beta else None
         )
-        metrics = script.update(
+        _, metrics = script.update(
             spy(learner, seen), optimizer, batch, dataclasses.replace(config, beta=beta)
         )
         results.append((gradients[0], metrics))
@@ -100,7 +105,7 @@ def test_a_flat_batch_steps_as_zero_gradients_do(
     for batch in (flat, rollout, flat, flat):
         for group in adam.param_groups:
             group["lr"] = optimizer.learning_rate
-        metrics = script.update(spy(found, seen), optimizer, batch, config)
+        _, metrics = script.update(spy(found, seen), optimizer, batch, config)
         if batch is flat:
             for p in expected.model.parameters():
                 p.grad = torch.zeros_like(p)
@@ -142,6 +147,74 @@ def test_the_result_does_not_depend_on_layout_or_budget(script, policy, rollout,
     for found in steps.values():
         # Adam's first step is the sign of a gradient: where that rounds around 0 it may be either.
         assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+SEQUENCES = ["correction=seq_mask_tis", "correction_min=0.5", "correction_max=1.5"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("grpo", []),
+        ("gspo", []),
+        ("cispo", []),
+        ("dapo", ["correction=token_tis"]),
+        ("dapo", SEQUENCES),
+        ("dapo", ["rejection=seq_mean_k3", "rejection_max=0.04"]),
+        ("grpo", ["off_policy_mask_threshold=0.01"]),
+        ("clip_cov", []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "|".join(value[:1]),
+)
+def test_later_updates_compare_with_the_first(
+    script, policy, rollout, config, loss: str, options: list[str]
+) -> None:
+    """As after a pass of its own for the log-probs, which the first update has anyway."""
+    config = dataclasses.replace(
+        config, loss=loss, loss_option=options, beta=0.1 if loss == "grpo" else 0.0
+    )
+    advantages = rollout.advantages.clone()
+    advantages[4:8] = 0.0
+    noise = 0.3 * torch.randn(rollout.sampler_logps.shape)
+    scored = policy.logps(rollout, 1000, 1.0, "torch")
+    rollout = dataclasses.replace(
+        rollout,
+        advantages=advantages,
+        sampler_logps=rollout.sampler_logps + noise,
+        ref_logps=scored - noise if config.beta else None,
+    )
+    results = []
+    for old in (None, scored):
+        learner, seen = with_copy(policy), []
+        optimizer = optimizer_of(learner, warmup_steps=0)
+        batch = dataclasses.replace(rollout, old_logps=old)
+        for _ in range(3):
+            batch, metrics = script.update(spy(learner, seen), optimizer, batch, config)
+        assert len(seen) == 3
+        results.append((weights(learner), metrics))
+        entered = rollout.tokens_of(live_completions(rollout, config.loss_config()))
+        torch.testing.assert_close(batch.old_logps[entered], scored[entered], atol=2e-5, rtol=0)
+    (found, metrics), (expected, whole) = results
+    moved = expected - weights(policy)
+    assert moved.abs().max() > 1e-3 and (found - expected).norm() < 1e-3 * moved.norm()
+    assert abs(whole["approx_kl"]) > 1e-5
+    assert metrics == pytest.approx(whole, rel=1e-3, abs=1e-5)
+
+
+def test_several_updates_take_a_forward_each(script, tmp_path, monkeypatch) -> None:
+    forward, seen = Policy.completion_hidden, []
+    monkeypatch.setattr(
+        Policy, "completion_hidden", lambda *given: seen.append(given) or forward(*given)
+    )
+    length = Reward("length", lambda completions: [len(text) for text in completions])
+    script.main(
+        TrainConfig(
+            device="cpu", backend="torch", num_prompts=2, num_generations=4, num_iterations=3,
+            max_steps=2, warmup_steps=1, eval_size=1, beta=0.0, output_dir=str(tmp_path),
+        ),
+        dataclasses.replace(arithmetic_task(0, 1), rewards=(length,)),
+    )  # fmt: skip
+    assert len(seen) == 1 + 2 * 3
 
 
 def test_the_reference_stays_where_it_was(script, policy, rollout, config) -> None:

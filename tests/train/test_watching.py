@@ -110,10 +110,10 @@ def test_a_step_logs_the_means_of_its_updates(script, tmp_path, monkeypatch) -> 
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert len(made) == 3
     for name in ("loss", "grad_norm", "learning_rate", "kl"):
-        values = [metrics[name] for metrics in made]
+        values = [metrics[name] for _, metrics in made]
         assert len(set(values)) == 3 and row[name] == pytest.approx(sum(values) / 3)
-    assert row["ratio_max"] == max(metrics["ratio_max"] for metrics in made)
-    assert row["ratio_min"] == min(metrics["ratio_min"] for metrics in made)
+    assert row["ratio_max"] == max(metrics["ratio_max"] for _, metrics in made)
+    assert row["ratio_min"] == min(metrics["ratio_min"] for _, metrics in made)
 
 
 def test_an_update_that_was_skipped_shows_as_a_share() -> None:
