@@ -138,8 +138,16 @@ def logps_bwd(
 ) -> Grads:
     """Recompute the logits in slices of the vocabulary and return the gradients: 6NVH."""
     sums = GradSums.of(rows, head, plan, needs, whole=False)
+    write_gradients(sums, rows, head, plan, scored, upstream)
+    return sums.result()
+
+
+def write_gradients(
+    sums: GradSums, rows: Rows, head: Head, plan: Plan, scored: Logps, upstream: Upstream
+) -> None:
+    """Write the gradients of rows to empty sums: the work of `logps_bwd`."""
     if not len(rows.ids):
-        return sums.result()
+        return
     scaling = Scaling.known(rows, head, plan, upstream)
     upstream, hidden = scaling.lifted(upstream), rows.hidden.to(plan.operand)
     parts = list(chunks(len(rows.ids), plan.slice_rows))
@@ -156,4 +164,4 @@ def logps_bwd(
         sums.store(v)
     for c, chunk_targets in zip(parts, targets, strict=True):
         chunk_targets.add_to(sums.dhidden_of(c), rows[c], head)
-    return scaling.restored(sums.result())
+    scaling.restored(Grads(sums.dhidden, sums.dweight, sums.dbias))

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgrpo.head.entries import entry_gradients
 from fastgrpo.head.gradients import Grads
 from fastgrpo.head.loops import logits_tiles, logps_bwd, logps_fwd
 from fastgrpo.head.plan import Needs, Plan
@@ -169,9 +170,10 @@ def entries_bwd(
     row, slot = (used & (alive & ~overflow)[:, None]).nonzero().unbind(1)
     ids = kept.ids[row, slot].long()
     inverse = None if rows.inv_temperature is None else rows.inv_temperature[row]
-    coef = _entry_gradients(
-        kept.logits[row, slot], slot == 0, inverse, head,
-        scored[row], upstream[row], entries.anchor[row],
+    logits = kept.logits[row, slot]
+    coef = entry_gradients(
+        logits, slot == 0, inverse, head,
+        scored[row], upstream[row], _inclusion(logits, entries.anchor[row]),
     )  # fmt: skip
     dhidden = None
     if needs.hidden:
@@ -214,34 +216,11 @@ def metrics(entries: Entries, scored: Logps) -> Tensor:
     return torch.stack([torch.stack([x.to(excess.dtype), n]) for x in values])
 
 
-def _entry_gradients(
-    z: Tensor,  # (E,)
-    is_target: Tensor,  # (E,) bool
-    inv_temperature: Tensor | None,  # (E,)
-    head: Head,
-    scored: Logps,  # of each entry's row
-    upstream: Upstream,
-    anchor: Tensor,  # (E,)
-) -> Tensor:
-    """Return dL/dz0 (E,) of entries: exact at the target, elsewhere with p / pi in place of p."""
+def _inclusion(z: Tensor, anchor: Tensor) -> Tensor:
+    """Return the probability with which entries other than the target are kept."""
     levels = 2**WORD_BITS
-    p = (z - scored.lse).exp()
     # The share of the 2^23 possible uniform numbers, 0 among them, that are below e.
-    inclusion = ((z - anchor).exp() * levels).ceil().clamp(1, levels) / levels
-    weight = torch.where(is_target, p, p / inclusion)
-    if head.softcap:
-        capped = z if inv_temperature is None else z / inv_temperature
-        slope = 1 - (capped / head.softcap).square()
-    else:
-        slope = torch.ones_like(z)
-    gradient = torch.where(
-        is_target, -torch.expm1(scored.logps) * upstream.dlogps, -weight * upstream.dlogps
-    )
-    if upstream.dentropy is not None:
-        surprise = torch.where(p == 0, 0.0, z - scored.lse + scored.entropy)
-        gradient = gradient - upstream.dentropy * weight * surprise
-    slope = slope * head.logit_scale
-    return gradient * (slope if inv_temperature is None else slope * inv_temperature)
+    return ((z - anchor).exp() * levels).ceil().clamp(1, levels) / levels
 
 
 def _target_only(rows: Rows, head: Head, plan: Plan, sparsity: float) -> Kept:
