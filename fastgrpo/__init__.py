@@ -18,6 +18,7 @@ from fastgrpo.objective.aggregation import count_normalizer
 from fastgrpo.objective.config import LossConfig
 from fastgrpo.objective.corrections import rejection_mask
 from fastgrpo.objective.registration import register_surrogate
+from fastgrpo.support import Support
 
 __version__ = "0.2.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "GRPOLoss",
     "LossConfig",
     "ModelHead",
+    "Support",
     "TokenLogps",
     "UnsupportedHeadError",
     "checked",

@@ -191,6 +191,23 @@ def token_ids(name: str, ids: Tensor, vocab: int) -> None:
         )
 
 
+def kept_ids(ids: Tensor, vocab: int) -> None:
+    """Raise ValueError if a kept id of an unmasked token is outside the vocabulary."""
+    if looks_at_values(ids) and len(bad := ids[(ids < 0) | (ids >= vocab)]):
+        raise ValueError(
+            f"support: expected ids in [0, {vocab}) at unmasked tokens, got {bad[0].item()}"
+        )
+
+
+def within_support(name: str, ids: Tensor, inside: Tensor) -> None:
+    """Raise ValueError if a token (n,) is not among the ids that it was drawn from."""
+    if looks_at_values(ids) and len(bad := ids[~inside]):
+        raise ValueError(
+            f"{name}: expected ids within their support at unmasked tokens, got {bad[0].item()}, "
+            "which its sampler cannot have drawn"
+        )
+
+
 def log_probs(name: str, values: Tensor) -> None:
     """Raise ValueError for probabilities: numbers of which none is at most 0."""
     if looks_at_values(values) and values.numel() and bool((values > 0).all()):

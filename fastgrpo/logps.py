@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgrpo import autocast, checks, ops
 from fastgrpo.checks import one_of
 from fastgrpo.low_rank import with_adapter
+from fastgrpo.support import Support, check_support
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -35,6 +36,7 @@ def linear_logps(
     temperature: float | Tensor = 1.0,  # or (...) per token
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    support: Support | None = None,  # of tokens (...)
     entropy: Literal["none", "detached", "differentiable"] = "none",
     ignore_index: int = -100,
     workspace_mb: float | None = None,
@@ -66,6 +68,11 @@ def linear_logps(
         temperature: a number > 0, or a tensor: (), or (...) of one per token.
         logit_scale: factor on the logits (Cohere; Granite's `logits_scaling` is 1 over it).
         softcap: c in c * tanh(z / c) (Gemma); None for none.
+        support: the ids that each token was drawn from, of layout (...): log-probs, lse and entropy
+            are those of the softmax over these alone, and so are the gradients (docs/support.md).
+            Each z above is -inf at the other ids. Ids in [0, V). A token that is not among its ids
+            is a ValueError on a CPU and inside `fastgrpo.checked()`, otherwise its log-prob is NaN.
+            Not with `sparsity`, and on the torch backend alone.
         entropy: "none", "detached", or "differentiable", whose gradient costs nothing more.
         workspace_mb: MiB for the logits tile; default `fastgrpo.default_workspace_mb`.
             Less costs speed, never exactness.
@@ -90,7 +97,9 @@ def linear_logps(
 
     Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With
     a frozen head (weight, bias and lora without gradient) 4NVH in all, and no GEMM in the backward.
-    A trained `lora` costs 2NVH forward and 4NVH backward. With `sparsity` and `old_logps` 2NVH in
+    A trained `lora` costs 2NVH forward and 4NVH backward. With `support` a token costs as many dot
+    products as it has ids, up to V / 32 of them, and a token with the whole vocabulary 2VH forward
+    and 6VH backward, with a frozen head too. With `sparsity` and `old_logps` 2NVH in
     all; without `old_logps` 2NVH more on rows with a gradient.
 
     Raises:
@@ -106,6 +115,8 @@ def linear_logps(
     shape = tuple(hidden.shape[:-1])
     checks.tensor("token_ids", token_ids, shape, like=hidden, dtypes=(torch.int64,))
     checks.temperature(temperature, shape, hidden)
+    if support is not None:
+        check_support(support, shape, hidden, sparsity)
     for name, value in (("seed", seed), ("old_logps", old_logps)):
         if value is not None and not sparsity:
             raise ValueError(f"{name} has no effect with sparsity=0.0")
@@ -123,6 +134,8 @@ def linear_logps(
         bias=bias,
         lora=columns,
         temperature=temperature_tensor(temperature, hidden),
+        support_ids=None if support is None else support.ids,
+        support_cu=None if support is None else support.cu,
         logit_scale=float(logit_scale),
         softcap=float(softcap or 0.0),
         workspace_mb=workspace_mb,
@@ -146,10 +159,11 @@ def score(
     head_needs = weight.requires_grad or (bias is not None and bias.requires_grad)
     sparsity = float(sparsity) if grad and (hidden.requires_grad or head_needs) else 0.0
     frozen = grad and hidden.requires_grad and not head_needs
+    chosen = sparsity or operands.support_cu is not None  # gradients are sums over some entries
     scores = ops.Scores(*ops.linear_logps(
         **operands._asdict(),
         with_entropy=entropy != "none",
-        with_jacobian=frozen and entropy != "differentiable" and not sparsity,
+        with_jacobian=frozen and entropy != "differentiable" and not chosen,
         sparsity=sparsity,
         draw_seed=draw_seed(seed, hidden) if sparsity else None,
         old_logps=estimate if sparsity else None,

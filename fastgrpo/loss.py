@@ -17,6 +17,7 @@ from fastgrpo.objective.config import LossConfig, config_of_preset
 from fastgrpo.objective.metrics import METRICS, Given
 from fastgrpo.objective.policy import nearest
 from fastgrpo.objective.requirements import check_call, group_ids
+from fastgrpo.support import Support, check_support
 
 
 class GRPOLoss(NamedTuple):
@@ -44,6 +45,7 @@ def grpo_loss(
     old_logps: Tensor | None = None,  # as completion_ids
     ref_logps: Tensor | None = None,  # as completion_ids
     sampler_logps: Tensor | None = None,  # as completion_ids
+    support: Support | None = None,  # of tokens as completion_ids
     cu_seqlens: Tensor | None = None,  # (B + 1,) int32
     group_ids_or_size: Tensor | int | None = None,  # (B,) int64, or G
     entropy_threshold: float | Tensor | None = None,
@@ -84,6 +86,9 @@ def grpo_loss(
         sampler_logps: log-probs that the inference engine reported, for `correction`, `rejection`,
             `off_policy_mask_threshold`, `anchor`="sampler", and the metrics. A NaN, where it has
             none, counts as ratio 1: weight 1, never rejected, no evidence of being off-policy.
+        support: the ids that each token was drawn from, in the layout of completion_ids, as in
+            `linear_logps`: the loss, its entropies, metrics and gradients are those of the softmax
+            over these. old_logps, ref_logps and sampler_logps are to be of the same ids.
         cu_seqlens: (B + 1,) int32 bounds of packed sequences, from 0 to N.
         group_ids_or_size: each completion's prompt, for aggregation "prompt_mean", as in
             `group_advantages`. A prompt's completions belong in one call, which on a GPU waits for
@@ -159,6 +164,8 @@ def grpo_loss(
         config_key=config.key,
     )
     mask = _check_tokens(hidden, completion_ids, completion_mask, temperature, call)
+    if support is not None:
+        check_support(support, tuple(completion_ids.shape), hidden, sparsity)
     check_call(config, call, hidden, sparsity, skip_zero_advantage)
     call = _flat(call, hidden)
     rows, columns = with_adapter(hidden.reshape(-1, hidden.shape[-1]), lora)
@@ -170,6 +177,8 @@ def grpo_loss(
         bias=bias,
         lora=columns,
         temperature=temperature_tensor(temperature, hidden),
+        support_ids=None if support is None else support.ids,
+        support_cu=None if support is None else support.cu,
         logit_scale=float(logit_scale),
         softcap=float(softcap or 0.0),
         workspace_mb=workspace_mb,

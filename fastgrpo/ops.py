@@ -27,7 +27,7 @@ from torch.library import custom_op
 from fastgrpo import checks
 from fastgrpo.backend import Kernels
 from fastgrpo.dispatch import choice
-from fastgrpo.head import sparse
+from fastgrpo.head import sparse, support
 from fastgrpo.head.gradients import Grads
 from fastgrpo.head.loops import logps_bwd, logps_fwd
 from fastgrpo.head.plan import Needs, Plan
@@ -37,7 +37,7 @@ from fastgrpo.objective.config import config_from_key, needs_entropy
 from fastgrpo.objective.metrics import METRICS
 from fastgrpo.objective.policy import PolicyLoss
 from fastgrpo.objective.segments import Sequences
-from fastgrpo.packing import Index, live_first, spread, unmasked
+from fastgrpo.packing import Index, entries_of, live_first, spread, unmasked
 from fastgrpo_kernels import Head, Kept, Logps, Rows, Upstream
 
 Result = TypeVar("Result")
@@ -65,6 +65,8 @@ class Operands(NamedTuple):
     bias: Tensor | None  # (V,)
     lora: Tensor | None  # (V, K): the columns of the weight beyond H
     temperature: Tensor | None  # (N,) or (), None = 1
+    support_ids: Tensor | None  # (M,): the kept ids of all rows, as `Support.ids`
+    support_cu: Tensor | None  # (N + 1,)
     logit_scale: float
     softcap: float
     workspace_mb: float | None
@@ -76,7 +78,10 @@ class Operands(NamedTuple):
         def planned(kernels: Kernels) -> Result:
             return work(Plan.of(self.hidden, self.weight, self.workspace_mb, kernels))
 
-        return choice.run(planned, self.backend, self.hidden, (rows, self.head()), sparse)
+        backend = self.backend
+        if self.support_cu is not None:
+            backend = choice.without_kernels(backend, "support")
+        return choice.run(planned, backend, self.hidden, (rows, self.head()), sparse)
 
     def head(self) -> Head:
         bias = None if self.bias is None else self.bias.contiguous()
@@ -94,6 +99,22 @@ class Operands(NamedTuple):
             dtype = torch.promote_types(self.hidden.dtype, torch.float32)
             inverse = per_row[where].to(dtype).reciprocal()
         return Rows(self.hidden[where], ids, inverse)
+
+    def kept(self, where: Index, values: Tensor | None = None) -> support.Kept | None:
+        """Return the kept ids of the selected rows, None without a support."""
+        if self.support_cu is None:
+            return None
+        return support.Kept(self.support_ids, self.support_cu, values)[where]
+
+    def kept_of(self, rows: Rows, where: Index, ids_name: str = "token_ids") -> support.Kept | None:
+        """Return the kept ids of rows selected before, and check their values."""
+        kept = self.kept(where)
+        if kept is not None:
+            checks.kept_ids(kept.ids, len(self.weight))
+            inside = kept.cu.diff() == 0
+            inside[kept.row()[kept.is_target(rows)]] = True
+            checks.within_support(ids_name, rows.ids, inside)
+        return kept
 
     def words(self, sparsity: float, draw_seed: Tensor, where: Index) -> sparse.Words:
         """Return the random words that decide which entries of the selected rows are kept."""
@@ -123,7 +144,8 @@ def _parameters(fn: Callable) -> type:
 # ---- linear_logps ------------------------------------------------------------------------------
 
 Scores = namedtuple(
-    "Scores", "logps lse entropy jacobian kept_ids kept_logits kept_count anchor draw_metrics"
+    "Scores",
+    "logps lse entropy jacobian kept_ids kept_logits kept_count anchor draw_metrics support_logits",
 )
 
 
@@ -137,6 +159,8 @@ def linear_logps(
     bias: Tensor | None,  # (V,)
     lora: Tensor | None,  # (V, K); then hidden is (N, H + K), and a gradient is lora's
     temperature: Tensor | None,  # (N,) or (), None = 1
+    support_ids: Tensor | None,  # (M,)
+    support_cu: Tensor | None,  # (N + 1,)
     logit_scale: float,
     softcap: float,
     workspace_mb: float | None,
@@ -146,22 +170,27 @@ def linear_logps(
     sparsity: float,  # 0: an exact backward
     draw_seed: Tensor | None,  # () int64
     old_logps: Tensor | None,  # (N,): given, this pass draws the entries of a sparse backward
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return `Scores`.
 
     logps, lse and entropy are (N,), the Jacobian dlogps/dhidden is (N, H). With `old_logps` also
     the fields of `sparse.Entries`, (N, K), (N, K), (N,) and (N,), and `sparse.METRICS` (len, 2).
+    With a support its logits (M,), 0 at masked tokens.
     """
     given = Operands(
-        hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap,
-        workspace_mb, backend,
+        hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, support_cu,
+        logit_scale, softcap, workspace_mb, backend,
     )  # fmt: skip
     n, where = len(mask), unmasked(mask)
     rows, head = given.rows(where), given.head()
+    kept = given.kept_of(rows, where)
 
     def score(plan: Plan) -> tuple[Tensor, ...]:
-        jacobian, drawn, metrics = None, (None,) * 4, None
-        if with_jacobian:
+        jacobian, drawn, metrics, logits = None, (None,) * 4, None, None
+        if kept is not None:
+            scored, logits = support.logps_fwd(rows, head, plan, kept, with_entropy)
+            logits = spread(logits, entries_of(support_cu, where)[0], len(support_ids))
+        elif with_jacobian:
             scored, jacobian = logps_and_jacobian(rows, head, plan, with_entropy)
         elif old_logps is None:
             scored = logps_fwd(rows, head, plan, with_entropy)
@@ -173,14 +202,15 @@ def linear_logps(
             )
             drawn, metrics = (*entries.kept, entries.anchor), sparse.metrics(entries, scored)
         results = (spread(x, where, n) for x in (*scored, jacobian, *drawn))
-        return _or_empty((*results, metrics), scored.logps)
+        return _or_empty((*results, metrics, logits), scored.logps)
 
     return given.run(score, rows, sparse=old_logps is not None)
 
 
 @linear_logps.register_fake
-def _(hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap, workspace_mb,
-      backend, with_entropy, with_jacobian, sparsity, draw_seed, old_logps):  # fmt: skip
+def _(hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, support_cu,
+      logit_scale, softcap, workspace_mb, backend, with_entropy, with_jacobian, sparsity, draw_seed,
+      old_logps):  # fmt: skip
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     n, drawn = hidden.shape[0], old_logps is not None
 
@@ -198,14 +228,20 @@ def _(hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, sof
         kept_count=new(n, dtype=torch.int32 if drawn else dtype, wanted=drawn),
         anchor=new(n, wanted=drawn),
         draw_metrics=new(len(sparse.METRICS), 2, wanted=drawn),
+        support_logits=new(0) if support_ids is None else new(support_ids.shape[0]),
     ))  # fmt: skip
 
 
 _LinearLogps = _parameters(linear_logps._init_fn)
 # What the backward takes unchanged: tensors and options given to the forward, and its results.
-_TENSORS = ("hidden", "weight", "token_ids", "mask", "bias", "lora", "temperature", "draw_seed")
+_TENSORS = (
+    "hidden", "weight", "token_ids", "mask", "bias", "lora", "temperature", "support_ids",
+    "support_cu", "draw_seed",
+)  # fmt: skip
 _OPTIONS = ("logit_scale", "softcap", "workspace_mb", "backend", "sparsity")
-_RESULTS = ("logps", "lse", "entropy", "kept_ids", "kept_logits", "kept_count", "anchor")
+_RESULTS = (
+    "logps", "lse", "entropy", "kept_ids", "kept_logits", "kept_count", "anchor", "support_logits"
+)  # fmt: skip
 
 
 def _linear_logps_setup(ctx, inputs, output) -> None:
@@ -264,6 +300,8 @@ def linear_logps_bwd(
     bias: Tensor | None,
     lora: Tensor | None,
     temperature: Tensor | None,
+    support_ids: Tensor | None,
+    support_cu: Tensor | None,
     logit_scale: float,
     softcap: float,
     workspace_mb: float | None,
@@ -283,18 +321,23 @@ def linear_logps_bwd(
     kept_logits: Tensor,  # (N, K)
     kept_count: Tensor,  # (N,) int32
     anchor: Tensor,  # (N,)
+    support_logits: Tensor,  # (M,), or empty without a support
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients with respect to hidden, weight or lora, and bias, in their dtypes."""
     given = Operands(
-        hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap,
-        workspace_mb, backend,
+        hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, support_cu,
+        logit_scale, softcap, workspace_mb, backend,
     )  # fmt: skip
     upstream, needs = Upstream(dlogps, dentropy), Needs(need_hidden, need_weight, need_bias)
     n, where = len(mask), unmasked(mask & upstream.alive())
     rows, head, upstream = given.rows(where), given.head(), upstream[where]
     scored = Logps(logps, lse, entropy if len(entropy) else None)[where]
 
+    kept = given.kept(where, support_logits)
+
     def differentiate(plan: Plan) -> Grads:
+        if kept is not None:
+            return support.logps_bwd(rows, head, plan, kept, scored, upstream, needs)
         if not sparsity:
             return logps_bwd(rows, head, plan, scored, upstream, needs)
         if len(anchor):
@@ -310,9 +353,10 @@ def linear_logps_bwd(
 
 
 @linear_logps_bwd.register_fake
-def _(hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap, workspace_mb,
-      backend, logps, lse, entropy, dlogps, dentropy, need_hidden, need_weight, need_bias, sparsity,
-      draw_seed, kept_ids, kept_logits, kept_count, anchor):  # fmt: skip
+def _(hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, support_cu,
+      logit_scale, softcap, workspace_mb, backend, logps, lse, entropy, dlogps, dentropy,
+      need_hidden, need_weight, need_bias, sparsity, draw_seed, kept_ids, kept_logits, kept_count,
+      anchor, support_logits):  # fmt: skip
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight if lora is None else lora) if need_weight else hidden.new_empty(0),
@@ -335,6 +379,8 @@ def grpo_loss(
     bias: Tensor | None,  # (V,)
     lora: Tensor | None,  # (V, K); then hidden is (N, H + K), and a gradient is lora's
     temperature: Tensor | None,  # (N,) or (), None = 1
+    support_ids: Tensor | None,  # (M,)
+    support_cu: Tensor | None,  # (N + 1,)
     logit_scale: float,
     softcap: float,
     workspace_mb: float | None,
@@ -363,8 +409,8 @@ def grpo_loss(
     and bias have the dtypes of these (fp32 for fp16).
     """
     given = Operands(
-        hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap,
-        workspace_mb, backend,
+        hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, support_cu,
+        logit_scale, softcap, workspace_mb, backend,
     )  # fmt: skip
     call = LossCall(
         cu_seqlens, advantages, old_logps, ref_logps, sampler_logps, groups, entropy_threshold,
@@ -378,10 +424,11 @@ def grpo_loss(
         where = where if isinstance(where, slice) else where[:num_live]
     rows = given.rows(where, "completion_ids")
     words = given.words(sparsity, draw_seed, where) if sparsity else None
+    kept = given.kept_of(rows, where, "completion_ids")
 
     def evaluate(plan: Plan) -> tuple:
         objective = call.objective(owner, mask, where, plan.kernels, plan.accumulator)
-        return loss_and_grads(objective, rows, head, plan, needs, words, num_live)
+        return loss_and_grads(objective, rows, head, plan, needs, words, num_live, kept)
 
     scored, result, grads, drawn = given.run(evaluate, rows, sparse=bool(sparsity))
     metrics = result.metrics if drawn is None else torch.cat([result.metrics, drawn])
@@ -394,10 +441,10 @@ def grpo_loss(
 
 
 @grpo_loss.register_fake
-def _(hidden, weight, token_ids, mask, bias, lora, temperature, logit_scale, softcap, workspace_mb,
-      backend, cu_seqlens, advantages, old_logps, ref_logps, sampler_logps, groups,
-      entropy_threshold, normalizer, seed, config_key, need_hidden, need_weight, need_bias,
-      skip_zero_advantage, sparsity, draw_seed):  # fmt: skip
+def _(hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, support_cu,
+      logit_scale, softcap, workspace_mb, backend, cu_seqlens, advantages, old_logps, ref_logps,
+      sampler_logps, groups, entropy_threshold, normalizer, seed, config_key, need_hidden,
+      need_weight, need_bias, skip_zero_advantage, sparsity, draw_seed):  # fmt: skip
     dtype, n = torch.promote_types(hidden.dtype, torch.float32), hidden.shape[0]
     metrics = len(METRICS) + (len(sparse.METRICS) if sparsity else 0)
 

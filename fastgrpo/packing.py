@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastgrpo import checks
 
@@ -39,3 +40,23 @@ def spread(x: Tensor | None, rows: Index, n: int) -> Tensor | None:
     if x is None or isinstance(rows, slice):
         return x
     return x.new_zeros((n, *x.shape[1:])).index_copy_(0, rows, x)
+
+
+def entries_of(cu: Tensor, rows: Index) -> tuple[Index, Tensor]:
+    """Return which entries some rows have, and where those of each row begin (n + 1,).
+
+    Row i has the entries cu[i] to cu[i + 1]; cu is (N + 1,) int64. One host synchronisation.
+    """
+    if isinstance(rows, slice):
+        if rows == slice(None):
+            return rows, cu
+        rows = torch.arange(len(cu) - 1, device=cu.device)[rows]
+    counts = cu.diff()[rows]
+    bounds = pad(counts.cumsum(0), (1, 0))
+    shift = torch.repeat_interleave(cu[:-1][rows] - bounds[:-1], counts)
+    return torch.arange(len(shift), device=cu.device) + shift, bounds
+
+
+def rows_of_entries(cu: Tensor) -> Tensor:
+    """Return the row (M,) int64 of each entry; cu is (n + 1,). One host synchronisation."""
+    return torch.repeat_interleave(cu.diff())

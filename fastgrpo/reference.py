@@ -24,6 +24,7 @@ def token_logps(
     temperature: float | Tensor = 1.0,  # or (...)
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    kept: Tensor | None = None,  # (..., V) bool: what the sampler could have drawn
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logps, entropy and lse, each (...), in the dtype of the inputs."""
     z = hidden @ weight.T
@@ -33,8 +34,11 @@ def token_logps(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     z = z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+    if kept is not None:
+        z = z.masked_fill(~kept, -torch.inf)
     logp = z.log_softmax(-1)
-    entropy = torch.special.entr(logp.exp()).sum(-1)
+    # Where p is 0, p log p is: its autograd would be 0 * inf.
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
     return logp.gather(-1, token_ids[..., None])[..., 0], entropy, z.logsumexp(-1)
 
 

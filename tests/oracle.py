@@ -97,9 +97,10 @@ def exact_logps(hidden, weight, ids, options, upstream, upstream_entropy=None):
     if "bias" in options:
         leaves["bias"] = options["bias"]
     leaves = {k: v.detach().double().requires_grad_() for k, v in leaves.items()}
-    options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()} | {
-        k: v for k, v in leaves.items() if k == "bias"
-    }
+    options = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.dtype != torch.bool else v
+        for k, v in options.items()
+    } | {k: v for k, v in leaves.items() if k == "bias"}
     logps, entropy, lse = reference.token_logps(leaves["hidden"], leaves["weight"], ids, **options)
     total = (logps * upstream).sum()
     if upstream_entropy is not None:

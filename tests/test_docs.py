@@ -1,4 +1,4 @@
-"""docs/losses.md and docs/advantages.md say what the code does: tables, formulas, blocks, links."""
+"""The pages of losses, advantages and supports say what the code does: tables, blocks, links."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from fastgrpo_kernels.surrogates import RATIO_LEVELS, SURROGATES
 from fastgrpo_kernels.twins import torch_twin
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {name: (DOCS / name).read_text(encoding="utf-8") for name in ("losses.md", "advantages.md")}
+NAMES = ("losses.md", "advantages.md", "support.md")
+PAGES = {name: (DOCS / name).read_text(encoding="utf-8") for name in NAMES}
 LOSSES = PAGES["losses.md"]
 BLOCKS = [
     pytest.param(block, id=f"{name}-{i}")

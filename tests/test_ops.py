@@ -9,6 +9,9 @@ import fastgrpo
 from fastgrpo import LossConfig, ops
 from fastgrpo.testing import make_batch
 
+HEAD = (1.0, 0.0, None, "torch")  # logit_scale, softcap, workspace_mb, backend
+NO_SUPPORT = (None, None)
+
 
 def flat(batch):
     n = batch.completion_ids.numel()
@@ -28,7 +31,7 @@ def test_opcheck_linear_logps(entropy, jacobian):
     weight.requires_grad_(not jacobian)
     bias = torch.randn(len(weight), requires_grad=not jacobian)
     temperature = torch.rand(len(ids)) + 0.5
-    operands = (hidden, weight, ids, mask, bias, None, temperature, 1.0, 0.0, None, "torch")
+    operands = (hidden, weight, ids, mask, bias, None, temperature, *NO_SUPPORT, *HEAD)
     torch.library.opcheck(ops.linear_logps, (*operands, entropy, jacobian, 0.0, None, None))
 
 
@@ -36,7 +39,7 @@ def test_opcheck_lora():
     hidden, weight, (ids, mask), policy = flat(make_batch())
     hidden = torch.cat([hidden, torch.randn(len(ids), 2)], 1).detach().requires_grad_()
     lora = torch.randn(len(weight), 2, requires_grad=True)
-    operands = (hidden, weight.detach(), ids, mask, None, lora, None, 1.0, 0.0, None, "torch")
+    operands = (hidden, weight.detach(), ids, mask, None, lora, None, *NO_SUPPORT, *HEAD)
     torch.library.opcheck(ops.linear_logps, (*operands, True, False, 0.0, None, None))
     call = (*policy, None, None, None, None, LossConfig.preset("grpo").key)
     torch.library.opcheck(ops.grpo_loss, (*operands, *call, True, True, False, False, 0.0, None))
@@ -47,7 +50,7 @@ def test_opcheck_sparse_linear_logps(drawn_in):
     batch = make_batch()
     hidden, weight, (ids, mask), (_, _, old_logps, *_) = flat(batch)
     old_logps = old_logps if drawn_in == "forward" else None
-    operands = (hidden, weight, ids, mask, None, None, None, 1.0, 0.0, None, "torch")
+    operands = (hidden, weight, ids, mask, None, None, None, *NO_SUPPORT, *HEAD)
     drawn = (0.01, torch.tensor(3), old_logps)
     torch.library.opcheck(ops.linear_logps, (*operands, True, False, *drawn))
 
@@ -67,7 +70,7 @@ def test_opcheck_grpo_loss(preset, sparsity):
     groups, threshold, normalizer = torch.arange(4) % 2, torch.tensor(1.0), torch.tensor(3.0)
     torch.library.opcheck(
         ops.grpo_loss,
-        (hidden, weight, ids, mask, None, None, None, 1.0, 0.0, None, "torch")
+        (hidden, weight, ids, mask, None, None, None, *NO_SUPPORT, *HEAD)
         + (*policy, groups, threshold, normalizer, None, config.key)
         + (True, True, False, False, sparsity, seed),
     )

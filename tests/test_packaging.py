@@ -19,6 +19,7 @@ ROOMS = {
     "torch_kernels": set(),
     "backend": set(),
     "low_rank": set(),
+    "support": {"checks", "packing"},
     # Everything vocabulary-sized: knows nothing of losses but a function from log-probs.
     "head": {"packing", "backend", "torch_kernels"},
     # Chooses between the backends; its self-check compares them through `head`.
@@ -28,9 +29,9 @@ ROOMS = {
     "advantages": {"checks", "backend", "dispatch"},
     "ops": {"checks", "packing", "backend", "head", "dispatch", "objective"},
     "doctor": {"dispatch"},
-    "logps": {"autocast", "checks", "low_rank", "ops"},
-    "loss": {"autocast", "checks", "low_rank", "ops", "logps", "head", "objective"},
-    "model": {"checks", "logps", "loss", "objective"},
+    "logps": {"autocast", "checks", "low_rank", "ops", "support"},
+    "loss": {"autocast", "checks", "low_rank", "ops", "support", "logps", "head", "objective"},
+    "model": {"checks", "logps", "loss", "objective", "support"},
     "train": {"advantages", "logps", "loss", "model", "objective"},
     # Adapters: they call what everybody may call.
     "integrations": set(),

@@ -12,7 +12,7 @@ from typing_extensions import assert_type
 
 import fastgrpo
 import fastgrpo_kernels
-from fastgrpo import FusedGRPOLoss, GRPOLoss, LossConfig, TokenLogps, torch_kernels
+from fastgrpo import FusedGRPOLoss, GRPOLoss, LossConfig, Support, TokenLogps, torch_kernels
 from fastgrpo.backend import Kernels
 from fastgrpo.head.held import AnchoredExponentials, Held, Probabilities, RawLogits
 from fastgrpo.head.loops import SeparableLoss
@@ -54,6 +54,15 @@ def test_log_probs():
     assert_type(logps, Tensor)
     assert_type(entropy, Tensor | None)
     assert_type(lse, Tensor)
+
+
+def test_supports():
+    support = Support.of_mask(torch.eye(5, dtype=torch.bool)[IDS])
+    assert_type(support, Support)
+    assert_type(Support.of_lists([[0, 1], torch.tensor([2])]).counts, Tensor)
+    kept = Support.of_logits(HIDDEN @ WEIGHT.T, temperature=0.7, top_p=0.9).select(slice(1))
+    assert_type(Support.cat([kept, support.view(6).view(2, 3)]).to("cpu"), Support)
+    assert_type(fastgrpo.linear_logps(HIDDEN, WEIGHT, IDS, support=support).logps, Tensor)
 
 
 def test_advantages_and_rewards():

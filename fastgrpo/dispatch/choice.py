@@ -100,6 +100,16 @@ def named(backend: str) -> str:
     return asked
 
 
+def without_kernels(backend: str, feature: str) -> str:
+    """Return "torch", for what has no Triton kernels. Raises ValueError if those are asked for."""
+    if named(backend) == "triton":
+        raise ValueError(
+            f"{_named_by(backend)}: {feature} runs on the torch backend alone, which"
+            " backend='auto' takes for it on every device"
+        )
+    return "torch"
+
+
 def run(
     work: Callable[[Kernels], Result],
     backend: str,
@@ -127,8 +137,7 @@ def choose(
     backend: str, like: Tensor, scored: tuple[Rows, Head] | None, sparse: bool
 ) -> tuple[Kernels, Route | None]:
     """Return the kernels of a call, and the route that they belong to; None for torch."""
-    asked = named(backend)
-    named_by = "backend='triton'" if backend == "triton" else "FASTGRPO_BACKEND=triton"
+    asked, named_by = named(backend), _named_by(backend)
     if asked == "torch":
         return torch_kernels, None
     reason = obstacle(like.device)
@@ -147,6 +156,11 @@ def choose(
     if asked == "auto":
         return torch_kernels, None
     raise RuntimeError(f"{named_by}, {route}: {verdict.reason}")
+
+
+def _named_by(backend: str) -> str:
+    """Return what asks for the Triton kernels, if anything does."""
+    return "backend='triton'" if backend == "triton" else "FASTGRPO_BACKEND=triton"
 
 
 def _routes(

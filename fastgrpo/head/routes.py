@@ -5,6 +5,7 @@ Jacobian     4NVH: frozen head; dhidden = dL/dlogp * dlogp/dhidden, computed bef
 two phases   8NVH: log-probs, then the loss, then a backward on the rows that have a gradient
 sparse       2NVH: log-probs and a few entries of each row, then the loss, then sums over entries;
              not exact but unbiased, and only if asked for (`fastgrpo.head.sparse`)
+support      two phases on the kept ids of each row, where it has some (`fastgrpo.head.support`)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastgrpo.head import sparse
+from fastgrpo.head import sparse, support
 from fastgrpo.head.gradients import Grads
 from fastgrpo.head.loops import SeparableLoss, logps_and_grads, logps_bwd, logps_fwd
 from fastgrpo.head.plan import Needs, Plan
@@ -60,8 +61,12 @@ def loss_and_grads(
     needs: Needs,
     words: sparse.Words | None,  # None: exact
     num_live: int,  # rows after the first `num_live` are known to have no gradient
+    kept: support.Kept | None = None,
 ) -> tuple[Logps, Result, Grads, Tensor | None]:
     """Return the scores of the rows, their loss, the gradients, and the metrics of a draw."""
+    if kept is not None:
+        return *_over_support(loss, rows, head, plan, needs, kept), None
+
     if any(needs) and words is not None:
         return _sparse(loss, rows, head, plan, needs, words, num_live)
 
@@ -104,6 +109,21 @@ def logps_and_jacobian(
     """Return the scores and dlogp/dhidden (n, H), with which a backward is elementwise."""
     scored, grads = logps_and_grads(rows, head, plan, HIDDEN_ONLY, _SumOfLogps(with_entropy))
     return scored, grads.hidden
+
+
+def _over_support(
+    loss: Loss[Result], rows: Rows, head: Head, plan: Plan, needs: Needs, kept: support.Kept
+) -> tuple[Logps, Result, Grads]:
+    scored, z = support.logps_fwd(rows, head, plan, kept, loss.with_entropy)
+    result = loss.evaluate(scored)
+    if not any(needs):
+        return scored, result, Grads(None, None, None)
+    live = result.upstream.live()
+    kept = kept._replace(values=z)[live]
+    grads = support.logps_bwd(
+        rows[live], head, plan, kept, scored[live], result.upstream[live], needs
+    )
+    return scored, result, grads._replace(hidden=spread(grads.hidden, live, len(rows.ids)))
 
 
 def _sparse(

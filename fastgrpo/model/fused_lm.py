@@ -26,6 +26,7 @@ from fastgrpo.model.head import (
 )
 from fastgrpo.model.layout import Layout, Packed, Rows
 from fastgrpo.objective.config import LossConfig
+from fastgrpo.support import Support, check_support
 
 PER_TOKEN = ("old_logps", "ref_logps", "sampler_logps")
 HALF = (torch.bfloat16, torch.float16)
@@ -82,6 +83,7 @@ class FusedLM(nn.Module):
         old_logps: Tensor | None = None,
         ref_logps: Tensor | None = None,
         sampler_logps: Tensor | None = None,
+        support: Support | None = None,
         config: str | LossConfig = "grpo",
         entropy: str = "none",
         aux_scale: float = 1.0,
@@ -104,6 +106,7 @@ class FusedLM(nn.Module):
             source: (B, L) int64: the position whose state predicts the token; default: the one
                 before.
             old_logps, ref_logps, sampler_logps: (B, L) fp32, nats.
+            support: the ids that each token was drawn from, of layout (B, L), as in `linear_logps`.
             aux_scale: of the router's auxiliary loss of a mixture of experts. Where the model's
                 config sets output_router_logits, the loss has aux_scale times the config's
                 router_aux_loss_coef times it, and metrics "aux_loss".
@@ -142,7 +145,9 @@ class FusedLM(nn.Module):
         per_row = advantages is not None and advantages.shape != input_ids.shape
         sequences = len(advantages) if per_row else None
         _check_sequences(sequences, sequence_ids, len(input_ids))
-        if source is None and sequence_ids is None:
+        if support is not None:
+            check_support(support, tuple(input_ids.shape), input_ids, options.get("sparsity", 0.0))
+        if source is None and sequence_ids is None and support is None:
             where: Layout = Rows.of(loss_mask)
         else:
             where = Packed.of(loss_mask, source, sequence_ids, sequences)
@@ -158,6 +163,8 @@ class FusedLM(nn.Module):
         ids = where.tokens(input_ids)
         if isinstance(temperature := options.get("temperature"), Tensor) and temperature.dim():
             options["temperature"] = where.tokens(temperature)
+        if support is not None:
+            options["support"] = where.kept(support)
         packed = {k: None if x is None else where.tokens(x) for k, x in per_token.items()}
         if advantages is None:
             return self._logps(where, states, ids, entropy, packed, options)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgrpo import checks
+from fastgrpo.support import Support
 
 
 class Layout(Protocol):
@@ -106,6 +107,10 @@ class Packed(NamedTuple):
 
     def tokens(self, x: Tensor) -> Tensor:
         return x.flatten()[self.token]
+
+    def kept(self, support: Support) -> Support:
+        """Return the support of the tokens, of one of (B, L)."""
+        return support.view(self.shape.numel()).select(self.token)
 
     def spread(self, x: Tensor) -> Tensor:
         return x.new_zeros(self.shape).view(-1).index_copy(0, self.token, x).view(self.shape)

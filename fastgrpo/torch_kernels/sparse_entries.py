@@ -12,6 +12,7 @@ from fastgrpo.torch_kernels.logit_math import scaled_logits, tile_logits, tile_t
 from fastgrpo_kernels import WORD_BITS, Draw, Head, Kept, Rows, Tile
 
 BLOCK = 2**22  # numbers in a gathered or summed block
+DOT_BLOCK = 2**16  # numbers of a table that are gathered at once, in cache
 DRAW_BLOCK = 2**19  # entries of a tile that are drawn from at once, in cache
 ONE, MANTISSA_BITS = 0x3F800000, 23  # of fp32: the bits of 1.0
 
@@ -110,6 +111,22 @@ def bag_sum(
             _add_bags(total, rows, index[e] - i * step, coef[e], edges)
     if total is not out:
         out += total
+
+
+def bag_dot(
+    out: Tensor,  # (E,)
+    rows: Tensor,  # (B, H)
+    table: Tensor,  # (M, H)
+    index: Tensor,  # (E,) int64
+    bounds: Tensor,  # (B + 1,) int64
+) -> None:
+    """Add to each entry the dot product of its bag's row and its row of the table."""
+    bag = torch.repeat_interleave(bounds.diff(), output_size=len(index))
+    step = max(1, DOT_BLOCK // table.shape[1])
+    for start in range(0, len(index), step):
+        c = slice(start, start + step)
+        gathered = table.index_select(0, index[c]).to(out.dtype)
+        out[c] += gathered.mul_(rows.index_select(0, bag[c])).sum(1)
 
 
 def _add_bags(out: Tensor, table: Tensor, index: Tensor, coef: Tensor, bounds: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgrpo import FusedLM, GRPOLoss, grpo_loss
+from fastgrpo import FusedLM, GRPOLoss, Support, grpo_loss
 from model_families import VOCAB, tiny
 
 STEPS, MICRO_BATCHES = 2, 2
@@ -38,6 +38,13 @@ def batches(case: str, step: int) -> list[tuple[torch.Tensor, ...]]:
         old = -4 + torch.randn(4, 9, generator=g)
         found.append((ids, mask.long(), loss_mask, torch.randn(4, generator=g), old))
     return found
+
+
+def drawn_from(ids: torch.Tensor, loss_mask: torch.Tensor) -> Support:
+    """Most of the vocabulary beside each trained token, all of it beside some."""
+    kept = torch.rand(*ids.shape, VOCAB, generator=torch.Generator().manual_seed(0)) < 0.8
+    kept = kept.scatter(-1, ids[..., None], True) & (loss_mask & (ids % 4 > 0))[..., None]
+    return Support.of_mask(kept)
 
 
 def with_lora(model: nn.Module) -> nn.Module:
@@ -123,9 +130,12 @@ def main(case: str, folder: str) -> None:
                     lm.require_backward_grad_sync = last
                 else:
                     lm.set_requires_gradient_sync(last)
+            kept = None
+            if "support" in case:
+                kept = drawn_from(part[0], part[2]).select(slice(rank, None, world))
             out = lm(
                 ids, mask, loss_mask, advantages, old_logps=old, config="dapo",
-                normalizer=normalizer,
+                normalizer=normalizer, support=kept,
             )  # fmt: skip
             out.loss.backward()
         optimizer.step()

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastgrpo
-from fastgrpo import FusedLM, LossConfig, reference
+from fastgrpo import FusedLM, LossConfig, Support, reference
 from model_families import FAMILIES, VOCAB, tiny
 
 LENGTHS = (9, 6, 8)  # tokens of each sequence, the prompt's three among them
@@ -410,6 +410,50 @@ def test_head_of():
         fastgrpo.head_of(nn.Linear(2, 2))
 
 
+# ---- what the sampler could have drawn ---------------------------------------------------------
+
+
+def drawn_from(ids, seed=0):
+    """(B, L, V) bool: a few ids beside each token, all of them where a token is divisible by 3."""
+    g = torch.Generator().manual_seed(seed)
+    kept = torch.rand(*ids.shape, VOCAB, generator=g) < 0.1
+    return kept.scatter(-1, ids[..., None], True) | (ids % 3 == 0)[..., None]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_support_in_the_layout_of_the_tokens(side, off_policy):
+    """Entry t is of token t, whatever states predict it, and prompts need no ids."""
+    model, (advantages, noise) = tiny("granite"), off_policy
+    ids, mask, loss_mask = batch(side)
+    kept = drawn_from(ids)
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+    ).logits[:, :-1]
+    logps = logits.masked_fill(~kept[:, 1:], -torch.inf).log_softmax(-1)
+    logps = logps.gather(-1, ids[:, 1:, None])[..., 0]
+    exact = reference.policy_loss(
+        logps, None, loss_mask[:, 1:], advantages, LossConfig.preset("dapo"),
+        old_logps=(noise - 1)[:, 1:],
+    )  # fmt: skip
+    exact.backward()
+    wanted = grads_of(model)
+    support = Support.of_mask(kept & loss_mask[..., None])
+    out, actual = loss_and_grads(
+        model, ids, mask, loss_mask, advantages, old_logps=noise - 1, support=support, config="dapo"
+    )
+    torch.testing.assert_close(out.loss, exact.float(), rtol=1e-5, atol=1e-6)
+    assert_same_gradients(actual, wanted)
+    scored = FusedLM(model)(ids, mask, loss_mask, support=support).logps
+    assert torch.equal(scored, out.logps) and (scored[~loss_mask] == 0).all()
+    packed = FusedLM(model)(
+        ids, mask, loss_mask, advantages, old_logps=noise - 1, support=support, config="dapo",
+        sequence_ids=torch.arange(3)[:, None].expand(3, ids.shape[1]),
+    )  # fmt: skip
+    torch.testing.assert_close(packed.loss, out.loss)
+    with pytest.raises(ValueError, match=r"support: expected one of tokens \(3, 9\), got \(27,\)"):
+        FusedLM(model)(ids, mask, loss_mask, support=support.view(27))
+
+
 # ---- under torch.compile and checkpointing -----------------------------------------------------
 
 
@@ -430,6 +474,25 @@ def test_it_compiles_whole(family):
         compiled(*arguments, config="dapo").loss.backward()
         actual = grads_of(model)
         lm(*arguments, config="dapo").loss.backward()
+        assert_same_gradients(actual, grads_of(model))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.slow
+def test_it_compiles_whole_with_a_support():
+    """One graph, and at most two recompiles, however many ids there are."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = tiny("qwen2")
+    lm = FusedLM(model)
+    compiled = torch.compile(lm, backend=counter, fullgraph=True)
+    ids, mask, loss_mask = batch("right")
+    for seed in range(4):
+        support = Support.of_mask(drawn_from(ids, seed) & loss_mask[..., None])
+        options = dict(support=support, config="dapo")
+        compiled(ids, mask, loss_mask, torch.ones(3), **options).loss.backward()
+        actual = grads_of(model)
+        lm(ids, mask, loss_mask, torch.ones(3), **options).loss.backward()
         assert_same_gradients(actual, grads_of(model))
     assert counter.frame_count <= 3
 

@@ -14,7 +14,7 @@ RANK = Path(__file__).with_name("rank.py")
 CASES = ["ddp", "ddp-empty", "fsdp-own-unit", "fsdp-tied", "gathered"]
 SLOW = [
     "ddp-deferred", "fsdp", "fsdp-deferred", "fsdp-own-unit-deferred", "fsdp-own-unit-empty",
-    "ddp-lora", "fsdp-lora", "fsdp-own-unit-lora",
+    "ddp-lora", "fsdp-lora", "fsdp-own-unit-lora", "ddp-support", "fsdp-own-unit-support",
 ]  # fmt: skip
 
 
