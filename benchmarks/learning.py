@@ -48,7 +48,7 @@ COMMITTED = {
     "sums-seed0": Run("sums", "--seed 0", "seed 0"),
     "sums-seed1": Run("sums", "--seed 1", "seed 1"),
     "sums-seed2": Run("sums", "--seed 2", "seed 2"),
-    "sums-control": Run("sums", "--learning-rate 0", "learning rate 0"),
+    "sums-control": Run("sums", "--learning-rate 0 --max-steps 30", "learning rate 0"),
     "differences": Run("differences", "", "seed 0"),
     "gsm8k": Run("gsm8k", GSM8K, "seed 0"),
 }
