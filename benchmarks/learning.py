@@ -32,6 +32,7 @@ GSM8K = (
     "--num-prompts 2 --num-generations 8 --max-completion-length 96 --max-steps 30 --beta 0 "
     "--learning-rate 1e-5 --lr-warmup-steps 5 --eval-size 64 --eval-every 15"
 )
+TITLES = {"sums": "What is a + b?", "differences": "What is a - b?"}
 KEPT = ("metrics.jsonl", "result.json", "samples.md")
 LONGEST = 3600.0  # seconds of one run
 
@@ -95,22 +96,27 @@ def curve(result: dict[str, Any], steps: list[dict]) -> dict[int, float]:
 
 
 def draw(path: Path) -> None:
-    """Draw the held-out accuracy of sums and differences."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for axes, task in zip(figure.subplots(1, 2, sharey=True), ("sums", "differences"), strict=True):
-        _panel(axes, task)
+    """Draw the held-out accuracy of the runs on sums and differences that have been made."""
+    panels: dict[str, list[str]] = {}
+    for name, run in COMMITTED.items():
+        if run.task in TITLES and (RUNS / name).exists():
+            panels.setdefault(run.task, []).append(name)
+    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+    for axes, (task, names) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        axes.set_title(TITLES[task])
+        _panel(axes, names)
     figure.savefig(path, dpi=110)
 
 
-def _panel(axes: Axes, task: str) -> None:
-    for name, run in COMMITTED.items():
-        if run.task != task or not (RUNS / name).exists():
-            continue
+def _panel(axes: Axes, names: list[str]) -> None:
+    for name in names:
         result, steps, _ = kept_run(name)
         style = "--" if result["config"]["learning_rate"] == 0 else "-"
         points = curve(result, steps)
-        axes.plot(list(points), list(points.values()), style, marker=".", label=run.label)
-    axes.set_title({"sums": "What is a + b?", "differences": "What is a - b?"}[task])
+        label = COMMITTED[name].label
+        axes.plot(list(points), list(points.values()), style, marker=".", label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("held-out accuracy, greedy")
     axes.set_ylim(0, 1)

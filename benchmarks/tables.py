@@ -284,7 +284,8 @@ def _runs(results: Path, folder: str) -> str:
     if facts is None:
         return "No run yet."
     installed = ", ".join(f"{p} {facts['versions'][p]}" for p in ("torch", "transformers"))
-    return f"{facts['device']}, {facts['threads']} threads, {installed}.\n\n" + "\n".join(lines)
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+    return f"{facts['device']}, {threads}, {installed}.\n\n" + "\n".join(lines)
 
 
 def _race(results: Path, folder: str) -> str:

@@ -27,6 +27,14 @@ def test_a_curve_goes_from_before_to_after() -> None:
     assert learning.curve(result, steps) == {0: 0.5, 10: 0.6, 20: 0.7, 25: 0.9}
 
 
+def test_every_seed_learns_sums_and_the_control_does_not() -> None:
+    for name in ("sums-seed0", "sums-seed1", "sums-seed2"):
+        result, _, _ = learning.kept_run(name)
+        assert result["accuracy_before"] < 0.5 and result["accuracy_after"] > 0.9
+    result, _, _ = learning.kept_run("sums-control")
+    assert result["accuracy_after"] == result["accuracy_before"]
+
+
 def test_the_figure_is_drawn_from_the_runs(tmp_path) -> None:
     learning.draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
