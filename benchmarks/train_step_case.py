@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,15 @@ SHAPE = dict(
     tie_word_embeddings=True,
 )
 TINY_SHAPE = SHAPE | dict(vocab_size=300, hidden_size=72, intermediate_size=96, num_hidden_layers=2)
+
+
+Commands = Iterator[dict[str, Any]]  # {"what": ..., "alive": ...}
+Answer = Callable[[dict[str, float]], None]
+
+
+def times(sampling: float, step: float) -> dict[str, float]:
+    """Return a step's times, in seconds: what is not sampling is the update."""
+    return {"sampling": sampling, "update": step - sampling, "step": step}
 
 
 class Case(NamedTuple):

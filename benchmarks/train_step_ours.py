@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import LogitsProcessorList
 
 import fastgrpo
 from benchmarks.environment import ROOT
-from benchmarks.train_step_case import Case, ForcedEndsOfSamples
+from benchmarks.train_step_case import Answer, Case, Commands, ForcedEndsOfSamples, times
 from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.load import load_policy
@@ -23,12 +22,7 @@ from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.sampler import ModelSampler, Sampling
 
 
-def serve(
-    case: Case,
-    settings: dict[str, Any],
-    commands: Iterator[dict[str, Any]],
-    answer: Callable[[dict[str, float]], None],
-) -> None:
+def serve(case: Case, settings: dict[str, Any], commands: Commands, answer: Answer) -> None:
     """Answer each command with what it took, in seconds, and an update's loss and gradient norm."""
     config = TrainConfig(
         task="gsm8k",
@@ -72,15 +66,14 @@ def serve(
             )
             assert rollout.lengths.tolist() == list(case.lengths)
         sampled = time.perf_counter()
-        found = {"sampling": sampled - begun}
+        found: dict[str, float] = {}
         if command["what"] != "evaluate":
             rewards = torch.tensor(case.rewards(command["alive"]), device=device)
             rollout = replace(rollout, advantages=fastgrpo.group_advantages(rewards, case.group))
             _, metrics = script.update(policy, optimizer, rollout, config)
-            found |= {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"]}
+            found = {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"]}
             assert math.isfinite(metrics["loss"])
-        ended = time.perf_counter()
-        answer(found | {"update": ended - sampled, "step": ended - begun})
+        answer(found | times(sampled - begun, time.perf_counter() - begun))
 
 
 def _committed(case: Case, prompts: list[torch.Tensor]) -> Rollout:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from benchmarks.peak_memory import reset_peak, status_kib
-from benchmarks.train_step_case import FULL, TINY, Case
+from benchmarks.train_step_case import FULL, TINY, Case, Commands
 
 ANSWER = "answer "  # what else a library prints is not one
 
 
-def commands() -> Iterator[dict[str, Any]]:
+def commands() -> Commands:
     """Yield what comes in, one object per line; the peak of memory begins again with each."""
     for line in sys.stdin:
         reset_peak()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LogitsProcessorList, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.train_step_case import Case, ForcedEnds
+from benchmarks.train_step_case import Answer, Case, Commands, ForcedEnds, times
 
 
 class Race(GRPOTrainer):
@@ -40,12 +39,10 @@ class Race(GRPOTrainer):
         return scored
 
 
-class Commands(TrainerCallback):
+class StepPerCommand(TrainerCallback):
     """A step of the trainer per command; its times and what it logs are the answer."""
 
-    def __init__(
-        self, trainer: Race, commands: Iterator[dict[str, Any]], answer: Callable[[dict], None]
-    ) -> None:
+    def __init__(self, trainer: Race, commands: Commands, answer: Answer) -> None:
         self.trainer, self.commands, self.answer = trainer, commands, answer
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -58,17 +55,11 @@ class Commands(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "grad_norm" not in logs:
             return
-        sampling = self.trainer.sampling
-        times = {"sampling": sampling, "update": self.step - sampling, "step": self.step}
-        self.answer(times | {name: float(logs[name]) for name in ("loss", "grad_norm")})
+        found = {name: float(logs[name]) for name in ("loss", "grad_norm")}
+        self.answer(found | times(self.trainer.sampling, self.step))
 
 
-def serve(
-    case: Case,
-    settings: dict[str, Any],
-    commands: Iterator[dict[str, Any]],
-    answer: Callable[[dict[str, float]], None],
-) -> None:
+def serve(case: Case, settings: dict[str, Any], commands: Commands, answer: Answer) -> None:
     """Answer each command with what it took, in seconds; StopIteration of the commands ends it."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
@@ -120,7 +111,7 @@ def serve(
     trainer.model.generate = lambda **options: generate(
         **options, logits_processor=LogitsProcessorList([ends])
     )
-    trainer.add_callback(Commands(trainer, commands, answer))
+    trainer.add_callback(StepPerCommand(trainer, commands, answer))
     torch.manual_seed(0)
     try:
         trainer.train()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from .tasks import Example
 
 
@@ -48,15 +50,19 @@ def text_field(row: dict[str, Any], name: str) -> str:
 
 
 def train_and_held_out(
-    read: Callable[[str], list[Example]], data: str, eval_data: str | None, eval_size: int
+    read: Callable[[str, PreTrainedTokenizerBase], list[Example]],
+    tokenizer: PreTrainedTokenizerBase,
+    data: str,
+    eval_data: str | None,
+    eval_size: int,
 ) -> tuple[list[Example], list[Example]]:
     """Return examples to train and to evaluate on, at most ``eval_size`` unless that is 0.
 
     Without ``eval_data``, at most the last tenth of ``data`` is held out.
     """
-    train = read(data)
+    train = read(data, tokenizer)
     if eval_data is not None:
-        return train, read(eval_data)[: eval_size or None]
+        return train, read(eval_data, tokenizer)[: eval_size or None]
     if len(train) < 2:
         raise ValueError(f"{data}: expected two examples or more to hold one out, or --eval-data")
     count = max(1, min(eval_size or len(train), len(train) // 10))

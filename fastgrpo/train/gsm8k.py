@@ -86,9 +86,7 @@ def gsm8k_task(
     tokenizer: PreTrainedTokenizerBase, data: str, eval_data: str | None, eval_size: int
 ) -> Task:
     """Return the task; without ``eval_data``, at most the last tenth of ``data`` is held out."""
-    train, held_out = train_and_held_out(
-        lambda path: read_examples(path, tokenizer), data, eval_data, eval_size
-    )
+    train, held_out = train_and_held_out(read_examples, tokenizer, data, eval_data, eval_size)
     return Task("gsm8k", train, held_out, REWARDS, Accuracy(one_by_one(is_correct)))
 
 

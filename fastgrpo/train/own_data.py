@@ -51,9 +51,7 @@ def own_task(
     tokenizer: PreTrainedTokenizerBase, data: str, eval_data: str | None, eval_size: int
 ) -> Task:
     """Return the task without rewards; without ``eval_data``, part of ``data`` is held out."""
-    train, held_out = train_and_held_out(
-        lambda path: read_examples(path, tokenizer), data, eval_data, eval_size
-    )
+    train, held_out = train_and_held_out(read_examples, tokenizer, data, eval_data, eval_size)
     return Task("jsonl", train, held_out, rewards=())
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.completions import Rollout
@@ -22,6 +25,34 @@ from fastgrpo.train.sampler import ModelSampler, Sampling
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "grpo_train.py"
+
+
+def policy_in(folder: Path, **flags: object) -> Policy:
+    """The policy of a folder or file, on the CPU."""
+    return load_policy(TrainConfig(model=str(folder), device="cpu", backend="torch", **flags))
+
+
+def with_copy(policy: Policy) -> Policy:
+    """The policy with a model of its own."""
+    model = copy.deepcopy(policy.model)
+    head = policy.head._replace(weight=model.get_output_embeddings().weight)
+    return dataclasses.replace(policy, model=model, head=head)
+
+
+def own_logps(model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """The model's own log-probs (N,), from one forward with logits for each completion."""
+    found = []
+    for i, completion in zip(rollout.prompt_index, rollout.completions(), strict=True):
+        prompt = rollout.prompts[i]
+        logits = model(input_ids=torch.cat((prompt, completion))[None]).logits[0]
+        logps = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        found.append(logps.gather(-1, completion[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """What a run has logged, a dict for each step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

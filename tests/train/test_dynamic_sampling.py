@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +14,8 @@ from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.dynamic_sampling import draw_groups
 from fastgrpo.train.rewards import Reward
 from fastgrpo.train.scoring import Scores
+
+from .conftest import read_metrics
 
 GROUP = 2
 
@@ -82,7 +83,7 @@ def run(script, tmp_path, monkeypatch, **flags: object) -> list[dict]:
         **sizes, device="cpu", backend="torch", max_steps=2, output_dir=str(tmp_path), **flags
     )
     assert script.main(config) == 0
-    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(tmp_path)
 
 
 def test_a_run_logs_what_was_flat_and_what_was_dropped(script, tmp_path, monkeypatch) -> None:

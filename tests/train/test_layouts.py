@@ -23,6 +23,8 @@ from fastgrpo.train.load import _recompute_activations
 from fastgrpo.train.packed_row import Call, Packing, Prefix, Span, length
 from model_families import tiny
 
+from .conftest import own_logps
+
 # A window that is shorter than every sequence but one.
 SLIDING = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
@@ -79,17 +81,6 @@ def in_float64(monkeypatch) -> None:
     monkeypatch.setattr(
         torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x)
     )
-
-
-def own_logps(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """The model's own log-probs, from one forward with logits for each completion."""
-    found = []
-    for i, completion in zip(rollout.prompt_index, rollout.completions(), strict=True):
-        prompt = rollout.prompts[i]
-        logits = model(input_ids=torch.cat((prompt, completion))[None]).logits[0]
-        logps = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        found.append(logps.gather(-1, completion[:, None])[:, 0])
-    return torch.cat(found)
 
 
 def logps_by(name: str, model: PreTrainedModel, rollout: Rollout) -> Tensor:

@@ -19,6 +19,8 @@ from fastgrpo.train.sampler import ModelSampler
 from fastgrpo.train.scoring import centred
 from fastgrpo.train.tasks import Task
 
+from .conftest import own_logps
+
 G, EPSILON, BETA = 4, 0.1, 0.04
 REWARDS = [2.8, 0.0, 1.3, 0.8, 0.5, 0.5, 2.0, -0.1, 0.2, 0.4, 0.4, 0.4]
 
@@ -28,17 +30,15 @@ def preset() -> TrainConfig:
     return TrainConfig(preset="lmbook", **files, backend="torch", max_grad_norm=1e9, device="cpu")
 
 
-def token_logps(policy: Policy, rollout: Rollout) -> list[Tensor]:
-    """The log-probs of each completion's tokens: one sequence at a time, from all logits."""
-    found = []
-    for index, ids in zip(rollout.prompt_index, rollout.completions(), strict=True):
-        prompt = rollout.prompts[index]
-        logits = policy.model(torch.cat((prompt, ids))[None]).logits[0, len(prompt) - 1 : -1]
-        found.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
-    return found
+Tokens = tuple[Tensor, ...]  # a tensor of (tokens,) for each completion
 
 
-def program(policy: Policy, rollout: Rollout, old: list[Tensor], ref: list[Tensor]) -> Tensor:
+def token_logps(policy: Policy, rollout: Rollout) -> Tokens:
+    """The log-probs of each completion's tokens, from all logits."""
+    return own_logps(policy.model, rollout).split(rollout.lengths.tolist())
+
+
+def program(policy: Policy, rollout: Rollout, old: Tokens, ref: Tokens) -> Tensor:
     """The loss as the program computes it, a completion at a time."""
     rewards = torch.tensor(REWARDS).view(-1, G)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)

@@ -17,9 +17,7 @@ from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
 from fastgrpo.train.optimizer import MasterAdamW
 
-
-def loaded(model: Path, **flags) -> Policy:
-    return load_policy(TrainConfig(model=str(model), device="cpu", backend="torch", **flags))
+from .conftest import policy_in
 
 
 def logits(policy: Policy) -> torch.Tensor:
@@ -35,7 +33,7 @@ def trained(policy: Policy) -> list[str]:
 def test_an_adapter_learns_alone_and_comes_back(tmp_path, model_folder, targets) -> None:
     pytest.importorskip("peft")
     flags = {"lora_rank": 4, "lora_alpha": 8.0, "lora_target_modules": targets}
-    policy, plain = loaded(model_folder, **flags), loaded(model_folder)
+    policy, plain = policy_in(model_folder, **flags), policy_in(model_folder)
     names = trained(policy)
     modules = {name.split(".lora_")[0].rpartition(".")[2] for name in names}
     linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -53,7 +51,7 @@ def test_an_adapter_learns_alone_and_comes_back(tmp_path, model_folder, targets)
     saved = json.loads((tmp_path / "checkpoint" / "adapter_config.json").read_text())
     assert saved["r"] == 4 and saved["lora_alpha"] == 8
 
-    again = loaded(tmp_path / "checkpoint")
+    again = policy_in(tmp_path / "checkpoint")
     assert not torch.equal(logits(again), logits(plain))
     torch.testing.assert_close(logits(again), logits(policy), atol=0, rtol=0)
     assert trained(again) == names
@@ -66,19 +64,19 @@ def test_an_adapter_learns_alone_and_comes_back(tmp_path, model_folder, targets)
 def test_an_unknown_target_names_those_there_are(model_folder) -> None:
     pytest.importorskip("peft")
     with pytest.raises(ValueError, match="lora_target_modules: expected names among .*'q_proj'"):
-        loaded(model_folder, lora_rank=2, lora_target_modules=["query"])
+        policy_in(model_folder, lora_rank=2, lora_target_modules=["query"])
 
 
 def test_an_adapter_on_an_adapter_is_refused(tmp_path, model_folder) -> None:
     pytest.importorskip("peft")
-    save_checkpoint(loaded(model_folder, lora_rank=2), tmp_path / "checkpoint")
+    save_checkpoint(policy_in(model_folder, lora_rank=2), tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="lora_rank: .* is an adapter already"):
-        loaded(tmp_path / "checkpoint", lora_rank=2)
+        policy_in(tmp_path / "checkpoint", lora_rank=2)
 
 
 def with_head(folder: Path, model_folder: Path, tied: bool) -> Path:
     """The model and its tokenizer in another folder, its head tied to the embedding or not."""
-    policy = loaded(model_folder)
+    policy = policy_in(model_folder)
     policy.model.config.tie_word_embeddings = tied
     policy.model.tie_weights()
     save_checkpoint(policy, folder)
@@ -109,7 +107,7 @@ def test_a_flag_puts_no_adapter_on_the_head(tmp_path, model_folder, tied, target
     pytest.importorskip("peft")
     folder = with_head(tmp_path / "model", model_folder, tied)
     with pytest.raises(ValueError, match=f"lora_target_modules: .* alone, got one on {name}$"):
-        loaded(folder, lora_rank=2, lora_target_modules=targets)
+        policy_in(folder, lora_rank=2, lora_target_modules=targets)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +124,12 @@ def test_an_adapter_that_acts_on_the_head_is_refused(tmp_path, model_folder, tie
     base = with_head(tmp_path / "model", model_folder, tied)
     adapter = with_adapter(tmp_path / "adapter", base, **options)
     with pytest.raises(ValueError, match="model: expected an adapter .* got one on lm_head$"):
-        loaded(adapter)
+        policy_in(adapter)
 
 
 def test_an_adapter_on_an_embedding_that_is_not_the_head_learns(model_folder) -> None:
     pytest.importorskip("peft")
-    policy = loaded(model_folder, lora_rank=2, lora_target_modules=["embed_tokens"])
+    policy = policy_in(model_folder, lora_rank=2, lora_target_modules=["embed_tokens"])
     assert trained(policy) and all(".embed_tokens.lora_" in name for name in trained(policy))
 
 
@@ -139,7 +137,7 @@ def test_an_adapter_on_an_embedding_that_is_not_the_head_learns(model_folder) ->
 def test_a_trained_copy_of_the_head_is_the_policys_head(tmp_path, model_folder, tied) -> None:
     base = with_head(tmp_path / "model", model_folder, tied)
     options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    policy = loaded(with_adapter(tmp_path / "adapter", base, **options))
+    policy = policy_in(with_adapter(tmp_path / "adapter", base, **options))
     states = policy.model.base_model(torch.arange(12)[None]).last_hidden_state
     before, optimizer = logits(policy), MasterAdamW(policy.model.parameters(), 1e-2, 10)
     optimizer.backward((states @ policy.head.weight.t()).square().mean())
@@ -149,23 +147,23 @@ def test_a_trained_copy_of_the_head_is_the_policys_head(tmp_path, model_folder, 
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(states @ policy.head.weight.t(), after)
     save_checkpoint(policy, tmp_path / "checkpoint")
-    torch.testing.assert_close(logits(loaded(tmp_path / "checkpoint")), after)
+    torch.testing.assert_close(logits(policy_in(tmp_path / "checkpoint")), after)
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_model(tmp_path, model_folder) -> None:
     pytest.importorskip("peft")
-    save_checkpoint(loaded(model_folder, lora_rank=2), tmp_path / "checkpoint")
+    save_checkpoint(policy_in(model_folder, lora_rank=2), tmp_path / "checkpoint")
     for path in (tmp_path / "checkpoint").iterdir():
         if not path.name.startswith("adapter"):
             path.unlink()
-    again, plain = loaded(tmp_path / "checkpoint"), loaded(model_folder)
+    again, plain = policy_in(tmp_path / "checkpoint"), policy_in(model_folder)
     assert again.tokenizer("a b")["input_ids"] == plain.tokenizer("a b")["input_ids"]
     assert again.end_ids == plain.end_ids
     path = tmp_path / "checkpoint" / "adapter_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="model: expected the name of its model in .*, got none"):
-        loaded(tmp_path / "checkpoint")
+        policy_in(tmp_path / "checkpoint")
 
 
 def test_triton_on_a_cpu_is_refused_before_a_model_is_loaded() -> None:
@@ -186,15 +184,15 @@ def test_what_is_not_installed_is_named(monkeypatch, model_folder, tmp_path) -> 
         load, "find_spec", lambda name: None if name in ("peft", "gguf") else known(name)
     )
     with pytest.raises(ValueError, match=r"needs the package peft, .* 'fastgrpo\[lora\]'"):
-        loaded(model_folder, lora_rank=2)
+        policy_in(model_folder, lora_rank=2)
     (tmp_path / "a.gguf").touch()
     with pytest.raises(ValueError, match=r"needs the package gguf, .* 'fastgrpo\[gguf\]'"):
-        loaded(tmp_path / "a.gguf")
+        policy_in(tmp_path / "a.gguf")
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path) -> None:
     with pytest.raises(ValueError, match="model: expected a GGUF file, a folder") as refused:
-        loaded(tmp_path)
+        policy_in(tmp_path)
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -204,14 +202,14 @@ def test_a_package_that_a_tokenizer_lacks_is_one_line(monkeypatch, model_folder)
 
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", fails)
     with pytest.raises(ValueError, match="got .*: needs the sentencepiece library$"):
-        loaded(model_folder)
+        policy_in(model_folder)
 
 
 def test_a_gguf_file_is_dequantised_and_saved_as_an_ordinary_model(tmp_path) -> None:
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     path = write_gguf(gguf, tmp_path / "tiny.gguf")
-    policy = loaded(path)
+    policy = policy_in(path)
     weight = policy.model.model.layers[0].mlp.down_proj.weight
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight.detach(), dequantised(gguf, path), atol=0, rtol=0)
@@ -219,7 +217,7 @@ def test_a_gguf_file_is_dequantised_and_saved_as_an_ordinary_model(tmp_path) -> 
     save_checkpoint(policy, tmp_path / "checkpoint")
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     assert "quantization_config" not in config
-    assert torch.equal(logits(loaded(tmp_path / "checkpoint")), logits(policy))
+    assert torch.equal(logits(policy_in(tmp_path / "checkpoint")), logits(policy))
 
 
 def dequantised(gguf, path: Path) -> torch.Tensor:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.rewards import Reward, one_by_one
 
-from .conftest import ROOT, SCRIPT
+from .conftest import ROOT, SCRIPT, read_metrics, with_copy
 
 TINY_RUN = {
     "device": "cpu",
@@ -43,10 +42,6 @@ PROMISED = {
     "sampler_gap_mean", "sampler_gap_max", "completions/min_length",
     "completions/max_length", "completions/clipped_ratio",
 }  # fmt: skip
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def command(*arguments: object) -> tuple[list[str], dict[str, str]]:
@@ -144,11 +139,7 @@ def test_micro_batches_do_not_change_the_gradient(
     rollout = dataclasses.replace(rollout, old_logps=old, ref_logps=old - 0.1)
     results = []
     for size in (1000, 60, 1):
-        learner = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
-        learner = dataclasses.replace(
-            learner,
-            head=policy.head._replace(weight=learner.model.get_output_embeddings().weight),
-        )
+        learner = with_copy(policy)
         optimizer = MasterAdamW(learner.model.parameters(), 0.0, 10)
         grads = []
         optimizer.step = lambda *_, o=optimizer, g=grads: (

@@ -28,12 +28,13 @@ from fastgrpo.model.fused_lm import evaluation_mode
 from fastgrpo.train import gsm8k
 from fastgrpo.train.chat import chat_prompt
 from fastgrpo.train.config import TrainConfig
-from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import check_prompts, demonstrate, encode, texts
 from fastgrpo.train.run import Run
 from fastgrpo.train.sampler import ModelSampler, Sampling, ends_at
 from fastgrpo.train.tasks import Example, Task, TemplatedPrompt
+
+from .conftest import policy_in
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 
@@ -101,7 +102,7 @@ def loaded(
     if isinstance(tokenizer, Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     tokenizer.save_pretrained(folder)
-    return load_policy(TrainConfig(model=str(folder), device="cpu", backend="torch", **flags))
+    return policy_in(folder, **flags)
 
 
 @pytest.mark.parametrize("make", [gpt2, falcon, opt, mixtral], ids=lambda make: make.__name__)

@@ -9,22 +9,10 @@ import torch
 
 import fastgrpo
 from fastgrpo.train.completions import concatenate, left_padded
-from fastgrpo.train.config import TrainConfig
-from fastgrpo.train.load import load_policy
 from fastgrpo.train.metrics import sampler_gap
 from fastgrpo.train.rollout import demonstrate, texts
 
-
-def naive_logps(policy, rollout, temperature: float) -> torch.Tensor:
-    """The model's own log-softmax, each sequence alone and without any padding."""
-    found = []
-    for i, completion in zip(rollout.prompt_index, rollout.completions(), strict=True):
-        prompt = rollout.prompts[i]
-        with torch.no_grad():
-            logits = policy.model(input_ids=torch.cat((prompt, completion))[None]).logits[0]
-        logps = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
-        found.append(logps.gather(-1, completion[:, None])[:, 0])
-    return torch.cat(found)
+from .conftest import own_logps, policy_in
 
 
 @pytest.mark.filterwarnings("ignore:max_tokens_per_microbatch")
@@ -32,7 +20,8 @@ def naive_logps(policy, rollout, temperature: float) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_are_the_models_own(policy, rollout, max_tokens: int, temperature: float) -> None:
     logps = policy.logps(rollout, max_tokens, temperature, "torch")
-    torch.testing.assert_close(logps, naive_logps(policy, rollout, temperature), atol=2e-5, rtol=0)
+    expected = own_logps(policy.model, rollout, temperature)
+    torch.testing.assert_close(logps, expected, atol=2e-5, rtol=0)
 
 
 def test_completions_end_with_eos_or_were_cut(policy, rollout) -> None:
@@ -123,7 +112,7 @@ def test_demonstrations_are_the_given_text(policy) -> None:
 
 
 def test_a_folders_sampling_defaults_are_not_inherited(model_folder) -> None:
-    policy = load_policy(TrainConfig(model=str(model_folder), device="cpu", backend="torch"))
+    policy = policy_in(model_folder)
     defaults = policy.model.generation_config
     assert (defaults.repetition_penalty, defaults.top_k, defaults.do_sample) == (None, None, None)
     assert (defaults.eos_token_id, defaults.pad_token_id) == ([1], 0)

@@ -30,6 +30,8 @@ from fastgrpo.train.completions import Rollout, left_padded
 from fastgrpo.train.model import Policy
 from fastgrpo.train.sampler import ModelSampler, Sampling, choose, ends_at, uniforms_of
 
+from .conftest import own_logps
+
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 SIZES = {
     "vocab_size": 60,
@@ -120,14 +122,8 @@ def test_greedy_tokens_are_those_of_generate(policy, capsys, make) -> None:
 def test_recorded_logps_are_those_of_separate_passes(policy, make, temperature: float) -> None:
     policy = policy_of(policy, make)
     rollout = ModelSampler(policy).sample(PROMPTS, 3, Sampling(24, temperature, seed=(3,)))
-    expected = []
-    for i, completion in zip(rollout.prompt_index, rollout.completions(), strict=True):
-        prompt = rollout.prompts[i]
-        with torch.no_grad():
-            logits = policy.model(input_ids=torch.cat((prompt, completion))[None]).logits[0]
-        scored = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
-        expected.append(scored.gather(-1, completion[:, None])[:, 0])
-    torch.testing.assert_close(rollout.sampler_logps, torch.cat(expected), atol=5e-5, rtol=0)
+    expected = own_logps(policy.model, rollout, temperature)
+    torch.testing.assert_close(rollout.sampler_logps, expected, atol=5e-5, rtol=0)
 
 
 def test_samples_do_not_depend_on_what_stands_beside_them(policy) -> None:

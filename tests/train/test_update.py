@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import peft
@@ -19,17 +18,12 @@ from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.reference import Reference
 from fastgrpo.train.rewards import Reward
 
+from .conftest import with_copy
+
 
 @pytest.fixture
 def config(config):
     return dataclasses.replace(config, beta=0.0, max_grad_norm=1e9)
-
-
-def with_copy(policy):
-    """The policy with a model of its own."""
-    model = copy.deepcopy(policy.model)
-    head = policy.head._replace(weight=model.get_output_embeddings().weight)
-    return dataclasses.replace(policy, model=model, head=head)
 
 
 def spy(policy, seen: list[int]):

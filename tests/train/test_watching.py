@@ -21,6 +21,8 @@ from fastgrpo.train.rewards import Reward
 from fastgrpo.train.samples import SampleLog
 from fastgrpo.train.stalled import STEPS, Stalled
 
+from .conftest import read_metrics
+
 NAN = math.nan
 
 
@@ -107,7 +109,7 @@ def test_a_step_logs_the_means_of_its_updates(script, tmp_path, monkeypatch) -> 
     )  # fmt: skip
     length = Reward("length", lambda completions, **_: [float(len(text)) for text in completions])
     script.main(config, dataclasses.replace(arithmetic_task(0, 4), rewards=(length,)))
-    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    (row,) = read_metrics(tmp_path)
     assert len(made) == 3
     for name in ("loss", "grad_norm", "learning_rate", "kl"):
         values = [metrics[name] for _, metrics in made]
