@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import HelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,9 +64,14 @@ class TrainConfig(Flags):
 def parse_flags(arguments: Sequence[str] | None = None) -> TrainConfig:
     """Return the settings of a command line; a wrong one ends the process with one line."""
     with one_line_errors():
-        parser = HfArgumentParser(TrainConfig)
+        about = "Train by GRPO; docs/training.md says more about each setting."
+        parser = HfArgumentParser(TrainConfig, description=about, formatter_class=HelpFormatter)
         parser.error = _error
-        return parser.parse_args_into_dataclasses(arguments)[0]
+        parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        config, unknown = parsed
+        if unknown:
+            raise ValueError(f"expected flags that --help lists, got {' '.join(unknown)}")
+        return config
 
 
 @contextmanager

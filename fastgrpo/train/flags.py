@@ -15,6 +15,8 @@ Estimator = Literal["grpo", "dr_grpo", "grpo_loo", "grpo_passk", "rloo"]
 
 
 def _flag(default: Any, text: str) -> Any:
+    if default is not None and default is not False:
+        text += f" By default {default}."
     return field(default=default, metadata={"help": text})
 
 
@@ -69,7 +71,9 @@ class Flags:
         "auto", "Dtype of the model; auto: bfloat16 on CUDA, else float32."
     )
     backend: Literal["auto", "triton", "torch"] = _flag("auto", "Implementation of the fused loss.")
-    lora_rank: int = _flag(0, "Rank of a LoRA adapter, which learns alone; 0 = all weights learn.")
+    lora_rank: int = _flag(
+        0, "Rank of a LoRA adapter, which learns alone; 0 = no adapter, all weights learn."
+    )
     lora_alpha: float = _flag(16.0, "The adapter's output is scaled by this / rank.")
     lora_target_modules: list[str] = _several(
         "Modules that get an adapter; by default every linear one but the head."
@@ -131,7 +135,7 @@ class Flags:
     )
     lr_warmup_steps: int | None = _default(
         "lr_warmup_steps",
-        "Optimizer steps over which it rises, while Adam's averages settle; at most all.",
+        "Optimizer steps, at most all of them, over which it rises while Adam's averages settle.",
     )
     max_grad_norm: float | None = _default(
         "max_grad_norm", "Gradients are scaled down to this norm."

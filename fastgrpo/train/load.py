@@ -142,6 +142,8 @@ def _loaded(load: Callable[..., Any], name: str, **options: Any) -> Any:
             raise ValueError(f"model: expected a file at {name}, got none")
         name, options = str(path.parent), options | {"gguf_file": path.name}
     try:
+        if path.is_dir() and not any((path / f).is_file() for f in ("config.json", ADAPTER)):
+            raise OSError("no config.json in this folder")
         return load(name, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip().splitlines() or [repr(error)])[0]
@@ -175,8 +177,11 @@ def _add_adapter(model: PreTrainedModel, config: TrainConfig) -> None:
             )
         )
     except ValueError as error:
+        head = model.get_output_embeddings()
         known = {
-            name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
         }
         raise ValueError(
             f"lora_target_modules: expected names among {sorted(known)}, got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,8 +40,7 @@ def check_flags(config: Flags) -> None:
     _check_numbers(config)
     _check_task(config)
     _check_combinations(config)
-    if config.output_dir is not None and Path(config.output_dir).is_file():
-        raise ValueError(f"output_dir: expected a folder, got the file {config.output_dir}")
+    _check_output(Path(config.output_dir or "runs"))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError(
             "tensorboard: needs the package tensorboard, which is not installed: "
@@ -94,8 +94,10 @@ def _check_task(config: Flags) -> None:
 def _check_combinations(config: Flags) -> None:
     if config.reward_weight and not config.reward:
         raise ValueError("reward_weight: no effect without reward")
-    if config.accuracy is not None:
-        config.accuracy_threshold()
+    if not all(map(math.isfinite, config.reward_weight)):
+        raise ValueError(f"reward_weight: expected finite numbers, got {config.reward_weight}")
+    if config.accuracy is not None and not math.isfinite(config.accuracy_threshold()[1]):
+        raise ValueError(f"accuracy: expected REWARD=NUMBER, got {config.accuracy!r}")
     if config.ref_model_sync_steps and not config.beta:
         raise ValueError("ref_model_sync_steps: no effect with beta 0, without a reference")
     steps = config.max_steps * config.num_iterations
@@ -109,6 +111,12 @@ def _check_combinations(config: Flags) -> None:
     changed = [n for n in ("lora_alpha", "lora_target_modules") if _differs(config, n)]
     if changed and not config.lora_rank:
         raise ValueError(f"{changed[0]}: no effect without lora_rank")
+
+
+def _check_output(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"output_dir: expected a folder that can be written, got {folder}")
 
 
 def _differs(config: Flags, name: str) -> bool:

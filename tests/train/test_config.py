@@ -49,6 +49,11 @@ def rewards(tmp_path) -> str:
         (JSONL | {"reward": ["no/file.py:f"]}, "reward: expected a file at no/file.py"),
         ({"reward_weight": [1.0]}, "reward_weight: no effect without reward"),
         ({"accuracy": "correct"}, "accuracy: expected REWARD=NUMBER"),
+        ({"accuracy": "correct=nan"}, "accuracy: expected REWARD=NUMBER"),
+        (
+            JSONL | {"reward": ["f"], "reward_weight": [float("nan")]},
+            r"reward_weight: expected finite numbers, got \[nan\]",
+        ),
         ({"lora_rank": 4}, "lora_rank: expected a model"),
         ({"lora_alpha": 4.0}, "lora_alpha: no effect without lora_rank"),
         ({"lora_target_modules": ["q_proj"]}, "lora_target_modules: no effect without"),
@@ -63,7 +68,11 @@ def rewards(tmp_path) -> str:
         ({"learning_rate": float("inf")}, "learning_rate: expected a finite number, got inf"),
         ({"dtype": "float16"}, "dtype: expected one of .*'bfloat16'.*, got 'float16'"),
         ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected one of .* got 'sine'"),
-        ({"output_dir": __file__}, "output_dir: expected a folder, got the file .*test_config.py"),
+        (
+            {"output_dir": __file__},
+            "output_dir: expected a folder .* written, got .*test_config.py",
+        ),
+        ({"output_dir": f"{__file__}/run"}, "output_dir: expected a folder .* got .*py/run"),
         ({"sparsity": 1.0}, "sparsity: expected 0 or"),
         ({"max_minutes": 0.0}, "max_minutes: expected a positive number"),
         ({"loss_option": ["epsilon=0.1"]}, "loss_option: expected key=value with a key among"),
@@ -177,7 +186,7 @@ def test_a_command_line_may_repeat_a_flag(rewards) -> None:
     ("arguments", "message"),
     [
         (["--num-generations", "1"], "error: num_generations: expected at least 2"),
-        (["--no-such-flag"], "no-such-flag"),
+        (["--batch-size", "8"], "error: expected flags that --help lists, got --batch-size 8"),
         (["--max-steps", "many"], "many"),
     ],
 )
@@ -231,3 +240,12 @@ def test_a_loss_may_bring_its_advantages() -> None:
     assert TrainConfig(loss="dr_grpo", advantage_estimator="rloo").advantage_estimator == "rloo"
     with pytest.raises(ValueError, match="advantage_estimator: expected one of .* got 'gpg'"):
         TrainConfig(advantage_estimator="gpg")
+
+
+def test_the_help_shows_every_default(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default:" not in shown
+    assert "By default 16.0." in shown  # the same for all
+    assert "By default 200, sums: " in shown  # of tasks

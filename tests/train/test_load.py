@@ -63,8 +63,11 @@ def test_an_adapter_learns_alone_and_comes_back(tmp_path, model_folder, targets)
 
 def test_an_unknown_target_names_those_there_are(model_folder) -> None:
     pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="lora_target_modules: expected names among .*'q_proj'"):
+    with pytest.raises(
+        ValueError, match="lora_target_modules: expected names among .*'q_proj'"
+    ) as refused:
         policy_in(model_folder, lora_rank=2, lora_target_modules=["query"])
+    assert "lm_head" not in str(refused.value)
 
 
 def test_an_adapter_on_an_adapter_is_refused(tmp_path, model_folder) -> None:
@@ -193,6 +196,7 @@ def test_what_is_not_installed_is_named(monkeypatch, model_folder, tmp_path) -> 
 def test_a_model_that_is_not_there_is_one_line(tmp_path) -> None:
     with pytest.raises(ValueError, match="model: expected a GGUF file, a folder") as refused:
         policy_in(tmp_path)
+    assert "no config.json in this folder" in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
 
 
