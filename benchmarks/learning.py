@@ -60,9 +60,8 @@ def train(name: str, model: Path, gsm8k: Path | None, facts: dict[str, Any]) -> 
     run = COMMITTED[name]
     flags = ["--task", run.task, "--model", str(model), *run.flags.split()]
     if run.task == "gsm8k":
-        if gsm8k is None:
-            raise RuntimeError("gsm8k: expected --gsm8k FOLDER with train.jsonl and test.jsonl")
-        flags += ["--data", str(gsm8k / "train.jsonl"), "--eval-data", str(gsm8k / "test.jsonl")]
+        files = [str(gsm8k.resolve() / f"{part}.jsonl") for part in ("train", "test")]
+        flags += ["--data", files[0], "--eval-data", files[1]]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "examples/grpo_train.py", *flags, "--output-dir", folder]
         ended = run_command(command, LONGEST)
@@ -133,6 +132,9 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, help="Folder with train.jsonl and test.jsonl.")
     parser.add_argument("--only", nargs="*", choices=COMMITTED, default=list(COMMITTED))
     options = parser.parse_args()
+    if "gsm8k" in options.only and options.gsm8k is None:
+        parser.error("--gsm8k: expected a folder with train.jsonl and test.jsonl, or --only others")
+    options.model = options.model.resolve()
     sys.path.append(str(options.model.parents[1]))  # where the reader of GGUF files lies
     facts = environment.facts("benchmarks.learning")
     for name in options.only:

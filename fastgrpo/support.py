@@ -49,7 +49,7 @@ class Support:
             raise ValueError(f"cu: expected shape (N + 1,), got {tuple(self.cu.shape)}")
         tokens = len(self.cu) - 1
         shape = tuple(self.shape) or (tokens,)
-        if math.prod(shape) != tokens:
+        if math.prod(shape) != tokens or min(shape) < 0:
             raise ValueError(f"shape: expected one of {tokens} tokens as cu has, got {shape}")
         object.__setattr__(self, "ids", self.ids.long())
         object.__setattr__(self, "cu", self.cu.long())
@@ -71,6 +71,8 @@ class Support:
         Raises:
             ValueError: for a number of lists that is not that of the tokens, and as `Support` does.
         """
+        if mask is not None:
+            checks.tensor("mask", mask, dtypes=(torch.bool,))
         device = None if mask is None else mask.device
         ids = [torch.as_tensor(some) for some in lists]
         counts = torch.tensor([some.numel() for some in ids], dtype=torch.int64)
@@ -79,7 +81,6 @@ class Support:
                 raise ValueError(f"lists: expected a list of ints for each token, got {some}")
         joined = torch.cat([some.flatten().long() for some in ids]) if ids else counts
         if mask is not None:
-            checks.tensor("mask", mask, dtypes=(torch.bool,))
             if int(mask.sum()) != len(counts):
                 raise ValueError(
                     f"lists: expected one for each of the {int(mask.sum())} True tokens of mask,"
@@ -138,20 +139,24 @@ class Support:
         checks.temperature(temperature, shape, logits)
         if top_k is None and top_p is None and min_p is None:
             raise ValueError("top_k: expected one of top_k, top_p and min_p, got none of them")
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise ValueError(f"top_k: expected an int >= 1, got {top_k!r}")
         if top_p is not None:
             checks.share("top_p", top_p)
         if min_p is not None:
             checks.finite("min_p", min_p, 0.0, 1.0)
         divisor = torch.as_tensor(temperature, device=logits.device)
+        checks.positive_temperature(divisor)
         divisor = divisor.expand(shape).reshape(-1, 1)
         rows, parts = logits.reshape(-1, vocab), []
         step = max(1, BLOCK // vocab)
         for start in range(0, len(rows), step):
             c = slice(start, start + step)
             z = rows[c].to(torch.promote_types(rows.dtype, torch.float32)) / divisor[c]
-            parts.append(cls.of_mask(_kept(z, top_k, top_p, min_p)))
+            kept = _kept(z, top_k, top_p, min_p)
+            if checks.looks_at_values(z):
+                _check_kept(z, kept)
+            parts.append(cls.of_mask(kept))
         whole = cls.cat(parts) if parts else cls.of_mask(rows.bool())
         return cls._of(whole.ids, whole.cu, shape)
 
@@ -177,7 +182,7 @@ class Support:
 
         Raises ValueError for a shape of another number of tokens.
         """
-        if math.prod(shape) != len(self.cu) - 1:
+        if math.prod(shape) != len(self.cu) - 1 or min(shape, default=0) < 0:
             raise ValueError(f"shape: expected one of {len(self.cu) - 1} tokens, got {shape}")
         return self._of(self.ids, self.cu, shape)
 
@@ -213,7 +218,8 @@ class Support:
         if bounds[0] != 0 or bounds[-1] != len(ids) or bool((bounds.diff() < 0).any()):
             raise ValueError(
                 f"cu: expected a non-decreasing sequence from 0 to M = {len(ids)}, got one from "
-                f"{bounds[0].item()} to {bounds[-1].item()}"
+                f"{bounds[0].item()} to {bounds[-1].item()}, with a least step of "
+                f"{bounds.diff().amin().item() if len(bounds) > 1 else None}"
             )
         if not len(ids):
             return
@@ -244,6 +250,14 @@ def check_support(support: object, shape: tuple[int, ...], like: Tensor, sparsit
     if sparsity:
         raise ValueError(
             f"sparsity: expected 0 with support, whose gradients are exact; got {sparsity}"
+        )
+
+
+def _check_kept(z: Tensor, kept: Tensor) -> None:
+    """Raise ValueError for logits that nothing can be sampled from."""
+    if not bool((z < torch.inf).all()) or not bool(kept.any(-1).all()):
+        raise ValueError(
+            "logits: expected no NaN and no +inf, and a finite one for each token, got others"
         )
 
 

@@ -150,6 +150,22 @@ BAD = {
     "min_p: expected a finite number": lambda: Support.of_logits(torch.ones(2, 3), min_p=1.5),
     "temperature: expected a number > 0": lambda: Support.of_logits(torch.ones(2, 3), 0, top_k=1),
     "logits: expected dtype": lambda: Support.of_logits(IDS, top_k=1),
+    "top_k: expected an int >= 1, got True": lambda: Support.of_logits(IDS.float(), top_k=True),
+    "temperature: expected values > 0 at unmasked tokens, got -1.0": lambda: Support.of_logits(
+        torch.ones(2, 3), torch.tensor([1.0, -1.0]), top_p=0.5
+    ),
+    "logits: expected no NaN": lambda: Support.of_logits(
+        torch.tensor([[0.0, torch.nan, 1.0]]), top_p=0.5
+    ),
+    r"logits: expected no NaN and no \+inf": lambda: Support.of_logits(
+        torch.tensor([[0.0, torch.inf, 1.0]]), min_p=0.5
+    ),
+    "a finite one for each token": lambda: Support.of_logits(
+        torch.full((1, 3), -torch.inf), top_k=1
+    ),
+    "mask: expected a tensor": lambda: Support.of_lists([[1]], [[True]]),
+    "with a least step of -1": lambda: Support(torch.arange(3), torch.tensor([0, 2, 1, 3])),
+    r"got \(-2, -3\)": lambda: Support.of_lists([[1]] * 6).view(-2, -3),
     "supports: expected shapes that differ in dim 0 alone": lambda: Support.cat(
         [Support.of_mask(torch.eye(4).bool()), Support.of_mask(torch.eye(4).bool()[None])]
     ),

@@ -147,7 +147,7 @@ class FusedLM(nn.Module):
         _check_sequences(sequences, sequence_ids, len(input_ids))
         if support is not None:
             check_support(support, tuple(input_ids.shape), input_ids, options.get("sparsity", 0.0))
-        if source is None and sequence_ids is None and support is None:
+        if source is None and sequence_ids is None:
             where: Layout = Rows.of(loss_mask)
         else:
             where = Packed.of(loss_mask, source, sequence_ids, sequences)

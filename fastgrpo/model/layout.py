@@ -36,6 +36,10 @@ class Layout(Protocol):
         """Return what belongs to the tokens, of (B, L)."""
         ...
 
+    def kept(self, support: Support) -> Support:
+        """Return the support of the tokens, of one of (B, L)."""
+        ...
+
     def spread(self, x: Tensor) -> Tensor:
         """Return (B, L) from what is per token: 0 at the tokens that are not trained on."""
         ...
@@ -59,6 +63,12 @@ class Rows(NamedTuple):
 
     def tokens(self, x: Tensor) -> Tensor:
         return pad(x[:, 1:], (0, 1))
+
+    def kept(self, support: Support) -> Support:
+        n = self.mask.numel()
+        # The last entry of a row is masked, whatever it holds.
+        following = torch.arange(1, n + 1, device=self.mask.device).clamp(max=max(0, n - 1))
+        return support.view(n).select(following).view(*self.mask.shape)
 
     def spread(self, x: Tensor) -> Tensor:
         return pad(x[:, :-1], (1, 0))
@@ -109,7 +119,6 @@ class Packed(NamedTuple):
         return x.flatten()[self.token]
 
     def kept(self, support: Support) -> Support:
-        """Return the support of the tokens, of one of (B, L)."""
         return support.view(self.shape.numel()).select(self.token)
 
     def spread(self, x: Tensor) -> Tensor:

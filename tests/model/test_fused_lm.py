@@ -454,6 +454,21 @@ def test_a_support_in_the_layout_of_the_tokens(side, off_policy):
         FusedLM(model)(ids, mask, loss_mask, support=support.view(27))
 
 
+def test_advantages_per_token_stay_so_with_a_support():
+    """Also where a batch has as many trained tokens as rows, and a row without any."""
+    model = tiny("qwen2")
+    ids, mask, loss_mask = batch("right")
+    loss_mask = torch.zeros_like(loss_mask)
+    loss_mask[0, 2:5] = True
+    advantages = torch.zeros(ids.shape)
+    advantages[0, 2:5] = torch.tensor([1.0, -3.0, 0.5])
+    whole = Support.of_lists([[]] * ids.numel(), torch.ones_like(loss_mask))
+    wanted = FusedLM(model)(ids, mask, loss_mask, advantages)
+    out = FusedLM(model)(ids, mask, loss_mask, advantages, support=whole)
+    torch.testing.assert_close(out.loss, wanted.loss)
+    torch.testing.assert_close(out.logps, wanted.logps)
+
+
 # ---- under torch.compile and checkpointing -----------------------------------------------------
 
 
