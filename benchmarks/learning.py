@@ -1,4 +1,6 @@
-"""Train a pretrained model with the loop, and keep the runs: `python -m benchmarks.learning`.
+"""Train a pretrained model with the loop, and keep the runs:
+
+    python -m benchmarks.learning --gsm8k FOLDER
 
 `make train-smollm2` fetches the model, SmolLM2-135M-Instruct. A run is a folder of
 benchmarks/results/learning with the metrics, samples and result of examples/grpo_train.py, and with

@@ -296,7 +296,8 @@ def _race(results: Path, folder: str) -> str:
     path = max(records)[1]
     record = json.loads(path.read_text())
     rounds = len(record["samples"]["kept"]["ours"]["step half"])
-    facts = f"{record['model']}, {record['settings']['dtype']}, medians of {rounds} rounds"
+    counted = f"medians of {rounds} rounds" if rounds > 1 else "one round"
+    facts = f"{record['model']}, {record['settings']['dtype']}, {counted}"
     return f"{facts}. {_caption(path, record, folder)}\n\n{race_table(record)}"
 
 

@@ -231,9 +231,12 @@ def bounds_values(cu: Tensor, n: int) -> None:
         )
 
 
-def one_row_each(cu: Tensor) -> None:
-    """Raise ValueError if B advantages for N = B rows could be one per sequence or one per row."""
-    if looks_at_values(cu) and bool((cu.diff() != 1).any()):
+def one_row_each(cu: Tensor, anywhere: bool = False) -> None:
+    """Raise ValueError if B advantages for N = B rows could be one per sequence or one per row.
+
+    `anywhere` looks at the values on a GPU too.
+    """
+    if (anywhere or looks_at_values(cu)) and bool((cu.diff() != 1).any()):
         raise ValueError(
             f"advantages: expected a shape that tells sequences from tokens, got {len(cu) - 1} for "
             f"as many of both (cu_seqlens {cu.tolist()}); leave out the empty sequences"

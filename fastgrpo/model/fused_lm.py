@@ -173,6 +173,8 @@ class FusedLM(nn.Module):
                 "entropy: expected config.entropy to ask for it where there are advantages"
             )
         gains = advantages if per_row else where.tokens(advantages)
+        if not per_row and where.cu_seqlens is not None and len(ids) == len(where.cu_seqlens) - 1:
+            checks.one_row_each(where.cu_seqlens, anywhere=True)
 
         def loss(hidden: Tensor, head: ModelHead) -> GRPOLoss:
             return grpo_loss(

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastgrpo
-from fastgrpo import FusedLM, LossConfig, Support, reference
+from fastgrpo import FusedLM, LossConfig, Support, checks, reference
 from model_families import FAMILIES, VOCAB, tiny
 
 LENGTHS = (9, 6, 8)  # tokens of each sequence, the prompt's three among them
@@ -467,6 +467,17 @@ def test_advantages_per_token_stay_so_with_a_support():
     out = FusedLM(model)(ids, mask, loss_mask, advantages, support=whole)
     torch.testing.assert_close(out.loss, wanted.loss)
     torch.testing.assert_close(out.logps, wanted.logps)
+
+
+def test_advantages_per_token_are_not_taken_for_those_of_sequences(monkeypatch):
+    """Of a packed batch with as many of both; also where no other value is looked at."""
+    monkeypatch.setattr(checks, "looks_at_values", lambda tensor: False)
+    ids, mask, loss_mask = batch("right")
+    loss_mask = torch.zeros_like(loss_mask)
+    loss_mask[0, 2:5] = True
+    rows = torch.arange(3)[:, None].expand(ids.shape)
+    with pytest.raises(ValueError, match="a shape that tells sequences from tokens"):
+        FusedLM(tiny("qwen2"))(ids, mask, loss_mask, torch.zeros(ids.shape), sequence_ids=rows)
 
 
 # ---- under torch.compile and checkpointing -----------------------------------------------------
