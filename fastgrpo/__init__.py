@@ -18,6 +18,7 @@ from fastgrpo.objective.aggregation import count_normalizer
 from fastgrpo.objective.config import LossConfig
 from fastgrpo.objective.corrections import rejection_mask
 from fastgrpo.objective.registration import register_surrogate
+from fastgrpo.selected import SelectedLogps, selected_logps
 from fastgrpo.support import Support
 
 __version__ = "0.2.0"
@@ -28,6 +29,7 @@ __all__ = [
     "GRPOLoss",
     "LossConfig",
     "ModelHead",
+    "SelectedLogps",
     "Support",
     "TokenLogps",
     "UnsupportedHeadError",
@@ -44,6 +46,7 @@ __all__ = [
     "register_surrogate",
     "reinforce_plus_plus",
     "rejection_mask",
+    "selected_logps",
     "soft_overlong_punishment",
     "token_rewards",
 ]

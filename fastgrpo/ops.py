@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 WAITS = (torch.Tag.cudagraph_unsafe,)  # the host counts rows: no compiled graph holds these ops
 
 
-def _without_autocast(fn: Callable) -> Callable:
+def without_autocast(fn: Callable) -> Callable:
     """Disable autocast in an op: it would round fp32 operands to 16 bits."""
 
     @functools.wraps(fn)
@@ -60,7 +60,7 @@ class Operands(NamedTuple):
 
     hidden: Tensor  # (N, H), or (N, H + K) with lora
     weight: Tensor  # (V, H)
-    token_ids: Tensor  # (N,)
+    token_ids: Tensor  # (N,), or (N, K) of several ids
     mask: Tensor  # (N,) bool
     bias: Tensor | None  # (V,)
     lora: Tensor | None  # (V, K): the columns of the weight beyond H
@@ -135,7 +135,7 @@ def _name_of_trained(lora: Tensor | None) -> str:
     return "weight" if lora is None else "lora"
 
 
-def _parameters(fn: Callable) -> type:
+def parameters(fn: Callable) -> type:
     """Return a named tuple with a field for each parameter of an op, None by default."""
     names = list(inspect.signature(fn).parameters)
     return namedtuple("Parameters", names, defaults=[None] * len(names))
@@ -150,7 +150,7 @@ Scores = namedtuple(
 
 
 @custom_op("fastgrpo::linear_logps", mutates_args=(), tags=WAITS)
-@_without_autocast
+@without_autocast
 def linear_logps(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -202,7 +202,7 @@ def linear_logps(
             )
             drawn, metrics = (*entries.kept, entries.anchor), sparse.metrics(entries, scored)
         results = (spread(x, where, n) for x in (*scored, jacobian, *drawn))
-        return _or_empty((*results, metrics, logits), scored.logps)
+        return or_empty((*results, metrics, logits), scored.logps)
 
     return given.run(score, rows, sparse=old_logps is not None)
 
@@ -232,7 +232,7 @@ def _(hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, sup
     ))  # fmt: skip
 
 
-_LinearLogps = _parameters(linear_logps._init_fn)
+_LinearLogps = parameters(linear_logps._init_fn)
 # What the backward takes unchanged: tensors and options given to the forward, and its results.
 _TENSORS = (
     "hidden", "weight", "token_ids", "mask", "bias", "lora", "temperature", "support_ids",
@@ -263,7 +263,7 @@ def _linear_logps_setup(ctx, inputs, output) -> None:
 
 
 def _linear_logps_backward(ctx, dlogps, dlse, dentropy, *_):
-    _refuse_double_backward()
+    refuse_double_backward()
     if dlogps is None and dentropy is None:
         return tuple(_LinearLogps())
     if ctx.with_jacobian:
@@ -291,7 +291,7 @@ linear_logps.register_autograd(_linear_logps_backward, setup_context=_linear_log
 
 
 @custom_op("fastgrpo::linear_logps_bwd", mutates_args=(), tags=WAITS)
-@_without_autocast
+@without_autocast
 def linear_logps_bwd(
     hidden: Tensor,
     weight: Tensor,
@@ -349,7 +349,7 @@ def linear_logps_bwd(
 
     grads = given.run(differentiate, rows, sparse=bool(sparsity))
     grads = grads._replace(hidden=spread(grads.hidden, where, n))
-    return _or_empty(_in_dtypes(grads, given.dtypes()), hidden)
+    return or_empty(in_dtypes(grads, given.dtypes()), hidden)
 
 
 @linear_logps_bwd.register_fake
@@ -370,7 +370,7 @@ Losses = namedtuple("Losses", "loss logps entropy metrics dhidden dweight dbias"
 
 
 @custom_op("fastgrpo::grpo_loss", mutates_args=(), tags=WAITS)
-@_without_autocast
+@without_autocast
 def grpo_loss(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -436,8 +436,8 @@ def grpo_loss(
     _poison(grads, result.loss)
     logps, entropy = spread(scored.logps, where, n), spread(scored.entropy, where, n)
     dtypes = (_kept(dtype) for dtype in given.dtypes())
-    results = Losses(result.loss, logps, entropy, metrics, *_in_dtypes(grads, dtypes))
-    return _or_empty(results, logps)
+    results = Losses(result.loss, logps, entropy, metrics, *in_dtypes(grads, dtypes))
+    return or_empty(results, logps)
 
 
 @grpo_loss.register_fake
@@ -465,7 +465,7 @@ def _(hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, sup
     ))  # fmt: skip
 
 
-_GRPOLoss = _parameters(grpo_loss._init_fn)
+_GRPOLoss = parameters(grpo_loss._init_fn)
 
 
 def _grpo_loss_setup(ctx, inputs, output) -> None:
@@ -479,7 +479,7 @@ def _grpo_loss_setup(ctx, inputs, output) -> None:
 
 
 def _grpo_loss_backward(ctx, dloss, *_):
-    _refuse_double_backward()
+    refuse_double_backward()
     if dloss is None:
         return tuple(_GRPOLoss())
     made = Grads(*ctx.saved_tensors)
@@ -498,7 +498,7 @@ grpo_loss.register_autograd(_grpo_loss_backward, setup_context=_grpo_loss_setup)
 
 
 @custom_op("fastgrpo::policy_loss", mutates_args=(), tags=WAITS)
-@_without_autocast
+@without_autocast
 def policy_loss(
     logps: Tensor,  # (N,)
     entropy: Tensor | None,  # (N,)
@@ -528,7 +528,7 @@ def policy_loss(
 
     result = choice.run(evaluate, backend, logps)
     upstream = (spread(x, where, n) for x in result.upstream)
-    return _or_empty((result.loss, *upstream, result.metrics), logps)
+    return or_empty((result.loss, *upstream, result.metrics), logps)
 
 
 @policy_loss.register_fake
@@ -539,7 +539,7 @@ def _(logps, entropy, mask, cu_seqlens, advantages, old_logps, ref_logps, sample
     return tuple(logps.new_empty(size) for size in sizes)
 
 
-_PolicyLoss = _parameters(policy_loss._init_fn)
+_PolicyLoss = parameters(policy_loss._init_fn)
 
 
 def _policy_loss_setup(ctx, inputs, output) -> None:
@@ -550,7 +550,7 @@ def _policy_loss_setup(ctx, inputs, output) -> None:
 
 
 def _policy_loss_backward(ctx, dloss, *_):
-    _refuse_double_backward()
+    refuse_double_backward()
     if dloss is None:
         return tuple(_PolicyLoss())
     dlogps, dentropy = ctx.saved_tensors
@@ -564,7 +564,7 @@ policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_
 # ---- shared by the ops -------------------------------------------------------------------------
 
 
-def _in_dtypes(grads: Grads, dtypes: Iterable[torch.dtype | None]) -> Iterable[Tensor | None]:
+def in_dtypes(grads: Grads, dtypes: Iterable[torch.dtype | None]) -> Iterable[Tensor | None]:
     """Yield the gradients converted to these dtypes."""
     return (None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
 
@@ -593,11 +593,11 @@ def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     return (grad * by).to(dtype)
 
 
-def _or_empty(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+def or_empty(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Replace None by an empty tensor: an op can return only tensors."""
     return tuple(like.new_empty(0) if x is None else x for x in results)
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError("fastgrpo ops have no second derivative: create_graph must be False")

@@ -7,6 +7,7 @@ same formula in plain PyTorch". Only tests and benchmarks import it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,31 +16,57 @@ from fastgrpo.objective.config import LossConfig
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 
 
-def token_logps(
+def logits(
     hidden: Tensor,  # (..., H)
     weight: Tensor,  # (V, H)
-    token_ids: Tensor,  # (...)
     *,
     bias: Tensor | None = None,  # (V,)
     temperature: float | Tensor = 1.0,  # or (...)
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    kept: Tensor | None = None,  # (..., V) bool: what the sampler could have drawn
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logps, entropy and lse, each (...), in the dtype of the inputs."""
+) -> Tensor:
+    """Return the logits (..., V), in the dtype of the inputs."""
     z = hidden @ weight.T
     if bias is not None:
         z = z + bias
     z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    z = z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+    return z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+
+
+def token_logps(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    token_ids: Tensor,  # (...)
+    *,
+    kept: Tensor | None = None,  # (..., V) bool: what the sampler could have drawn
+    **transform: Any,  # as `logits` takes it
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logps, entropy and lse, each (...), in the dtype of the inputs."""
+    z = logits(hidden, weight, **transform)
     if kept is not None:
         z = z.masked_fill(~kept, -torch.inf)
     logp = z.log_softmax(-1)
+    return logp.gather(-1, token_ids[..., None])[..., 0], _entropy(logp), z.logsumexp(-1)
+
+
+def selected_logps(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    selected_ids: Tensor,  # (..., K)
+    **transform: Any,  # as `logits` takes it
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return logps (..., K), and lse, entropy and the sum of squared probabilities (...)."""
+    z = logits(hidden, weight, **transform)
+    logp = z.log_softmax(-1)
+    squares = (2 * logp).exp().sum(-1)
+    return logp.gather(-1, selected_ids), z.logsumexp(-1), _entropy(logp), squares
+
+
+def _entropy(logp: Tensor) -> Tensor:
     # Where p is 0, p log p is: its autograd would be 0 * inf.
-    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
-    return logp.gather(-1, token_ids[..., None])[..., 0], entropy, z.logsumexp(-1)
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
 def policy_loss(

@@ -13,7 +13,7 @@ import torch
 
 import fastgrpo_kernels
 from fastgrpo import LossConfig, reference, torch_kernels
-from fastgrpo.head import loops
+from fastgrpo.head import loops, selected
 from fastgrpo.head.held import AnchoredExponentials
 from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.head.routes import loss_and_grads
@@ -112,6 +112,27 @@ def gradients(
     )
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     return (spread(grads.hidden, where, len(mask)).view(batch.hidden.shape), grads.weight), wanted
+
+
+def test_several_ids_a_row_lose_nothing_to_16_bit_tiles(gpu_plan, backend):
+    """The likeliest of them is the target of the tiles: 1 - p of it is never rounded to 16 bits."""
+    batch = make_batch(sequences=2, length=8, hidden_size=48, dtype=torch.bfloat16, logit_std=6.0)
+    hidden, weight = batch.hidden.flatten(0, 1), batch.weight
+    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    ids = reference.logits(*leaves).topk(3).indices.flip(-1)
+    exact_logps, *exact_scores = reference.selected_logps(*leaves, ids)
+    dlogps = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad((exact_logps * dlogps).sum(), leaves)
+    rows, head, plan = Rows(hidden, ids), Head(weight), gpu_plan(hidden, weight, backend)
+    chosen, nothing = torch.ones_like(ids).bool(), torch.zeros(len(ids))
+    scored = selected.logps_fwd(rows, head, plan, chosen)
+    for actual, x in zip(scored, (exact_logps, *exact_scores), strict=True):
+        assert (actual - x).abs().max() <= 2e-5
+    needs = Needs(True, True, False)
+    grads = selected.logps_bwd(rows, head, plan, chosen, scored, dlogps, nothing, None, needs)
+    for actual, exact_grad in zip(grads, wanted, strict=False):
+        bar = 1.25 * relative_error(exact_grad.bfloat16(), exact_grad)
+        assert relative_error(actual.bfloat16(), exact_grad) <= bar
 
 
 # ---- fp16: what is small is lost ---------------------------------------------------------------

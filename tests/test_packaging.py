@@ -30,6 +30,8 @@ ROOMS = {
     "ops": {"checks", "packing", "backend", "head", "dispatch", "objective"},
     "doctor": {"dispatch"},
     "logps": {"autocast", "checks", "low_rank", "ops", "support"},
+    "selected_ops": {"head", "ops", "packing"},
+    "selected": {"autocast", "checks", "logps", "selected_ops"},
     "loss": {"autocast", "checks", "low_rank", "ops", "support", "logps", "head", "objective"},
     "model": {"checks", "logps", "loss", "objective", "support"},
     "train": {"advantages", "logps", "loss", "model", "objective"},

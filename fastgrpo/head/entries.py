@@ -20,16 +20,19 @@ def entry_gradients(
     """Return dL/dz0 (E,) of entries: exact at the target, elsewhere with p / inclusion for p."""
     p = (z - scored.lse).exp()
     weight = p if inclusion is None else torch.where(is_target, p, p / inclusion)
-    if head.softcap:
-        capped = z if inv_temperature is None else z / inv_temperature
-        slope = 1 - (capped / head.softcap).square()
-    else:
-        slope = torch.ones_like(z)
     gradient = torch.where(
         is_target, -torch.expm1(scored.logps) * upstream.dlogps, -weight * upstream.dlogps
     )
     if upstream.dentropy is not None:
         surprise = torch.where(p == 0, 0.0, z - scored.lse + scored.entropy)
         gradient = gradient - upstream.dentropy * weight * surprise
-    slope = slope * head.logit_scale
-    return gradient * (slope if inv_temperature is None else slope * inv_temperature)
+    return gradient * entry_slope(z, inv_temperature, head)
+
+
+def entry_slope(z: Tensor, inv_temperature: Tensor | None, head: Head) -> Tensor:
+    """Return dz/dz0 of entries z, in their shape; `inv_temperature` is broadcast to it."""
+    slope = torch.full_like(z, head.logit_scale)
+    if head.softcap:
+        capped = z if inv_temperature is None else z / inv_temperature
+        slope = slope * (1 - (capped / head.softcap).square())
+    return slope if inv_temperature is None else slope * inv_temperature

@@ -117,13 +117,13 @@ def logps_bwd(
         kept.values, kept.is_target(rows), inverse, head, scored[row], upstream[row]
     )
     kept = kept.within(vocab)._replace(values=dz0)
-    for some, add in ((many, _add_tiles), (few, _add_gathered)):
+    for some, add in ((many, _add_tiles), (few, add_gathered)):
         if len(some):
             part = add(sums, rows[some], head, plan, kept[some])
             if needs.hidden:
                 dhidden[some] = part
     if needs.bias:
-        _add_by_id(sums.dbias[:, None], dz0.new_ones((n, 1)), kept, plan)
+        add_by_id(sums.dbias[:, None], dz0.new_ones((n, 1)), kept, plan)
     return sums.result()._replace(hidden=dhidden)
 
 
@@ -164,11 +164,11 @@ def _gathered_dots(rows: Rows, head: Head, plan: Plan, kept: Kept) -> Tensor:
     return dots
 
 
-def _add_gathered(sums: GradSums, rows: Rows, head: Head, plan: Plan, kept: Kept) -> Tensor | None:
+def add_gathered(sums: GradSums, rows: Rows, head: Head, plan: Plan, kept: Kept) -> Tensor | None:
     """Add to the weight's gradient, and return that of hidden (n, H)."""
     if sums.dweight is not None:
         hidden = rows.hidden[:, head.trained_columns].to(plan.accumulator)
-        _add_by_id(sums.dweight, hidden, kept, plan)
+        add_by_id(sums.dweight, hidden, kept, plan)
     if sums.dhidden is None:
         return None
     dhidden = kept.values.new_zeros(rows.hidden.shape)
@@ -184,7 +184,7 @@ def _tables(head: Head) -> list[tuple[Tensor, slice]]:
     return tables if head.lora is None else [*tables, (head.lora, slice(hidden_size, None))]
 
 
-def _add_by_id(sums: Tensor, table: Tensor, kept: Kept, plan: Plan) -> None:
+def add_by_id(sums: Tensor, table: Tensor, kept: Kept, plan: Plan) -> None:
     """Add to the row of `sums` of each id its entries' values, times their rows of `table`."""
     order = kept.ids.argsort(stable=True)
     ids, counts = kept.ids[order].unique_consecutive(return_counts=True)
