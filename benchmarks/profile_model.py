@@ -46,7 +46,8 @@ from fastgrpo.train import gsm8k, microbatches
 from fastgrpo.train.completions import Rollout
 from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import encode
-from fastgrpo.train.sampler import ModelSampler, Sampling
+from fastgrpo.train.sampler import ModelSampler
+from fastgrpo.train.sampling import Sampling
 
 BANDS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, float("inf"))  # nats
 EPSILON = 0.2

@@ -19,7 +19,8 @@ from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.optimizer import MasterAdamW
-from fastgrpo.train.sampler import ModelSampler, Sampling
+from fastgrpo.train.sampler import ModelSampler
+from fastgrpo.train.sampling import Sampling
 
 
 def serve(case: Case, settings: dict[str, Any], commands: Commands, answer: Answer) -> None:
@@ -40,7 +41,7 @@ def serve(case: Case, settings: dict[str, Any], commands: Commands, answer: Answ
         max_grad_norm=1.0,
         learning_rate=settings["learning_rate"],
     )
-    script = _script()
+    script = training_script()
     policy = load_policy(config)
     case = case._replace(ends=tuple(policy.end_ids))
     optimizer = MasterAdamW(policy.model.parameters(), config.learning_rate, 10**6, warmup_steps=0)
@@ -88,7 +89,8 @@ def _committed(case: Case, prompts: list[torch.Tensor]) -> Rollout:
     )
 
 
-def _script() -> ModuleType:
+def training_script() -> ModuleType:
+    """Return examples/grpo_train.py as a module."""
     path = ROOT / "examples" / "grpo_train.py"
     spec = importlib.util.spec_from_file_location("grpo_train", path)
     module = importlib.util.module_from_spec(spec)

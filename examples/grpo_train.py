@@ -33,7 +33,8 @@ from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.reference import Reference
 from fastgrpo.train.rollout import encode, texts
 from fastgrpo.train.run import Run
-from fastgrpo.train.sampler import ModelSampler, Sampling
+from fastgrpo.train.sampler import ModelSampler
+from fastgrpo.train.sampling import Sampling
 from fastgrpo.train.scoring import Scores, centred, score
 from fastgrpo.train.tasks import Example, Task, shuffled
 from fastgrpo.train.warmup import warm_up
@@ -71,7 +72,12 @@ def sample_groups(
     def draw(num_prompts: int, attempt: int) -> tuple[Rollout, Scores]:
         examples = list(islice(prompts, num_prompts))
         sampling = Sampling(
-            config.max_completion_length, config.temperature, seed=(config.seed, step, attempt)
+            config.max_completion_length,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.min_p,
+            seed=(config.seed, step, attempt),
         )
         rollout = run.sampler.sample(encode(policy, [e.prompt for e in examples]), group, sampling)
         each = [e for e in examples for _ in range(group)]
@@ -121,6 +127,7 @@ def update(
             normalizer=normalizer,
             config=loss,
             temperature=config.temperature,
+            support=batch.support,
             sparsity=config.sparsity,
             backend=config.backend,
             **policy.head.options(),

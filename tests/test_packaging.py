@@ -34,7 +34,7 @@ ROOMS = {
     "selected": {"autocast", "checks", "logps", "selected_ops"},
     "loss": {"autocast", "checks", "low_rank", "ops", "support", "logps", "head", "objective"},
     "model": {"checks", "logps", "loss", "objective", "support"},
-    "train": {"advantages", "logps", "loss", "model", "objective"},
+    "train": {"advantages", "checks", "logps", "loss", "model", "objective"},
     # Adapters: they call what everybody may call.
     "integrations": set(),
 }

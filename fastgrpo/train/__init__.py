@@ -8,8 +8,8 @@
     stated_number
     model, load                     the policy and its head, and where they come from
     completions, rollout            a batch of completions, as tokens and as text
-    sampler, kv_cache,              how it is sampled
-    dynamic_sampling
+    sampler, sampling, kept_ids,    how it is sampled
+    kv_cache, dynamic_sampling
     warmup                          the supervised start
     microbatches, layouts,          what enters the model, and how prompts and completions stand
     attention

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fastgrpo import Support
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -24,6 +26,7 @@ class Rollout:
     lengths: Tensor  # (S,) int64, the end token included
     finished: Tensor  # (S,) bool: the last token is an end token; else it was cut
     sampler_logps: Tensor | None = None  # (N,) fp32, of the distribution that was sampled from
+    support: Support | None = None  # (N,), what could have been sampled; None: the whole vocabulary
     old_logps: Tensor | None = None  # (N,) fp32
     ref_logps: Tensor | None = None  # (N,) fp32
     rewards: Tensor | None = None  # (S,) float64, NaN where there is none
@@ -64,7 +67,9 @@ class Rollout:
         for name in ("lengths", "finished", "rewards", "advantages"):
             value = getattr(self, name)
             picked[name] = None if value is None else value[chosen]
-        return Rollout(tuple(self.prompts[i] for i in used.tolist()), index, **picked)
+        support = None if self.support is None else self.support.select(tokens)
+        prompts = tuple(self.prompts[i] for i in used.tolist())
+        return Rollout(prompts, index, **picked, support=support)
 
     @property
     def live_groups(self) -> Tensor:
@@ -77,19 +82,32 @@ class Rollout:
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     """Return the groups of several rollouts, one after the other.
 
-    What one of them lacks, such as ``ref_logps``, the result lacks too.
+    What one of them lacks, such as ``ref_logps``, the result lacks too. But beside a ``support``
+    the tokens of a rollout that has none keep the whole vocabulary.
     """
     counts = torch.tensor([len(rollout.prompts) for rollout in rollouts])
     starts = (counts.cumsum(0) - counts).tolist()
     joined: dict[str, Tensor | None] = {}
     for field in fields(Rollout)[2:]:
+        if field.name == "support":
+            continue
         parts = [getattr(rollout, field.name) for rollout in rollouts]
         joined[field.name] = None if any(x is None for x in parts) else torch.cat(parts)
+    support = None
+    if any(rollout.support is not None for rollout in rollouts):
+        support = Support.cat([rollout.support or _whole(rollout) for rollout in rollouts])
     return Rollout(
         tuple(prompt for rollout in rollouts for prompt in rollout.prompts),
         torch.cat([r.prompt_index + start for r, start in zip(rollouts, starts, strict=True)]),
         **joined,
+        support=support,
     )
+
+
+def _whole(rollout: Rollout) -> Support:
+    """Return the support of tokens that keep the whole vocabulary."""
+    ids = rollout.token_ids.new_empty(0)
+    return Support(ids, ids.new_zeros(len(rollout.token_ids) + 1))
 
 
 def left_padded(sequences: Sequence[Tensor], padding: int = 0) -> tuple[Tensor, Tensor]:

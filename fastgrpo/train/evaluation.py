@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from .model import Policy
 from .rollout import encode, texts
-from .sampler import Sampler, Sampling
+from .sampler import Sampler
+from .sampling import Sampling
 from .scoring import right, score
 from .tasks import Task
 

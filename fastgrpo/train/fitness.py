@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .model import Policy
 from .rollout import encode, texts
-from .sampler import Sampler, Sampling
+from .sampler import Sampler
+from .sampling import Sampling
 from .scoring import score
 from .tasks import Example, Task
 

@@ -107,6 +107,13 @@ class Flags:
     temperature: float | None = _default(
         "temperature", "Temperature of the sampling, and of the loss."
     )
+    top_k: int = _flag(0, "Only so many of the likeliest tokens are sampled from; 0 = all.")
+    top_p: float = _flag(
+        1.0, "Only the likeliest tokens are sampled from, until their mass is this; 1 = all."
+    )
+    min_p: float = _flag(
+        0.0, "Only tokens with this times the largest probability are sampled from; 0 = all."
+    )
     num_prompts: int | None = _default("num_prompts", "Prompts (groups) per step.")
     num_generations: int | None = _default(
         "num_generations", "Completions of each prompt: the group."

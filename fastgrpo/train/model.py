@@ -38,7 +38,8 @@ class Policy:
     def logps(self, rollout: Rollout, max_tokens: int, temperature: float, backend: str) -> Tensor:
         """Return the log-probs (N,) fp32 of the sampled tokens, without gradient.
 
-        At most `max_tokens` are forwarded at a time.
+        They are those over the rollout's support, where it has one. At most `max_tokens` are
+        forwarded at a time.
         """
         logps = torch.zeros(rollout.token_ids.shape, device=rollout.token_ids.device)
         everything = torch.arange(len(rollout), device=logps.device)
@@ -49,6 +50,7 @@ class Policy:
                 self.head.weight,
                 batch.token_ids,
                 temperature=temperature,
+                support=batch.support,
                 backend=backend,
                 **self.head.options(),
             )

@@ -11,6 +11,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from .flags import Flags
 from .rewards import load_rewards
+from .sampling import check_filters
 
 CHOICES = {
     name: get_args(kind)
@@ -72,6 +73,7 @@ def _check_numbers(config: Flags) -> None:
         )
     if config.sparsity and not 1e-6 <= config.sparsity < 1:
         raise ValueError(f"sparsity: expected 0 or from 1e-6 to below 1, got {config.sparsity}")
+    check_filters(config.top_k, config.top_p, config.min_p)
 
 
 def _check_task(config: Flags) -> None:
@@ -105,6 +107,12 @@ def _check_combinations(config: Flags) -> None:
         raise ValueError(
             f"lr_warmup_steps: expected at most {steps}, which is max_steps times "
             f"num_iterations, got {config.lr_warmup_steps}"
+        )
+    filters = [name for name in ("top_k", "top_p", "min_p") if _differs(config, name)]
+    if filters and config.sparsity:
+        raise ValueError(
+            f"sparsity: expected 0 with {filters[0]}, whose gradient is exact, got "
+            f"{config.sparsity}"
         )
     if config.lora_rank and config.model is None:
         raise ValueError("lora_rank: expected a model that the adapter is for, got none")

@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from fastgrpo.model.fused_lm import HALF_TOLERANCE, TOLERANCES, evaluation_mode
 
 from .completions import Rollout, left_padded
+from .kept_ids import KeptIds
 from .kv_cache import can_prefill, prefill
 from .model import Policy
+from .sampling import Sampling, choose, uniforms_of
 
 LEAVING = 1 / 8  # share of finished rows that is worth a copy of the other rows' cache
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn.
-
-    ``seed`` is any non-negative integers, such as the run's and the step's: they and the tokens of
-    a prompt determine its completions, whatever stands beside it in the batch. ``processors`` come
-    before the temperature. One that has a third argument ``samples`` gets the numbers (rows,) int64
-    of the completions that its rows belong to.
-    """
-
-    max_length: int
-    temperature: float = 1.0  # 0 decodes greedily
-    seed: tuple[int, ...] = (0,)
-    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-
-    def __post_init__(self) -> None:
-        if self.max_length < 1:
-            raise ValueError(f"max_length: expected at least 1, got {self.max_length}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
-
-    def all_processors(self) -> LogitsProcessorList:
-        """Return what turns logits into those of the distribution that is sampled from."""
-        processors = [*self.processors]
-        if self.temperature not in (0.0, 1.0):
-            processors.append(TemperatureLogitsWarper(float(self.temperature)))
-        return LogitsProcessorList(processors)
 
 
 class Sampler(Protocol):
@@ -72,8 +37,10 @@ class Sampler(Protocol):
 
         The rollout has these prompts in this order, tokens up to and including an end token,
         ``finished``, and ``sampler_logps``: log-probs of the tokens under the distribution that was
-        sampled from, with temperature and processors, NaN where the engine reports none. An engine
-        with weights of its own copies the policy's here whenever they have changed.
+        sampled from, with temperature and processors, NaN where the engine reports none. Its
+        ``support`` is what top-k, top-p or min-p kept for each token; without one the loss takes
+        the softmax over the whole vocabulary. An engine with weights of its own copies the policy's
+        here whenever they have changed.
         """
         ...
 
@@ -105,10 +72,14 @@ class ModelSampler:
         if sampling.temperature:
             drawn = uniforms_of(prompts, num_generations, sampling)
             uniforms = drawn.to(prompts[0].device)
+        kept = None
+        if sampling.filters:
+            count = len(prompts) * num_generations
+            kept = KeptIds(count, sampling.max_length, prompts[0].device)
         with evaluation_mode(self.policy.model):
             if not self._checked:
                 self._choose_decoder()
-            ids, logps = self._decode(prompts, num_generations, sampling, uniforms)
+            ids, logps = self._decode(prompts, num_generations, sampling, uniforms, kept)
         ends = torch.tensor(self.policy.end_ids, device=ids.device)
         mask = ends_at(ids, ends)
         index = torch.arange(len(prompts), device=ids.device).repeat_interleave(num_generations)
@@ -119,6 +90,7 @@ class ModelSampler:
             mask.sum(dim=1),
             finished=(mask & torch.isin(ids, ends)).any(dim=1),
             sampler_logps=logps[mask],
+            support=None if kept is None else kept.support(mask),
         )
 
     def _with_cache(
@@ -127,8 +99,12 @@ class ModelSampler:
         num_generations: int,
         sampling: Sampling,
         uniforms: Tensor | None,  # (S, T) fp64
+        kept: KeptIds | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return token ids and log-probs (S, T), anything behind an end token."""
+        """Return token ids and log-probs (S, T), anything behind an end token.
+
+        ``kept`` gets what every step keeps.
+        """
         model, padding = self.policy.model, self.policy.tokenizer.pad_token_id
         ends = torch.tensor(self.policy.end_ids, device=prompts[0].device)
         processors = sampling.all_processors()
@@ -143,6 +119,8 @@ class ModelSampler:
         samples, done = torch.arange(count, device=ends.device), torch.zeros_like(mask[:, 0])
         for place in range(length):
             scores = processors(context, logits.float(), samples=samples)
+            if kept is not None:
+                kept.add(scores, samples, place)
             tokens, found = choose(scores, None if uniforms is None else uniforms[samples, place])
             ids[samples, place], logps[samples, place] = tokens, found
             done |= torch.isin(tokens, ends)
@@ -152,10 +130,10 @@ class ModelSampler:
             context = torch.cat((context, tokens[:, None]), dim=1)
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
             if finished >= LEAVING * len(done):
-                kept = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(kept)
+                going_on = (~done).nonzero()[:, 0]
+                cache.batch_select_indices(going_on)
                 context, mask, positions, samples, done = (
-                    x[kept] for x in (context, mask, positions, samples, done)
+                    x[going_on] for x in (context, mask, positions, samples, done)
                 )
             logits = model(
                 input_ids=context[:, -1:],
@@ -172,11 +150,12 @@ class ModelSampler:
         num_generations: int,
         sampling: Sampling,
         uniforms: Tensor | None,  # (S, T) fp64
+        kept: KeptIds | None,
     ) -> tuple[Tensor, Tensor]:
         """As ``_with_cache``; T is the longest completion here."""
         padding = self.policy.tokenizer.pad_token_id
         ids, mask = left_padded(prompts, padding)
-        choice = _Choice(sampling.all_processors(), uniforms)
+        choice = _Choice(sampling.all_processors(), uniforms, kept)
         sequences = self.policy.model.generate(
             input_ids=ids.repeat_interleave(num_generations, dim=0),
             attention_mask=mask.long().repeat_interleave(num_generations, dim=0),
@@ -210,7 +189,7 @@ class ModelSampler:
         vocab = torch.arange(len(weight), device=weight.device)
         prompts, group, sampling = (vocab[:2], vocab[-5:]), 2, Sampling(max_length=3)
         uniforms = torch.linspace(0.1, 0.9, 12, device=weight.device).double().view(4, 3)
-        ids, logps = self._with_cache(prompts, group, sampling, uniforms)
+        ids, logps = self._with_cache(prompts, group, sampling, uniforms, None)
         gap = 0.0
         for i, completion in enumerate(ids):
             prompt = prompts[i // group]
@@ -229,52 +208,22 @@ class ModelSampler:
 class _Choice(LogitsProcessor):
     """Chooses the next tokens, leaves ``generate`` no other, and records their log-probs."""
 
-    def __init__(self, processors: LogitsProcessorList, uniforms: Tensor | None) -> None:
-        self.processors, self.uniforms = processors, uniforms
+    def __init__(
+        self, processors: LogitsProcessorList, uniforms: Tensor | None, kept: KeptIds | None
+    ) -> None:
+        self.processors, self.uniforms, self.kept = processors, uniforms, kept
         self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         samples = torch.arange(len(scores), device=scores.device)
         scores = self.processors(input_ids, scores.float(), samples=samples)
-        uniforms = None if self.uniforms is None else self.uniforms[:, len(self.logps)]
+        place = len(self.logps)
+        if self.kept is not None:
+            self.kept.add(scores, samples, place)
+        uniforms = None if self.uniforms is None else self.uniforms[:, place]
         tokens, found = choose(scores, uniforms)
         self.logps.append(found)
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
-
-
-def choose(scores: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return tokens (S,) int64 and their log-probs (S,) fp32.
-
-    Args:
-        scores: (S, V) fp32, processed logits.
-        uniforms: (S,) fp64 in [0, 1), inserted into the inverse of the cumulative distribution;
-            None: the likeliest token.
-    """
-    logps = scores.log_softmax(dim=-1)
-    if uniforms is None:
-        tokens = scores.argmax(dim=-1)
-    else:
-        below = logps.exp().cumsum(dim=-1, dtype=torch.float64)
-        wanted = (uniforms * below[:, -1])[:, None]
-        tokens = torch.searchsorted(below, wanted, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
-    return tokens, logps.gather(-1, tokens[:, None])[:, 0]
-
-
-def uniforms_of(prompts: Sequence[Tensor], num_generations: int, sampling: Sampling) -> Tensor:
-    """Return the uniform numbers of each completion's tokens, (S, max_length) fp64 on the CPU.
-
-    Every completion has a generator of its own. Its seed is made of ``sampling.seed``, the tokens
-    of the prompt, how many equal prompts come before it, and its number in the group.
-    """
-    rows, seen = [], Counter()
-    for prompt in prompts:
-        tokens = hashlib.sha256(np.asarray(prompt.cpu(), dtype="<i8").tobytes()).digest()
-        entropy = [*sampling.seed, seen[tokens], *np.frombuffer(tokens, dtype="<u4")]
-        for generation in range(num_generations):
-            generator = np.random.default_rng([generation, *entropy])
-            rows.append(generator.random(sampling.max_length))
-        seen[tokens] += 1
-    return torch.from_numpy(np.stack(rows))
 
 
 def ends_at(ids: Tensor, ends: Tensor) -> Tensor:

@@ -15,16 +15,30 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from fastgrpo.packing import rows_of_entries
 from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import encode
-from fastgrpo.train.sampler import ModelSampler, Sampling
+from fastgrpo.train.sampler import ModelSampler
+from fastgrpo.train.sampling import Sampling
+from support_oracle import whole_where_nothing
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "grpo_train.py"
+TINY_RUN = {
+    "device": "cpu",
+    "backend": "torch",
+    "max_steps": 3,
+    "warmup_steps": 2,
+    "eval_size": 8,
+    "num_prompts": 4,
+    "num_generations": 4,
+    "max_tokens_per_microbatch": 64,
+    "eval_every": 2,
+}
 
 
 def policy_in(folder: Path, **flags: object) -> Policy:
@@ -39,15 +53,24 @@ def with_copy(policy: Policy) -> Policy:
     return dataclasses.replace(policy, model=model, head=head)
 
 
-def own_logps(model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-    """The model's own log-probs (N,), from one forward with logits for each completion."""
+def own_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """The model's own logits (N, V) before each token, from one forward for each completion."""
     found = []
     for i, completion in zip(rollout.prompt_index, rollout.completions(), strict=True):
         prompt = rollout.prompts[i]
         logits = model(input_ids=torch.cat((prompt, completion))[None]).logits[0]
-        logps = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
-        found.append(logps.gather(-1, completion[:, None])[:, 0])
+        found.append(logits[len(prompt) - 1 : -1])
     return torch.cat(found)
+
+
+def own_logps(model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """The model's own log-probs (N,), over the rollout's support where it has one."""
+    logits = own_logits(model, rollout) / temperature
+    if rollout.support is not None:
+        kept = torch.zeros_like(logits, dtype=torch.bool)
+        kept[rows_of_entries(rollout.support.cu), rollout.support.ids] = True
+        logits = logits.masked_fill(~whole_where_nothing(kept), -torch.inf)
+    return logits.log_softmax(-1).gather(-1, rollout.token_ids[:, None])[:, 0]
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -31,7 +31,7 @@ from fastgrpo.train.fitness import mean_reward
 from fastgrpo.train.model import Policy
 from fastgrpo.train.rewards import Reward
 from fastgrpo.train.rollout import encode
-from fastgrpo.train.sampler import Sampling
+from fastgrpo.train.sampling import Sampling
 from fastgrpo.train.tasks import Example, Task
 
 from .conftest import ROOT

@@ -21,19 +21,8 @@ from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.rewards import Reward, one_by_one
 
-from .conftest import ROOT, SCRIPT, read_metrics, with_copy
+from .conftest import ROOT, SCRIPT, TINY_RUN, read_metrics, with_copy
 
-TINY_RUN = {
-    "device": "cpu",
-    "backend": "torch",
-    "max_steps": 3,
-    "warmup_steps": 2,
-    "eval_size": 8,
-    "num_prompts": 4,
-    "num_generations": 4,
-    "max_tokens_per_microbatch": 64,
-    "eval_every": 2,
-}
 PROMISED = {
     "step", "reward", "loss", "kl", "entropy", "tokens_per_s", "learning_rate",
     "grad_norm", "clip_low", "clip_high", "live_rows", "unscorable", "reward_std",

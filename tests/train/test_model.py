@@ -31,7 +31,8 @@ from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import check_prompts, demonstrate, encode, texts
 from fastgrpo.train.run import Run
-from fastgrpo.train.sampler import ModelSampler, Sampling, ends_at
+from fastgrpo.train.sampler import ModelSampler, ends_at
+from fastgrpo.train.sampling import Sampling
 from fastgrpo.train.tasks import Example, Task, TemplatedPrompt
 
 from .conftest import policy_in

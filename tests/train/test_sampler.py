@@ -28,7 +28,8 @@ import fastgrpo
 from fastgrpo.train import kv_cache
 from fastgrpo.train.completions import Rollout, left_padded
 from fastgrpo.train.model import Policy
-from fastgrpo.train.sampler import ModelSampler, Sampling, choose, ends_at, uniforms_of
+from fastgrpo.train.sampler import ModelSampler, ends_at
+from fastgrpo.train.sampling import Sampling, choose, uniforms_of
 
 from .conftest import own_logps
 
@@ -169,8 +170,9 @@ def test_sampling_follows_the_temperature(policy) -> None:
 
 
 def test_the_inverse_of_the_cumulative_distribution() -> None:
-    scores = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log().expand(6, 4)
-    uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53]).double()
+    scores = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).log().expand(6, 5)
+    wanted = [0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53]
+    uniforms = torch.tensor(wanted, dtype=torch.float64)
     tokens, logps = choose(scores, uniforms)
     assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
     torch.testing.assert_close(logps.exp(), torch.tensor([0.25, 0.25, 0.5, 0.5, 0.25, 0.25]))
