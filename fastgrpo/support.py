@@ -74,7 +74,10 @@ class Support:
         if mask is not None:
             checks.tensor("mask", mask, dtypes=(torch.bool,))
         device = None if mask is None else mask.device
-        ids = [torch.as_tensor(some) for some in lists]
+        try:
+            ids = [torch.as_tensor(some) for some in lists]
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"lists: expected a list of ints for each token: {error}") from error
         counts = torch.tensor([some.numel() for some in ids], dtype=torch.int64)
         for some in ids:
             if some.numel() and (some.dim() != 1 or some.dtype not in INTEGERS):

@@ -142,6 +142,9 @@ BAD = {
         [[1]], torch.ones(2, dtype=torch.bool)
     ),
     "lists: expected a list of ints": lambda: Support.of_lists([[0.5]]),
+    "lists: expected a list of ints for each token: .*NoneType": lambda: Support.of_lists(
+        [[1], None]
+    ),
     "mask: expected dtype bool": lambda: Support.of_mask(IDS),
     r"mask: expected shape \(\.\.\., V\)": lambda: Support.of_mask(torch.ones(3).bool()),
     "top_k: expected one of top_k, top_p and min_p": lambda: Support.of_logits(torch.ones(2, 3)),
