@@ -69,10 +69,14 @@ def train(name: str, model: Path, gsm8k: Path | None, facts: dict[str, Any]) -> 
         ended = run_command(command, LONGEST)
         if ended.exit_code != 0:
             raise RuntimeError(f"{name}: exit code {ended.exit_code} after {ended.seconds:.0f} s")
-        kept = RUNS / name
-        kept.mkdir(parents=True, exist_ok=True)
-        for file in KEPT:
-            shutil.copy(Path(folder) / file, kept / file)
+        keep(Path(folder), RUNS / name, facts)
+
+
+def keep(folder: Path, kept: Path, facts: dict[str, Any]) -> None:
+    """Copy a run to where it is kept, with the facts, and without this machine's folders."""
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:
+        shutil.copy(folder / file, kept / file)
     result = json.loads((kept / "result.json").read_text())
     # Files by their names alone: a record does not tell the folders of a machine.
     for key in ("model", "data", "eval_data"):
