@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -53,7 +54,11 @@ def attention(
         windows.append(sliding_window)
     if query.is_cuda and query.dtype in HALF:
         return _varlen(query, key, value, scaling, sliding_window, packing.varlen)[None], None
-    return _calls(query, key, value, scaling, sliding_window, packing), None
+    given = (query, key, value, scaling, sliding_window, packing)
+    if torch.is_grad_enabled() and any(length(call.prefix) for call in packing.calls):
+        # Otherwise the backward would keep a copy of the prefix's keys and values for each call.
+        return checkpoint(_calls, *given, use_reentrant=False, preserve_rng_state=False), None
+    return _calls(*given), None
 
 
 AttentionInterface.register(NAME, attention)
@@ -88,12 +93,12 @@ def _calls(
     split = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     masks = packing.masks(window, query.dtype)
     parts = []
-    for (_, prefix), mask, (own_query, own_key, own_value) in zip(
+    for call, mask, (own_query, own_key, own_value) in zip(
         packing.calls, masks, split, strict=True
     ):
-        if length(prefix):
-            own_key = torch.cat((key[:, :, prefix], own_key), dim=2)
-            own_value = torch.cat((value[:, :, prefix], own_value), dim=2)
+        if length(call.prefix):
+            own_key = torch.cat((key[:, :, call.prefix], own_key), dim=2)
+            own_value = torch.cat((value[:, :, call.prefix], own_value), dim=2)
         part = scaled_dot_product_attention(
             own_query,
             own_key,

@@ -142,7 +142,7 @@ def test_a_layout_rounds_as_the_padded_one_does(family: str, dtype, rollout) -> 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "gpt2"])
 def test_adapters_and_recomputed_activations_get_the_same_gradients(
-    in_float64, family: str, checkpointing: bool, rollout
+    in_float64, few: int, family: str, checkpointing: bool, rollout
 ) -> None:
     model = model_of(family)
     targets = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
@@ -271,6 +271,21 @@ def test_short_sequences_share_calls(monkeypatch) -> None:
         LAYOUTS["shared"].hidden(model, rollout_of(groups))
     per_layer = [(38, 38), (100, 100), (120, 220), (40, 140), (38, 38)]
     assert sizes == per_layer * model.config.num_hidden_layers
+
+
+def test_a_prefix_is_kept_once_for_the_backward() -> None:
+    """Its completions have copies of its keys and values while they are computed."""
+    packing = Packing((Prefix(100, (90,) * 6),), torch.device("cpu"))
+    query, key, value = torch.randn(3, 1, 2, 640, 8).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        attention.attention(nn.Module(), query, key, value, None, packing=packing)
+    assert sum(kept.values()) <= 3 * query.numel() * query.element_size()
 
 
 @pytest.mark.parametrize(

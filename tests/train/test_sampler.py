@@ -202,6 +202,15 @@ def test_finished_rows_leave_the_batch(policy) -> None:
         assert unfinished <= rows <= unfinished * 8 / 7
 
 
+def test_the_cache_grows_with_the_completions(policy, monkeypatch, capsys) -> None:
+    policy = policy_of(policy, qwen2)
+    expected = ModelSampler(policy).sample(PROMPTS, 2, Sampling(24))
+    monkeypatch.setattr(kv_cache, "ROOM", 5)
+    found = ModelSampler(policy).sample(PROMPTS, 2, Sampling(24))
+    assert expected.lengths.max() > 2 * kv_cache.ROOM and not capsys.readouterr().err
+    assert completions(found) == completions(expected)
+
+
 class Forced(LogitsProcessor):
     """Ends every completion at its given length."""
 
