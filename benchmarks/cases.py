@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import time
 from functools import partial
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks import environment
+from benchmarks.batches import make_batch
 from benchmarks.conditions import CONDITIONS
-from benchmarks.data import LossInputs, profile_batch, random_batch, rl_batch
+from benchmarks.data import LossInputs
 from benchmarks.measure import MODES, Errors, Outcome, check, errors, oracle, run, sampling_noise
 from benchmarks.peak_memory import allocated_peak_mib, resident_peak_mib
 from benchmarks.profiles import expected_kept, newest_profile
@@ -21,21 +21,6 @@ from benchmarks.shapes import Shape
 from benchmarks.timing import GemmBound, bound_dtype, describe, interleave, summary
 
 BOUND = "GEMM bound"
-
-
-def make_batch(shape: Shape, dtype: torch.dtype, mode: str, device: torch.device) -> LossInputs:
-    """Return the batch that `mode` works on."""
-    # Past its limit of recompilations torch.compile silently runs eagerly.
-    torch.compiler.reset()
-    policy = MODES[mode].policy
-    if policy is None:
-        batch = random_batch(shape, dtype, device)
-    else:
-        batch = profile_batch(shape, dtype, device, profile=newest_profile(policy))
-    batch = batch.to(dtype, frozen=MODES[mode].frozen)
-    if MODES[mode].zero_advantage or MODES[mode].padding:
-        batch = rl_batch(batch, MODES[mode].zero_advantage, MODES[mode].padding)
-    return dataclasses.replace(batch, skip_zero_advantage=MODES[mode].skip_zero_advantage)
 
 
 def distances(provider: Provider, mode: str, batch: LossInputs, exact: Outcome) -> Errors:

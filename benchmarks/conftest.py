@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from benchmarks import environment, providers
-from benchmarks.cases import distances, make_batch
+from benchmarks.batches import make_batch
+from benchmarks.cases import distances
 from benchmarks.compare import Comparison, table
 from benchmarks.data import LossInputs
-from benchmarks.measure import MODES, Errors, Outcome, check, oracle, run
+from benchmarks.measure import MODES, SUPPORT_MODES, Errors, Outcome, check, oracle, run
 from benchmarks.peak_memory import allocated_peak_mib
 from benchmarks.shapes import CUDA_SHAPES, TINY_SHAPES, Shape
 from benchmarks.timing import GemmBound, bound_dtype, describe, percentile, time_once
@@ -46,7 +47,8 @@ def _case(shape: Shape, dtype: torch.dtype, mode: str) -> Case:
     if shape.rows > ORACLE_ROWS:
         # From the end: the completions without an advantage come first.
         part = batch.sequences(slice(shape.sequences - ORACLE_ROWS // length, None))
-    bound = GemmBound(batch, MODES[mode].gemms, bound_dtype(dtype, device))
+    gemms = (MODES | SUPPORT_MODES)[mode].gemms
+    bound = GemmBound(batch, gemms, bound_dtype(dtype, device))
     flush = torch.empty(1, device=device) if ON_GPU else None
     bound()
     bound_ms = percentile([time_once(bound, flush) for _ in range(9)], 0.5)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.profiles import Profile
 from benchmarks.shapes import Shape
+from fastgrpo import Support
 
 # The share of the tokens from which the clip takes the gradient: about what a second pass over the
 # same tokens meets after one update at learning rate 1e-5 (one_update in the profile).
@@ -29,6 +30,7 @@ class LossInputs:
     advantages: Tensor  # (B,) fp32
     old_logps: Tensor  # (B, T) fp32, nats
     skip_zero_advantage: bool = False  # no log-probs are wanted of tokens with advantage 0
+    support: Support | None = None  # of tokens (B, T); None: the whole vocabulary
 
     def to(self, dtype: torch.dtype, *, frozen: bool = False) -> LossInputs:
         """Return the batch with fresh leaves in `dtype`; values are rounded if it is narrower."""
@@ -78,6 +80,7 @@ class LossInputs:
             completion_mask=self.completion_mask[chosen],
             advantages=self.advantages[chosen],
             old_logps=self.old_logps[chosen],
+            support=None if self.support is None else self.support.select(chosen),
         )
 
 

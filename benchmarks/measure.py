@@ -21,6 +21,7 @@ class Mode(NamedTuple):
     padding: float = 0.0  # share of the positions
     skip_zero_advantage: bool = False  # no log-probs of completions without an advantage
     policy: str | None = None  # rows of this policy of the profile; None: random rows
+    support: str | None = None  # a profile of what the sampler kept; None: the whole vocabulary
 
 
 MODES = {
@@ -39,6 +40,11 @@ MODES = {
     "policy_sharp": Mode(gemms=3, policy="temperature 0.6"),
     "policy_flat": Mode(gemms=3, policy="temperature 1.3"),
 }
+# A GRPO loss over the ids that a sampler kept: so many a token on average (benchmarks/supports.py).
+# Most peers have none: a session does not go through these.
+SUPPORT_MODES = {
+    f"support_{name}": Mode(gemms=3, support=name) for name in ("8", "12", "76", "150")
+}
 
 
 class Outcome(NamedTuple):
@@ -51,7 +57,9 @@ class Outcome(NamedTuple):
 
 
 def run(provider: Provider, mode: str, batch: LossInputs) -> Outcome:
-    """Run one call from cleared gradients."""
+    """Run one call from cleared gradients. Raises ValueError for a support that is not taken."""
+    if batch.support is not None and not provider.takes_support:
+        raise ValueError(f"support: {provider.name} has none")
     batch.hidden.grad = batch.weight.grad = None
     if mode == "logps":
         with torch.no_grad():
@@ -84,6 +92,7 @@ def oracle(mode: str, batch: LossInputs, block: int = 256) -> Outcome:
             completion_mask=exact.completion_mask[rows],
             advantages=exact.advantages[rows],
             old_logps=exact.old_logps[rows],
+            support=None if exact.support is None else exact.support.select(rows),
         )
         with torch.set_grad_enabled(mode != "logps"):
             part_logps = token_logps(part)

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import providers
-from benchmarks.data import random_batch
-from benchmarks.measure import MODES, run
+from benchmarks.batches import make_batch
+from benchmarks.measure import run
 from benchmarks.shapes import TINY_SHAPES, Shape
 
 MIB = 1 << 20
@@ -97,13 +97,13 @@ def _main() -> None:
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     provider = providers.LOADERS[arguments.provider]()
-    frozen = MODES[arguments.mode].frozen
+    mode, device = arguments.mode, torch.device("cpu")
     # Once at a tiny shape: threads, GEMM libraries and imports are not the call's memory.
-    run(provider, arguments.mode, random_batch(TINY_SHAPES[0], dtype).to(dtype, frozen=frozen))
-    batch = random_batch(Shape(*json.loads(arguments.shape)), dtype).to(dtype, frozen=frozen)
+    run(provider, mode, make_batch(TINY_SHAPES[0], dtype, mode, device))
+    batch = make_batch(Shape(*json.loads(arguments.shape)), dtype, mode, device)
     reset_peak()
     before = status_kib("VmRSS")
-    run(provider, arguments.mode, batch)
+    run(provider, mode, batch)
     print(json.dumps({"peak_mib": (status_kib("VmHWM") - before) / 1024}))
 
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.data import LossInputs
+from fastgrpo import Support
+from fastgrpo.packing import rows_of_entries
 from fastgrpo_kernels.runtime import INTERPRETED
 
 EPSILON = 0.2
@@ -30,6 +32,7 @@ class Provider(NamedTuple):
     token_logps: LogpsFn
     fused_loss: LossFn | None = None
     sparsity: float = 0.0  # tau: gradients are an unbiased estimate; 0: exact
+    takes_support: bool = False
 
     def loss(self, batch: LossInputs) -> Tensor:
         if self.fused_loss is not None:
@@ -50,14 +53,26 @@ def policy_loss(logps: Tensor, batch: LossInputs, normalizer: Tensor | None = No
 
 
 def plain_logits() -> Provider:
-    """Full logits in the model's dtype, log-softmax in fp32: what a Hugging Face model does."""
+    """Full logits in the model's dtype, log-softmax in fp32: what a Hugging Face model does.
+
+    Those outside a support are masked, as trainers do that replay a sampler's ids.
+    """
 
     def token_logps(batch: LossInputs) -> Tensor:
         logits = F.linear(batch.hidden, batch.weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if batch.support is not None:
+            logits = logits.masked_fill(~_kept(batch.support, logits.shape), -torch.inf)
         return logits.log_softmax(-1).gather(-1, batch.completion_ids[..., None])[..., 0]
 
-    return Provider("plain logits", token_logps)
+    return Provider("plain logits", token_logps, takes_support=True)
+
+
+def _kept(support: Support, shape: torch.Size) -> Tensor:
+    """Return what a support whose tokens all have ids keeps, (..., V) bool of this shape."""
+    kept = torch.zeros(shape, dtype=torch.bool, device=support.ids.device)
+    kept.view(-1, shape[-1])[rows_of_entries(support.cu), support.ids] = True
+    return kept
 
 
 def compiled_logits() -> Provider:
@@ -176,7 +191,7 @@ def fastgrpo(backend: str, sparsity: float = 0.0) -> Provider:
         ids = batch.completion_ids.masked_fill(~batch.completion_mask, -100)
         drawn = sparse | {"old_logps": batch.old_logps} if sparse else {}
         return fastgrpo.linear_logps(
-            batch.hidden, batch.weight, ids, backend=backend, **drawn
+            batch.hidden, batch.weight, ids, support=batch.support, backend=backend, **drawn
         ).logps
 
     def fused_loss(batch: LossInputs) -> Tensor:
@@ -190,11 +205,12 @@ def fastgrpo(backend: str, sparsity: float = 0.0) -> Provider:
             config=config,
             backend=backend,
             skip_zero_advantage=batch.skip_zero_advantage,
+            support=batch.support,
             **sparse,
         ).loss
 
     name = f"fastgrpo {'sparse' if sparsity else backend}"
-    return Provider(name, token_logps, fused_loss, sparsity)
+    return Provider(name, token_logps, fused_loss, sparsity, takes_support=not sparsity)
 
 
 def by_rows(rows: Callable[[Tensor, Tensor, Tensor], Tensor], *, compact: bool = False) -> LogpsFn:

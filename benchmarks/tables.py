@@ -18,6 +18,8 @@ from benchmarks.cases import BOUND
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.learning import COMMITTED, curve, kept_run
 from benchmarks.profiles import newest_record
+from benchmarks.support_tables import curve_table, times_table
+from benchmarks.supports import PROFILES
 from benchmarks.time_model import roofline
 from benchmarks.time_model.machines import MACHINES
 from benchmarks.train_step import table as race_table
@@ -27,6 +29,7 @@ DOCUMENTS = {
     ROOT / "README.md": "benchmarks/results",
     ROOT / "docs" / "performance.md": "../benchmarks/results",
     ROOT / "docs" / "sparse-backward.md": "../benchmarks/results",
+    ROOT / "docs" / "support.md": "../benchmarks/results",
     ROOT / "docs" / "training.md": "../benchmarks/results",
 }
 LEARNING = ROOT / "docs" / "figures" / "sparse-learning.json"
@@ -301,6 +304,27 @@ def _race(results: Path, folder: str) -> str:
     return f"{facts}. {_caption(path, record, folder)}\n\n{race_table(record)}"
 
 
+def _support(render: Callable[[Row], str]) -> Callable[[Path, str], str]:
+    """Return a table of the newest record of `benchmarks.support_cost`."""
+
+    def table(results: Path, folder: str) -> str:
+        records = [(json.loads(p.read_text())["date"], p) for p in results.glob("support-*.json")]
+        if not records:
+            return "No record yet."
+        path = max(records)[1]
+        record = json.loads(path.read_text())
+        return f"{_caption(path, record, folder)}\n\n{render(record)}"
+
+    return table
+
+
+def _predicted_support(results: Path, folder: str) -> str:
+    machine, rows = MACHINES["h200"], 16384
+    title = f"Predicted, {machine.name}, {rows} tokens, bf16: bytes, ms (share of the dense loss)."
+    kept = [round(profile.mean) for profile in PROFILES.values()]
+    return f"{title}\n\n{roofline.support_table(machine, rows, kept)}"
+
+
 # The marker's name -> from the folder of records, and the path of that folder in links, the text.
 TABLES: dict[str, Callable[[Path, str], str]] = {
     "summary": _recorded("cpu", summary_table),
@@ -320,6 +344,9 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "sparse-learning": _learning,
     "runs": _runs,
     "race": _race,
+    "support": _support(times_table),
+    "support-curve": _support(curve_table),
+    "predicted-support": _predicted_support,
 }
 
 

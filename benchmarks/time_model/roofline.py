@@ -25,9 +25,12 @@ from benchmarks.time_model.routes import (
     ROUTES,
     SPARSE,
     Case,
+    anchored_route,
     bound,
     case_of,
+    entry_bytes,
     sparse_route,
+    support_route,
 )
 
 
@@ -128,6 +131,25 @@ def kept_table(machine: Machine, rows: int, kept: Sequence[int]) -> str:
                 product = bound(machine, case._replace(live=0.0))
                 cells.append(f"{seconds * 1e3:.1f} ({seconds / product:.2f})")
             lines.append(f"| {entries} | {live:.0%} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def support_table(machine: Machine, rows: int, kept: Sequence[int]) -> str:
+    """Return predicted bytes and milliseconds of a loss over a support, by the ids of a row.
+
+    In brackets stands the share of the dense loss's predicted time.
+    """
+    heads = [shape for shape in CUDA_SHAPES if shape.rows == rows]
+    titles = " | ".join(f"{s.name} {s.vocab} x {s.hidden}" for s in heads)
+    lines = [f"| ids a token | {titles} |", "|---|" + "---|" * len(heads)]
+    for ids in kept:
+        cells = []
+        for shape in heads:
+            case = Case(rows, shape.vocab, shape.hidden, kept=ids)
+            seconds, dense = support_route(machine, case), anchored_route(machine, case)
+            moved = entry_bytes(case, rows * ids) / 1e9
+            cells.append(f"{moved:.1f} GB, {seconds * 1e3:.1f} ms ({seconds / dense:.2f})")
+        lines.append(f"| {ids} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

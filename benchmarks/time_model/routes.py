@@ -31,7 +31,7 @@ class Case(NamedTuple):
     mode: str = "loss"  # logps, loss, frozen, token_logps
     scored: float = 1.0  # rows that need a forward
     live: float = 1.0  # rows that have a gradient
-    kept: float = KEPT  # entries a live row keeps: the sparse backward alone
+    kept: float = KEPT  # entries a live row keeps: the sparse backward, and a support
 
     @property
     def gemms(self) -> int:
@@ -134,9 +134,7 @@ def sparse_route(machine: Machine, case: Case, *, anchored: bool = True) -> floa
     `anchored`: the forward kernel draws, and leaves a bit mask of V/8 bytes per row. Otherwise the
     library leaves an fp32 tile, which statistics and draw read once each.
 
-    A kept entry fetches its row of the weight twice, for its logit and for dhidden, and its row of
-    hidden once, for dweight, all from memory. The entries are sorted in eight passes of 16 bytes,
-    and a dense dweight is written.
+    The sums over kept entries take what `entry_bytes` says.
     """
     if case.mode == "logps":
         return forward(machine, case)
@@ -150,10 +148,28 @@ def sparse_route(machine: Machine, case: Case, *, anchored: bool = True) -> floa
         written = 4 * logits / machine.bandwidth
         drawn = max(gemm(machine, live, case.vocab, case.hidden), written) if live else 0.0
         drawn += 8 * logits / machine.bandwidth
+    return rest + drawn + entry_bytes(case, entries) / machine.bandwidth
+
+
+def entry_bytes(case: Case, entries: float) -> float:
+    """Return the bytes that a few entries of each row move, from their logits to the gradients.
+
+    An entry fetches its row of the weight twice, for its logit and for dhidden, and its row of
+    hidden once, for dweight, all from memory. The entries are sorted in eight passes of 16 bytes,
+    and a dense dweight is written.
+    """
     fetched = 2 * case.hidden * entries * (2 + (case.gemms == 3))
-    sorted_bytes = 8 * 2 * 16 * entries if case.gemms == 3 else 0
-    dense = 2 * case.vocab * case.hidden if case.gemms == 3 else 0
-    return rest + drawn + (fetched + sorted_bytes + dense) / machine.bandwidth
+    if case.gemms < 3:
+        return fetched
+    return fetched + 8 * 2 * 16 * entries + 2 * case.vocab * case.hidden
+
+
+def support_route(machine: Machine, case: Case) -> float:
+    """Return the seconds of a loss over a support of `case.kept` ids a row, all of them gathered.
+
+    No product over the vocabulary is left: memory alone bounds it.
+    """
+    return entry_bytes(case, case.rows * case.kept) / machine.bandwidth
 
 
 Route = Callable[[Machine, Case], float]

@@ -5,9 +5,19 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.cases import distances, make_batch
+from benchmarks.batches import make_batch
+from benchmarks.cases import distances
 from benchmarks.data import CLIPPED
-from benchmarks.measure import MODES, Errors, check, errors, oracle, run, sampling_noise
+from benchmarks.measure import (
+    MODES,
+    SUPPORT_MODES,
+    Errors,
+    check,
+    errors,
+    oracle,
+    run,
+    sampling_noise,
+)
 from benchmarks.providers import LOADERS, Provider, load, plain_logits
 from benchmarks.record import CPU_PROVIDERS
 from benchmarks.shapes import Shape
@@ -34,6 +44,24 @@ def test_provider_agrees_with_the_oracle(name, mode, dtype):
             (found.dweight, found.dweight_noise),
         ):
             assert error is None or 0.7 * noise < error < 1.4 * noise + 4e-3
+
+
+@pytest.mark.parametrize("mode", SUPPORT_MODES)
+@pytest.mark.parametrize("name", ["plain logits", "fastgrpo torch"])
+def test_a_support_agrees_with_the_oracle(name, mode):
+    (provider,), _ = load((name,))
+    batch = make_batch(SHAPE, torch.float32, mode, CPU)
+    exact = oracle(mode, batch, block=11)  # of one completion
+    check(provider, distances(provider, mode, batch, exact), torch.float32)
+    dense = oracle("loss", dataclasses.replace(batch, support=None))
+    assert errors(exact, dense, batch.completion_mask).dhidden > 0.1
+
+
+def test_a_provider_without_supports_says_so():
+    (provider,), _ = load(("fastgrpo sparse",))
+    batch = make_batch(SHAPE, torch.float32, "support_12", CPU)
+    with pytest.raises(ValueError, match="support: fastgrpo sparse has none"):
+        run(provider, "loss", batch)
 
 
 def test_noise_is_the_root_mean_square_error_over_seeds():

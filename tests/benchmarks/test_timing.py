@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.cases import make_batch
+from benchmarks.batches import make_batch
 from benchmarks.peak_memory import allocated_peak_mib, resident_peak_mib
 from benchmarks.shapes import Shape
 from benchmarks.timing import GemmBound, interleave, summary
