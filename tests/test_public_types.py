@@ -12,7 +12,15 @@ from typing_extensions import assert_type
 
 import fastgrpo
 import fastgrpo_kernels
-from fastgrpo import FusedGRPOLoss, GRPOLoss, LossConfig, Support, TokenLogps, torch_kernels
+from fastgrpo import (
+    FusedGRPOLoss,
+    GRPOLoss,
+    LossConfig,
+    SelectedLogps,
+    Support,
+    TokenLogps,
+    torch_kernels,
+)
 from fastgrpo.backend import Kernels
 from fastgrpo.head.held import AnchoredExponentials, Held, Probabilities, RawLogits
 from fastgrpo.head.loops import SeparableLoss
@@ -54,6 +62,9 @@ def test_log_probs():
     assert_type(logps, Tensor)
     assert_type(entropy, Tensor | None)
     assert_type(lse, Tensor)
+    several = fastgrpo.selected_logps(HIDDEN, WEIGHT, IDS[..., None], temperature=0.7)
+    assert_type(several, SelectedLogps)
+    assert_type(several.sum_squares, Tensor)
 
 
 def test_supports():
