@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgrpo_kernels import (
     Anchored,
     Draw,
+    EntryList,
     GroupStats,
     Head,
     Kept,
@@ -111,6 +112,28 @@ class Kernels(Protocol):
     def bag_sum(
         self, out: Tensor, table: Tensor, index: Tensor, coef: Tensor, bounds: Tensor
     ) -> None: ...
+
+    def sum_by_id(
+        self, out: Tensor, sorted_ids: Tensor, table: Tensor, index: Tensor, coef: Tensor
+    ) -> None: ...
+
+    def entry_dots(
+        self, out: Tensor, rows: Tensor, row: Tensor, table: Tensor, index: Tensor
+    ) -> None: ...
+
+    def segment_softmax(
+        self, entries: EntryList, bounds: Tensor, rows: Rows, head: Head, with_entropy: bool
+    ) -> Logps: ...
+
+    def entry_grads(
+        self,
+        entries: EntryList,
+        rows: Rows,
+        head: Head,
+        scored: Logps,
+        upstream: Upstream,
+        inclusion: Tensor | None = None,
+    ) -> Tensor: ...
 
     # ---- one number per token, per group ---------------------------------------------------------
 

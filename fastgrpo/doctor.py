@@ -28,7 +28,7 @@ import torch
 import fastgrpo
 from fastgrpo.dispatch import choice, verdicts
 from fastgrpo.dispatch.choice import Route
-from fastgrpo.dispatch.self_check import Figure, complaint
+from fastgrpo.dispatch.self_check import MODES, Figure, complaint
 from fastgrpo.dispatch.trial import FAULT
 from fastgrpo_kernels import anchored_variant
 from fastgrpo_kernels.child import end_all, run_python
@@ -55,6 +55,13 @@ COLUMNS = {
     "dhidden": ("dhidden in", "row of dhidden in"),
     "dweight": ("dweight in", "row of dweight in"),
     "sparse": ("dhidden sparse", "dweight sparse"),
+    "support": (
+        "support",
+        "dhidden support",
+        "dweight support",
+        "row of dhidden support",
+        "row of dweight support",
+    ),
     "per token": ("token_loss", "segment_reduce", "group_stats"),
 }
 
@@ -75,11 +82,12 @@ class Trial(NamedTuple):
         names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
         return ", head ".join(dict.fromkeys(names)) or "no head"
 
-    def reason(self, *, draws: bool) -> str:
-        """Return why these kernels must not run; "" if they may."""
+    def reason(self, modes: tuple[str, ...] = MODES) -> str:
+        """Return why these kernels must not run in one of these modes; "" if they may."""
         if self.failure:
             return f"the self-test {self.failure}"
-        held = [figure for figure in self.figures if draws or "sparse" not in figure.name]
+        others = set(MODES) - {"dense", *modes}
+        held = [x for x in self.figures if others.isdisjoint(x.name.split())]
         return complaint([figure for figure in held if not figure.holds])
 
 
@@ -103,7 +111,7 @@ def main() -> int:
             trials.append(trial)
             print(_row(trial, trial in _taken(trials, asked)), flush=True)
             _store(trial)
-            if reason := trial.reason(draws=True):
+            if reason := trial.reason():
                 problems.append(f"{trial.kernels}, {trial.operands} on {device}: {reason}")
         print(_why(device, asked))
         if not obstacle(device) and anchored_variant.specialises_warps(device):
@@ -232,9 +240,9 @@ def _store(trial: Trial) -> None:
     """Keep the verdicts, so that no call checks the same again, or hangs where this did."""
     if trial.kernels == "torch" or not trial.decided:
         return
-    for draws in (False, True) if trial.dtypes else (False,):
-        route = Route(trial.device, trial.dtypes, draws, trial.kernels == "anchored")
-        verdicts.store(verdicts.facts(trial.device, route.name), trial.reason(draws=draws))
+    for mode in MODES if trial.dtypes else ("dense",):
+        route = Route(trial.device, trial.dtypes, mode, trial.kernels == "anchored")
+        verdicts.store(verdicts.facts(trial.device, route.name), trial.reason((mode,)))
 
 
 # ---- what follows from it ----------------------------------------------------------------------
@@ -251,7 +259,7 @@ def _taken(trials: list[Trial], asked: str) -> set[Trial]:
         left_out = trial.kernels == "anchored" and not switch("FASTGRPO_ANCHORED", True)
         if asked == "torch" or left_out or trial.dtypes in wrong:
             continue
-        if not trial.reason(draws=False):
+        if not trial.reason(("dense",)):
             taken.setdefault(trial.dtypes, trial)
         elif trial.decided:
             wrong.add(trial.dtypes)

@@ -72,7 +72,7 @@ def linear_logps(
             are those of the softmax over these alone, and so are the gradients (docs/support.md).
             Each z above is -inf at the other ids. Ids in [0, V). A token that is not among its ids
             is a ValueError on a CPU and inside `fastgrpo.checked()`, otherwise its log-prob is NaN.
-            Not with `sparsity`, and on the torch backend alone.
+            Not with `sparsity`.
         entropy: "none", "detached", or "differentiable", whose gradient costs nothing more.
         workspace_mb: MiB for the logits tile; default `fastgrpo.default_workspace_mb`.
             Less costs speed, never exactness.

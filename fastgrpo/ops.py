@@ -78,10 +78,8 @@ class Operands(NamedTuple):
         def planned(kernels: Kernels) -> Result:
             return work(Plan.of(self.hidden, self.weight, self.workspace_mb, kernels))
 
-        backend = self.backend
-        if self.support_cu is not None:
-            backend = choice.without_kernels(backend, "support")
-        return choice.run(planned, backend, self.hidden, (rows, self.head()), sparse)
+        mode = "sparse" if sparse else "dense" if self.support_cu is None else "support"
+        return choice.run(planned, self.backend, self.hidden, (rows, self.head()), mode)
 
     def head(self) -> Head:
         bias = None if self.bias is None else self.bias.contiguous()
@@ -109,10 +107,10 @@ class Operands(NamedTuple):
     def kept_of(self, rows: Rows, where: Index, ids_name: str = "token_ids") -> support.Kept | None:
         """Return the kept ids of rows selected before, and check their values."""
         kept = self.kept(where)
-        if kept is not None:
+        if kept is not None and checks.looks_at_values(kept.ids):
             checks.kept_ids(kept.ids, len(self.weight))
-            inside = kept.cu.diff() == 0
-            inside[kept.row()[kept.is_target(rows)]] = True
+            inside, row = kept.cu.diff() == 0, kept.row()
+            inside[row[kept.ids == rows.ids[row]]] = True
             checks.within_support(ids_name, rows.ids, inside)
         return kept
 

@@ -57,6 +57,6 @@ def entries_of(cu: Tensor, rows: Index) -> tuple[Index, Tensor]:
     return torch.arange(len(shift), device=cu.device) + shift, bounds
 
 
-def rows_of_entries(cu: Tensor) -> Tensor:
-    """Return the row (M,) int64 of each entry; cu is (n + 1,). One host synchronisation."""
-    return torch.repeat_interleave(cu.diff())
+def rows_of_entries(cu: Tensor, entries: int) -> Tensor:
+    """Return the row (M,) int64 of each of M entries; cu is (n + 1,), from 0 to M."""
+    return torch.repeat_interleave(cu.diff(), output_size=entries)

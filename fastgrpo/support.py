@@ -47,6 +47,9 @@ class Support:
             raise ValueError(f"ids: expected shape (M,), got {tuple(self.ids.shape)}")
         if self.cu.dim() != 1 or not len(self.cu):
             raise ValueError(f"cu: expected shape (N + 1,), got {tuple(self.cu.shape)}")
+        ints = int | torch.SymInt
+        if not isinstance(self.shape, Sequence) or not all(isinstance(x, ints) for x in self.shape):
+            raise ValueError(f"shape: expected a tuple of ints, got {self.shape!r}")
         tokens = len(self.cu) - 1
         shape = tuple(self.shape) or (tokens,)
         if math.prod(shape) != tokens or min(shape) < 0:
@@ -228,7 +231,7 @@ class Support:
             return
         if bool((ids < 0).any()):
             raise ValueError(f"ids: expected numbers >= 0, got {ids.amin().item()}")
-        row = rows_of_entries(bounds)
+        row = rows_of_entries(bounds, len(ids))
         same_row = row[1:] == row[:-1]
         if not bool((same_row & (ids[1:] <= ids[:-1])).any()):
             return  # ascending in every token

@@ -35,7 +35,7 @@ def hopper(monkeypatch, tmp_path):
     """A process on a part with every kernel; its checks are counted and can be told to fail."""
     checked, outcome = [], [GOOD]
 
-    def figures(kernels, device, dtypes, draws, vocab=None):
+    def figures(kernels, device, dtypes, modes, vocab=None):
         checked.append(kernels)
         for figure in outcome:
             if isinstance(figure, Exception):
@@ -159,7 +159,7 @@ def test_routes_fail_apart(hopper):
     single = rows._replace(hidden=rows.hidden.float()), head._replace(weight=head.weight.float())
     assert quietly(choice.run, lambda k: k, "auto", LIKE, single) is fastgrpo_kernels
     assert quietly(choice.run, lambda k: k, "auto", LIKE) is PORTABLE
-    assert quietly(choice.run, lambda k: k, "auto", LIKE, SCORED, True) is fastgrpo_kernels
+    assert quietly(choice.run, lambda k: k, "auto", LIKE, SCORED, "sparse") is fastgrpo_kernels
 
 
 @pytest.mark.parametrize("error", [
@@ -371,26 +371,27 @@ def test_rows_that_are_lost_show(monkeypatch, lost):
         return grads
 
     monkeypatch.setattr(self_check, "logps_bwd", shortened)
-    figures = list(self_check.figures(torch_kernels, torch.device("cpu"), DTYPES, False))
+    figures = list(self_check.figures(torch_kernels, torch.device("cpu"), DTYPES, ("dense",)))
     assert "row of dweight in the backward" in [f.name for f in figures if not f.holds]
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)])
 def test_products_in_tf32_have_bars_of_their_own(monkeypatch, dtypes):
     monkeypatch.setattr(self_check, "dot_precision", lambda bits: "tf32")
-    figures = list(self_check.figures(torch_kernels, torch.device("cpu"), dtypes, False))
+    figures = list(self_check.figures(torch_kernels, torch.device("cpu"), dtypes, ("dense",)))
     bars = {figure.name: figure.bar for figure in figures}
     assert (bars["logps"], bars["dhidden in the forward"]) == self_check.TF32_BARS
 
 
-@pytest.mark.parametrize("draws", [False, True], ids=["dense", "sparse"])
-def test_the_torch_backend_passes_the_check(draws):
+@pytest.mark.parametrize("mode", self_check.MODES)
+def test_the_torch_backend_passes_the_check(mode):
     """Against itself in float64: the bars are what rounding takes, with room."""
-    figures = list(self_check.figures(torch_kernels, torch.device("cpu"), DTYPES, draws))
+    figures = list(self_check.figures(torch_kernels, torch.device("cpu"), DTYPES, (mode,)))
     names = " ".join(figure.name for figure in figures)
     for name in ("logps", "entropy", "dhidden in the", "dweight in the", "token_loss"):
         assert name in names
-    assert ("sparse" in names) == draws
+    for other in ("sparse", "support"):
+        assert (other in names) == (other == mode)
     assert all(figure.holds for figure in figures), [str(figure) for figure in figures]
 
 
@@ -406,7 +407,9 @@ def test_the_check_leaves_the_state_of_torch_alone(monkeypatch):
 
     monkeypatch.setattr(torch_kernels, "token_loss", watched)
     try:
-        figures = list(self_check.figures(torch_kernels, torch.device("cpu"), DTYPES, True))
+        figures = list(
+            self_check.figures(torch_kernels, torch.device("cpu"), DTYPES, self_check.MODES)
+        )
         assert torch.are_deterministic_algorithms_enabled() and not any(seen) and seen
     finally:
         torch.set_default_dtype(torch.float32)
@@ -416,9 +419,9 @@ def test_the_check_leaves_the_state_of_torch_alone(monkeypatch):
 
 
 def test_a_verdict_is_of_a_device_and_its_route():
-    one = Route(torch.device("cuda:0"), DTYPES, False, True)
+    one = Route(torch.device("cuda:0"), DTYPES, "dense", True)
     assert str(one) == "bfloat16 bfloat16 anchored on cuda:0"
-    assert Route(torch.device("cuda:1"), (), False, False).name == "tokens portable"
-    assert (
-        Route(torch.device("cuda"), DTYPES, True, False).name == "bfloat16 bfloat16 sparse portable"
-    )
+    assert Route(torch.device("cuda:1"), (), "dense", False).name == "tokens portable"
+    for mode in ("sparse", "support"):
+        route = Route(torch.device("cuda"), DTYPES, mode, False)
+        assert route.name == f"bfloat16 bfloat16 {mode} portable"

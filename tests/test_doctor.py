@@ -12,7 +12,7 @@ import torch
 import fastgrpo_kernels
 from fastgrpo import doctor, torch_kernels
 from fastgrpo.dispatch import choice
-from fastgrpo.dispatch.self_check import Figure
+from fastgrpo.dispatch.self_check import MODES, Figure
 from fastgrpo.dispatch.trial import FAULT
 from fastgrpo_kernels import Head, Rows
 from fastgrpo_kernels.child import Ended
@@ -20,7 +20,10 @@ from fastgrpo_kernels.runtime import HAS_TRITON, INTERPRETED
 
 GOOD = [Figure("logps", 1e-6, 2e-5), Figure("dweight in the forward", 1e-3, 4e-3)]
 BAD = [*GOOD, Figure("entropy", 1e-3, 2e-5)]
-ONLY_SPARSE = [*GOOD, Figure("dhidden sparse", 0.5, 3e-2)]
+OF_A_MODE = {
+    "sparse": Figure("dhidden sparse", 0.5, 3e-2),
+    "support": Figure("support logps", 0.5, 1e-4),
+}
 
 
 def printed(figures):
@@ -30,7 +33,7 @@ def printed(figures):
 ENDINGS = {
     "good": Ended(0, "", printed(GOOD)),
     "bad": Ended(0, "", printed(BAD)),
-    "sparse": Ended(0, "", printed(ONLY_SPARSE)),
+    **{mode: Ended(0, "", printed([*GOOD, figure])) for mode, figure in OF_A_MODE.items()},
     "hangs": Ended(None, "did not end within 120 s", printed(GOOD), timed_out=True),
     "dies": Ended(-6, "was ended by SIGABRT", ["LLVM ERROR"]),
     "faults": Ended(FAULT, "ended with status 4", ["AcceleratorError: an illegal memory access"]),
@@ -71,10 +74,10 @@ def call(monkeypatch):
     like = torch.ones(2, 4, dtype=torch.bfloat16)
     scored = Rows(like, torch.zeros(2, dtype=torch.int64)), Head(like)
 
-    def kernels(checked, sparse=False):
+    def kernels(checked, mode="dense"):
         monkeypatch.setattr(choice, "_verdicts", {})
         monkeypatch.setattr(choice.self_check, "figures", lambda *_: checked.append(1) or GOOD)
-        return choice.run(lambda kernels: kernels, "auto", like, scored, sparse)
+        return choice.run(lambda kernels: kernels, "auto", like, scored, mode)
 
     return kernels
 
@@ -92,7 +95,7 @@ def test_a_healthy_machine(examined, call):
     assert set(starred(text).values()) == {"anchored"} and len(starred(text)) == 6
     assert torch.__version__ in text and "trl" in text
     checked = []
-    assert call(checked) is fastgrpo_kernels and call(checked, sparse=True) is fastgrpo_kernels
+    assert all(call(checked, mode) is fastgrpo_kernels for mode in MODES)
     assert not checked, "the doctor has left verdicts"
 
 
@@ -113,12 +116,14 @@ def test_kernels_that_are_wrong_or_hang_are_never_called(examined, call, how, sa
     assert call([]) is fastgrpo_kernels, "a later examination found nothing"
 
 
-def test_a_sparse_backward_fails_alone(examined, call):
-    status, text = examined({("anchored", "bfloat16", "bfloat16"): "sparse"})
+@pytest.mark.parametrize("mode", OF_A_MODE)
+def test_a_sparse_backward_or_a_support_fails_alone(examined, call, mode):
+    status, text = examined({("anchored", "bfloat16", "bfloat16"): mode})
     assert status == 1 and "5e-01 !" in text and starred(text)["bfloat16"] == "anchored"
-    assert call([]) is fastgrpo_kernels
-    with pytest.warns(RuntimeWarning, match="dhidden sparse"):
-        assert call([], sparse=True) is torch_kernels
+    for other in {*MODES} - {mode}:
+        assert call([], other) is fastgrpo_kernels
+    with pytest.warns(RuntimeWarning, match=OF_A_MODE[mode].name):
+        assert call([], mode) is torch_kernels
 
 
 @pytest.mark.parametrize("how, said", [
@@ -193,7 +198,7 @@ def test_a_trial_of_real_kernels(monkeypatch, kernels):
     ended = doctor.run_python(arguments, 300.0, variables)
     assert not ended.failure, ended.lines
     figures = [Figure(**json.loads(line)) for line in ended.lines if line.startswith("{")]
-    assert len(figures) == 32 and all(figure.holds for figure in figures)
+    assert len(figures) == 46 and all(figure.holds for figure in figures)
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="compiled kernels")

@@ -13,7 +13,7 @@ import torch
 
 import fastgrpo_kernels
 from fastgrpo import LossConfig, reference, torch_kernels
-from fastgrpo.head import loops, selected
+from fastgrpo.head import loops, selected, support
 from fastgrpo.head.held import AnchoredExponentials
 from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.head.routes import loss_and_grads
@@ -23,7 +23,7 @@ from fastgrpo.packing import spread, unmasked
 from fastgrpo.testing import make_batch, relative_error, rms
 from fastgrpo_kernels import Head, Rows, Upstream
 from fastgrpo_kernels.runtime import INTERPRETED
-from oracle import exact
+from oracle import GRADIENT_BARS, exact, exact_logps, operands
 from row_oracle import (
     CHUNKING,
     NEEDS,
@@ -32,6 +32,7 @@ from row_oracle import (
     check_gradients_from_exponentials,
     rows_with_upstream,
 )
+from support_oracle import kept_masks, support_of, whole_where_nothing
 
 BACKENDS = {"triton": fastgrpo_kernels, "torch": torch_kernels}
 
@@ -295,3 +296,27 @@ def test_exponentials_are_taken_where_they_suffice():
     assert taken(torch.bfloat16, False)
     assert not taken(torch.bfloat16, True)
     assert not taken(torch.float16, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_support(gpu_plan, backend, dtype):
+    """Rows of every kind; the logits of those with many ids are products of 16-bit operands."""
+    hidden, weight, ids, _ = operands(dtype, sequences=3, length=8, hidden_size=16, vocab=97)
+    kept, g = kept_masks(ids, 97), torch.Generator().manual_seed(2)
+    dlogps, dentropy = torch.randn((2, *ids.shape), generator=g)
+    logps, entropy, lse, wanted = exact_logps(
+        hidden, weight, ids, {"kept": whole_where_nothing(kept)}, dlogps, dentropy
+    )
+    given = support_of(kept, ids)
+    entries = support.Kept(given.ids, given.cu)
+    rows, head = Rows(hidden.flatten(0, 1), ids.flatten()), Head(weight)
+    plan = gpu_plan(rows.hidden, weight, backend)
+    scored, z = support.logps_fwd(rows, head, plan, entries, True)
+    for actual, exact_scores in zip(scored, (logps, lse, entropy), strict=True):
+        assert (actual - exact_scores.flatten()).abs().max() <= 2e-5
+    upstream = Upstream(dlogps.flatten(), dentropy.flatten())
+    needs = Needs(hidden=True, weight=True, bias=False)
+    grads = support.logps_bwd(rows, head, plan, entries._replace(values=z), scored, upstream, needs)
+    for actual, name in ((grads.hidden, "hidden"), (grads.weight, "weight")):
+        exact_grad = wanted[name].flatten(0, -2)
+        assert relative_error(actual, exact_grad) <= GRADIENT_BARS[dtype]

@@ -128,6 +128,10 @@ BAD = {
         torch.arange(4), BOUNDS
     ),
     "cu: expected a non-decreasing": lambda: Support(torch.arange(3), torch.tensor([0, 4, 3])),
+    "shape: expected a tuple of ints, got 2": lambda: Support(torch.arange(3), BOUNDS, 2),
+    r"shape: expected a tuple of ints, got \(2.0,\)": lambda: Support(
+        torch.arange(3), BOUNDS, (2.0,)
+    ),
     r"shape: expected one of 2 tokens .* got \(3, 1\)": lambda: Support(
         torch.arange(3), BOUNDS, (3, 1)
     ),

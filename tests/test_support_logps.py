@@ -9,6 +9,7 @@ import fastgrpo
 from fastgrpo import LossConfig, Support, ops, reference
 from fastgrpo.head import support as over_support
 from fastgrpo.testing import make_batch, relative_error, rms
+from fastgrpo_kernels.runtime import INTERPRETED
 from oracle import (
     DTYPES,
     GRADIENT_BARS,
@@ -30,15 +31,29 @@ SHAPE = dict(sequences=5, length=9, hidden_size=24, vocab=VOCAB)
 SWITCHES = {"by the rule": None, "all gathered": 0, "all tiled": 10**9}
 
 
+SLOW_INTERPRETED = [pytest.mark.slow] if INTERPRETED else []
+
+
+def parameters(names, *quick):
+    """Names as test parameters: interpreted, all but the quick ones are slow tests."""
+    return [pytest.param(name, marks=[] if name in quick else SLOW_INTERPRETED) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def on_the_backend_of_this_process(backend, monkeypatch):
+    monkeypatch.setenv("FASTGRPO_BACKEND", backend)
+
+
 def exact_support(hidden, weight, ids, kept, options, *upstream):
     return exact_logps(
         hidden, weight, ids, {**options, "kept": whole_where_nothing(kept)}, *upstream
     )
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("transform", parameters(TRANSFORMS, "all"))
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_values_and_gradients_equal_a_masked_softmax_in_float64(dtype, transform):
+    dtype = DTYPES[dtype]
     hidden, weight, ids, options = operands(dtype, transform, **SHAPE)
     kept = kept_masks(ids, VOCAB)
     g = torch.Generator().manual_seed(2)
@@ -81,11 +96,11 @@ def test_gradients_are_as_good_as_plain_torch_with_fp32_logits(dtype, share, mon
         assert relative_error(a, grads[name]) <= 1.25 * relative_error(b, grads[name])
 
 
-@pytest.mark.parametrize("share", SWITCHES.values(), ids=SWITCHES)
-def test_where_gathered_rows_give_way_to_tiles_changes_nothing(share, monkeypatch):
+@pytest.mark.parametrize("switch", parameters(SWITCHES, "by the rule"))
+def test_where_gathered_rows_give_way_to_tiles_changes_nothing(switch, monkeypatch):
     """And results are those of the same bits each time, whatever the workspace."""
-    if share is not None:
-        monkeypatch.setattr(over_support, "GEMM_SHARE", share)
+    if SWITCHES[switch] is not None:
+        monkeypatch.setattr(over_support, "GEMM_SHARE", SWITCHES[switch])
     hidden, weight, ids, options = operands(transform="all", **SHAPE)
     kept, upstream = kept_masks(ids, VOCAB), torch.ones(ids.shape)
     logps, _, _, grads = exact_support(hidden, weight, ids, kept, options, upstream)
@@ -115,7 +130,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", parameters(LOSSES, "dapo with an entropy bonus"))
 def test_losses_are_those_of_the_renormalised_distribution(name, frozen):
     batch = make_batch(**SHAPE)
     kept = kept_masks(batch.completion_ids, VOCAB)
@@ -197,10 +212,10 @@ def test_a_token_with_one_id_has_log_prob_0_and_no_gradient():
         assert (grad == 0).all()
 
 
-@pytest.mark.parametrize("share", SWITCHES.values(), ids=SWITCHES)
-def test_a_row_of_a_hundred_thousand_ids_between_empty_rows(share, monkeypatch):
-    if share is not None:
-        monkeypatch.setattr(over_support, "GEMM_SHARE", share)
+@pytest.mark.parametrize("switch", parameters(SWITCHES))
+def test_a_row_of_a_hundred_thousand_ids_between_empty_rows(switch, monkeypatch):
+    if SWITCHES[switch] is not None:
+        monkeypatch.setattr(over_support, "GEMM_SHARE", SWITCHES[switch])
     g = torch.Generator().manual_seed(0)
     vocab, n = 120_000, 4
     hidden, weight = torch.randn(n, 8, generator=g), torch.randn(vocab, 8, generator=g)
@@ -276,8 +291,9 @@ def test_scoring_top_p_samples_by_the_full_softmax_is_off_policy():
     assert out.metrics["ratio_mean"] < 0.95
 
 
-def test_no_tensor_beside_entries_gradients_and_workspace(monkeypatch):
-    batch = make_batch(sequences=8, length=64, vocab=4096, hidden_size=16)
+@pytest.mark.parametrize("sequences", [pytest.param(8, marks=SLOW_INTERPRETED)])
+def test_no_tensor_beside_entries_gradients_and_workspace(sequences, monkeypatch):
+    batch = make_batch(sequences=sequences, length=64, vocab=4096, hidden_size=16)
     ids = batch.completion_ids
     batch = batch._replace(completion_mask=torch.ones_like(ids).bool())
     # Of eight tokens one has the whole vocabulary, one many ids, the others what is gathered.
@@ -318,7 +334,6 @@ BAD = {
         support=Support.of_mask(torch.eye(5).bool()[None, :3]).to("meta")
     ),
     "sparsity: expected 0 with support": dict(sparsity=0.1),
-    "backend='triton': support runs on the torch backend alone": dict(backend="triton"),
     r"support: expected ids in \[0, 5\) at unmasked tokens, got 9": dict(
         support=Support.of_lists([[1], [2, 9], [3]], torch.ones(1, 3).bool())
     ),
@@ -334,11 +349,11 @@ def test_bad_input(message):
         refused(**BAD[message])
 
 
-@pytest.mark.parametrize("share", SWITCHES.values(), ids=SWITCHES)
-def test_what_nobody_looks_at_is_nan_and_reaches_no_gather(share, monkeypatch):
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_nobody_looks_at_is_nan_and_reaches_no_gather(switch, monkeypatch):
     """A token outside its support, and an id beyond the vocabulary, as on a GPU."""
-    if share is not None:
-        monkeypatch.setattr(over_support, "GEMM_SHARE", share)
+    if SWITCHES[switch] is not None:
+        monkeypatch.setattr(over_support, "GEMM_SHARE", SWITCHES[switch])
     monkeypatch.setattr(fastgrpo.checks, "looks_at_values", lambda x: False)
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
     support = Support.of_lists([[0, 1], [2, 3], [4, 9]])

@@ -58,7 +58,7 @@ class Route(NamedTuple):
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]  # of hidden and weight; empty: numbers per token, no head
-    sparse: bool
+    mode: str  # of `self_check.MODES`
     anchored: bool
 
     @property
@@ -69,7 +69,8 @@ class Route(NamedTuple):
     def name(self) -> str:
         """The route without its device."""
         words = [str(dtype).removeprefix("torch.") for dtype in self.dtypes] or ["tokens"]
-        words += ["sparse"] * self.sparse + ["anchored" if self.anchored else "portable"]
+        words += [] if self.mode == "dense" else [self.mode]
+        words += ["anchored" if self.anchored else "portable"]
         return " ".join(words)
 
     def __str__(self) -> str:
@@ -100,30 +101,21 @@ def named(backend: str) -> str:
     return asked
 
 
-def without_kernels(backend: str, feature: str) -> str:
-    """Return "torch", for what has no Triton kernels. Raises ValueError if those are asked for."""
-    if named(backend) == "triton":
-        raise ValueError(
-            f"{_named_by(backend)}: {feature} runs on the torch backend alone, which"
-            " backend='auto' takes for it on every device"
-        )
-    return "torch"
-
-
 def run(
     work: Callable[[Kernels], Result],
     backend: str,
     like: Tensor,
     scored: tuple[Rows, Head] | None = None,
-    sparse: bool = False,
+    mode: str = "dense",
 ) -> Result:
     """Return `work(kernels)` with the best kernels for tensors like this one.
 
-    `scored` are the rows whose logits `work` needs, if any. `work` runs again with other kernels
-    where one cannot be launched: it must leave its inputs as they are.
+    `scored` are the rows whose logits `work` needs, if any, in a mode of `self_check.MODES`. `work`
+    runs again with other kernels where one cannot be launched: it must leave its inputs as they
+    are.
     """
     while True:
-        kernels, route = choose(backend, like, scored, sparse)
+        kernels, route = choose(backend, like, scored, mode)
         try:
             return work(kernels)
         except LaunchError as error:
@@ -134,7 +126,7 @@ def run(
 
 
 def choose(
-    backend: str, like: Tensor, scored: tuple[Rows, Head] | None, sparse: bool
+    backend: str, like: Tensor, scored: tuple[Rows, Head] | None, mode: str
 ) -> tuple[Kernels, Route | None]:
     """Return the kernels of a call, and the route that they belong to; None for torch."""
     asked, named_by = named(backend), _named_by(backend)
@@ -147,7 +139,7 @@ def choose(
         return torch_kernels, None
     if reason:
         raise ValueError(f"{named_by}: {reason}")
-    for route in _routes(like.device, scored, sparse):
+    for route in _routes(like.device, scored, mode):
         verdict = _verdict(route)
         if not verdict.reason:
             return route.kernels, route
@@ -163,18 +155,16 @@ def _named_by(backend: str) -> str:
     return "backend='triton'" if backend == "triton" else "FASTGRPO_BACKEND=triton"
 
 
-def _routes(
-    device: torch.device, scored: tuple[Rows, Head] | None, sparse: bool
-) -> Iterator[Route]:
+def _routes(device: torch.device, scored: tuple[Rows, Head] | None, mode: str) -> Iterator[Route]:
     """Yield the routes of a call that end on Triton kernels, the best first."""
     if scored is None:
-        yield Route(device, (), False, False)
+        yield Route(device, (), "dense", False)
         return
     rows, head = scored
     dtypes = (rows.hidden.dtype, head.weight.dtype)
     if switch("FASTGRPO_ANCHORED", True) and fastgrpo_kernels.has_anchored(rows, head):
-        yield Route(device, dtypes, sparse, True)
-    yield Route(device, dtypes, sparse, False)
+        yield Route(device, dtypes, mode, True)
+    yield Route(device, dtypes, mode, False)
 
 
 def _verdict(route: Route) -> Verdict:
@@ -203,7 +193,7 @@ def _examine(route: Route) -> Verdict:
     log.warning("fastgrpo: the first use of %s; its kernels are checked once", route)
     begun, off = time.monotonic(), []
     try:
-        for figure in self_check.figures(route.kernels, route.device, route.dtypes, route.sparse):
+        for figure in self_check.figures(route.kernels, route.device, route.dtypes, (route.mode,)):
             if not figure.holds:
                 off.append(figure)
             if time.monotonic() - begun > MOST_SECONDS:

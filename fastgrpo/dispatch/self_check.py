@@ -15,15 +15,17 @@ from torch import Tensor
 
 from fastgrpo import torch_kernels
 from fastgrpo.backend import Kernels
-from fastgrpo.head import sparse
+from fastgrpo.head import sparse, support
 from fastgrpo.head.gradients import Grads
 from fastgrpo.head.loops import logps_and_grads, logps_bwd, logps_fwd
 from fastgrpo.head.plan import Needs, Plan
 from fastgrpo_kernels import Head, Logps, Rows, TokenObjective, Tokens, Upstream
 from fastgrpo_kernels.runtime import dot_precision
 
+MODES = ("dense", "sparse", "support")
 ROWS, VOCAB, HIDDEN = 300, 5003, 256
 SPARSITY = 0.01
+KEPT = (0, 1, 2, 40, 400)  # ids of a support's rows, in turn; 0: the whole vocabulary
 # Wide beside what a right kernel reaches, 2e-5 nats in the tests of a GPU, and narrow beside what a
 # wrong one gives: a false alarm would cost all kernels.
 SCORE_BAR = 1e-4  # nats
@@ -75,13 +77,14 @@ def figures(
     kernels: Kernels,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
-    draws: bool,
+    modes: tuple[str, ...],
     vocab: int | None = None,
 ) -> Iterator[Figure]:
     """Yield the errors of a backend's kernels, one after the other.
 
-    `dtypes` are those of hidden and weight; empty: only what works on a number per token. `draws`:
-    the sparse backward too. `vocab`: VOCAB by default. No random state of torch is touched.
+    `dtypes` are those of hidden and weight; empty: only what works on a number per token. `modes`:
+    the sparse backward and the softmax over a support, if they are among them, too. `vocab`: VOCAB
+    by default. No random state of torch is touched.
     """
     with torch.autocast(device.type, enabled=False), _any_algorithm():
         yield from _per_token(kernels, device)
@@ -89,8 +92,10 @@ def figures(
             problem = _Problem.of(kernels, device, dtypes, vocab or VOCAB)
             yield from _scores(problem)
             yield from _gradients(problem)
-            if draws:
+            if "sparse" in modes:
                 yield from _sparse(problem)
+            if "support" in modes:
+                yield from _support(problem)
 
 
 @contextlib.contextmanager
@@ -203,6 +208,34 @@ def _sparse(problem: _Problem) -> Iterator[Figure]:
     actual = estimated(rows, head, plan)
     wanted = estimated(exact_rows, exact_head, exact_plan)
     yield from _relative("sparse", actual, wanted, SPARSE_BAR)
+
+
+def _support(problem: _Problem) -> Iterator[Figure]:
+    rows, head, plan, exact_rows, exact_head, exact_plan = problem
+    vocab, device = len(head.weight), rows.ids.device
+    counts = torch.tensor(KEPT, device=device).repeat(ROWS)[:ROWS]
+    cu = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    row = torch.repeat_interleave(counts)
+    # The target and what follows it in steps of 7, so that ids of a row differ, its target last.
+    rank = cu[1:][row] - 1 - torch.arange(len(row), device=device)
+    kept = support.Kept((rows.ids[row] + 7 * rank) % vocab, cu)
+    numbers = _Numbers(device)
+    upstream = Upstream(numbers.normal(ROWS), numbers.normal(ROWS))
+
+    def scored(rows: Rows, head: Head, plan: Plan) -> tuple[Logps, Grads]:
+        scores, z = support.logps_fwd(rows, head, plan, kept, True)
+        given = Upstream(*(x.to(plan.accumulator) for x in upstream))
+        entries = kept._replace(values=z)
+        grads = support.logps_bwd(rows, head, plan, entries, scores, given, WEIGHT_AND_HIDDEN)
+        return scores, grads
+
+    actual, grads = scored(rows, head, plan)
+    exact, wanted = scored(exact_rows, exact_head, exact_plan)
+    score_bar, bar = problem.bars()
+    for name in ("logps", "lse", "entropy"):
+        error = _largest(getattr(actual, name), getattr(exact, name))
+        yield Figure(f"support {name}", error, score_bar)
+    yield from _relative("support", grads, wanted, bar)
 
 
 def _per_token(kernels: Kernels, device: torch.device) -> Iterator[Figure]:

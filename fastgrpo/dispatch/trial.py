@@ -17,7 +17,7 @@ import torch
 import fastgrpo_kernels
 from fastgrpo import torch_kernels
 from fastgrpo.dispatch.choice import PORTABLE
-from fastgrpo.dispatch.self_check import VOCAB, figures
+from fastgrpo.dispatch.self_check import MODES, VOCAB, figures
 from fastgrpo_kernels.child import end_with_parent
 
 KERNELS = {"anchored": fastgrpo_kernels, "portable": PORTABLE, "torch": torch_kernels}
@@ -32,7 +32,7 @@ def main(device: str, kernels: str, *dtypes: str) -> None:
     operands = tuple(getattr(torch, name) for name in dtypes)
     try:
         for vocab in SIZES if operands else SIZES[:1]:
-            found = figures(KERNELS[kernels], torch.device(device), operands, bool(operands), vocab)
+            found = figures(KERNELS[kernels], torch.device(device), operands, MODES, vocab)
             for figure in found:
                 print(json.dumps(figure._asdict()), flush=True)
     except RuntimeError as error:

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.head.entries import entry_slope
 from fastgrpo.head.gradients import Grads, GradSums
 from fastgrpo.head.loops import logits_tiles, write_gradients
 from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.head.support import Kept, add_by_id, add_gathered
+from fastgrpo.torch_kernels.logit_math import entry_slope
 from fastgrpo_kernels import Head, Logps, Rows, RowState, Upstream
 
 

@@ -20,12 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.head.entries import entry_gradients
 from fastgrpo.head.gradients import Grads
 from fastgrpo.head.loops import logits_tiles, logps_bwd, logps_fwd
 from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.torch_kernels.logit_math import tile_logits
-from fastgrpo_kernels import WORD_BITS, Draw, Head, Kept, Logps, Rows, RowState, Upstream
+from fastgrpo_kernels import WORD_BITS, Draw, EntryList, Head, Kept, Logps, Rows, RowState, Upstream
 
 MOST_SLOTS = 2048
 SUMS = 1e-20, 1e30  # of exp(z - anchor) that give a row's lse
@@ -169,12 +168,9 @@ def entries_bwd(
     used = torch.arange(kept.ids.shape[1], device=kept.ids.device) < kept.count[:, None]
     row, slot = (used & (alive & ~overflow)[:, None]).nonzero().unbind(1)
     ids = kept.ids[row, slot].long()
-    inverse = None if rows.inv_temperature is None else rows.inv_temperature[row]
-    logits = kept.logits[row, slot]
-    coef = entry_gradients(
-        logits, slot == 0, inverse, head,
-        scored[row], upstream[row], _inclusion(logits, entries.anchor[row]),
-    )  # fmt: skip
+    drawn = EntryList(row, ids, slot == 0, kept.logits[row, slot])
+    inclusion = _inclusion(drawn.z, entries.anchor[row])
+    coef = kernels.entry_grads(drawn, rows, head, scored, upstream, inclusion)
     dhidden = None
     if needs.hidden:
         dhidden = coef.new_zeros(rows.hidden.shape)

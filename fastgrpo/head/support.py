@@ -9,6 +9,10 @@ So a row reads as many rows of the weight as it has entries. Beyond 1/`GEMM_SHAR
 a GEMM is cheaper: the entries are then taken from tiles of logits, and their gradients are tiles
 with zeros between them. A row without entries has the whole vocabulary, and takes the dense loops.
 All three add to the same dweight.
+
+The host waits for the numbers of rows of each kind, once a pass, and for the number of their
+entries, once for each kind unless all rows are of it. Tiles of logits make it wait for where the
+entries lie in each of them.
 """
 
 from __future__ import annotations
@@ -18,19 +22,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fastgrpo.head import loops
-from fastgrpo.head.entries import entry_gradients
 from fastgrpo.head.gradients import Grads, GradSums
 from fastgrpo.head.plan import Needs, Plan, VocabSlice, chunks
-from fastgrpo.packing import entries_of, rows_of_entries, spread
-from fastgrpo.torch_kernels.logit_math import scaled_logits
-from fastgrpo.torch_kernels.sparse_entries import bag_dot
-from fastgrpo_kernels import Head, Logps, Rows, Upstream
+from fastgrpo.packing import Index, entries_of, rows_of_entries, spread
+from fastgrpo_kernels import EntryList, Head, Logps, Rows, Upstream
 
-SUM_BLOCK = 2**18  # numbers of dweight that are summed at once, in cache
 GEMM_SHARE = 32  # entries of a GEMM's result that take as long as one of a gathered row
+
+
+class Kind(NamedTuple):
+    """Rows that go the same way."""
+
+    rows: Index
+    count: int
 
 
 class Kept(NamedTuple):
@@ -40,58 +46,56 @@ class Kept(NamedTuple):
     cu: Tensor  # (n + 1,) int64: row i has the entries cu[i] to cu[i + 1]
     values: Tensor | None = None  # (E,) of the entries: z, or dL/dz0
 
-    def __getitem__(self, index: slice | Tensor) -> Kept:  # type: ignore[override]
+    def __getitem__(self, index: Index) -> Kept:  # type: ignore[override]
         entries, cu = entries_of(self.cu, index)
         return Kept(self.ids[entries], cu, None if self.values is None else self.values[entries])
 
-    def within(self, vocab: int) -> Kept:
-        """Return the same with every id in [0, vocab), so that none reads beyond the weight."""
-        return self._replace(ids=self.ids.clamp(0, vocab - 1))
-
     def row(self) -> Tensor:
         """Return the row (E,) of each entry."""
-        return rows_of_entries(self.cu)
+        return rows_of_entries(self.cu, len(self.ids))
 
-    def is_target(self, rows: Rows) -> Tensor:
-        """Return which entries (E,) bool are the target of their row."""
-        return self.ids == rows.ids[self.row()]
+    def listed(self, rows: Rows, vocab: int, values: Tensor) -> EntryList:
+        """Return the entries with these values, every id in [0, vocab): none reads beyond W."""
+        row = self.row()
+        return EntryList(row, self.ids.clamp(0, vocab - 1), self.ids == rows.ids[row], values)
 
-    def whole(self) -> Tensor:
-        """Return the rows with the whole vocabulary."""
-        return (self.cu.diff() == 0).nonzero()[:, 0]
+    def kinds(self, vocab: int, least: int) -> tuple[Kind, Kind, Kind]:
+        """Return the rows with the whole vocabulary, with few entries, and with many.
 
-    def few(self, vocab: int, least: int) -> Tensor:
-        """Return the rows with at least `least` entries, and not many."""
+        Rows with fewer than `least` entries, but any, are of no kind. One host synchronisation.
+        """
         counts = self.cu.diff()
-        return ((counts >= least) & (counts * GEMM_SHARE <= vocab)).nonzero()[:, 0]
-
-    def many(self, vocab: int) -> Tensor:
-        """Return the rows whose entries are worth a GEMM."""
-        return (self.cu.diff() * GEMM_SHARE > vocab).nonzero()[:, 0]
+        kind = torch.where(counts * GEMM_SHARE > vocab, 2, 1)
+        kind = kind.masked_fill(counts < least, 3).masked_fill(counts == 0, 0)
+        sizes = torch.stack([(kind == k).sum() for k in range(3)]).tolist()
+        order = kind.argsort(stable=True)
+        whole, few, many, _ = order.split([*sizes, len(counts) - sum(sizes)])
+        every = slice(None)
+        return tuple(
+            Kind(every if len(some) == len(counts) else some, len(some))
+            for some in (whole, few, many)
+        )
 
 
 def logps_fwd(
     rows: Rows, head: Head, plan: Plan, kept: Kept, with_entropy: bool
 ) -> tuple[Logps, Tensor]:
     """Return the scores of rows, and z of their entries (E,)."""
-    vocab, row, is_target = len(head.weight), kept.row(), kept.is_target(rows)
-    foreign = (kept.ids < 0) | (kept.ids >= vocab)
-    kept = kept.within(vocab)
-    z = torch.zeros_like(kept.ids, dtype=plan.accumulator)
-    for some, dots in ((kept.few(vocab, 1), _gathered_dots), (kept.many(vocab), _tiled_dots)):
-        if len(some):
-            entries, cu = entries_of(kept.cu, some)
-            z[entries] = dots(rows[some], head, plan, Kept(kept.ids[entries], cu))
-    bias = None if head.bias is None else head.bias[kept.ids, None].to(z.dtype)
-    inverse = None if rows.inv_temperature is None else rows.inv_temperature[row]
-    z = scaled_logits(z[:, None], bias, inverse, head)[:, 0].masked_fill(foreign, torch.nan)
-    scored = _softmax(z, kept.cu, row, is_target, with_entropy)
-    whole = kept.whole()
-    if len(whole):
-        dense = loops.logps_fwd(rows[whole], head, plan, with_entropy)
+    vocab = len(head.weight)
+    z = kept.ids.new_zeros(len(kept.ids), dtype=plan.accumulator)
+    entries = kept.listed(rows, vocab, z)
+    whole, few, many = kept.kinds(vocab, 1)
+    for some, dots in ((few, _gathered_dots), (many, _tiled_dots)):
+        if some.count:
+            where, cu = entries_of(kept.cu, some.rows)
+            z[where] = dots(rows[some.rows], head, plan, Kept(entries.ids[where], cu))
+    z.masked_fill_(kept.ids != entries.ids, torch.nan)  # beyond the vocabulary
+    scored = plan.kernels.segment_softmax(entries, kept.cu, rows, head, with_entropy)
+    if whole.count:
+        dense = loops.logps_fwd(rows[whole.rows], head, plan, with_entropy)
         for mine, other in zip(scored, dense, strict=True):
             if mine is not None:
-                mine[whole] = other
+                mine[whole.rows] = other
     return scored, z
 
 
@@ -105,52 +109,26 @@ def logps_bwd(
     needs: Needs,
 ) -> Grads:
     """Return the gradients. A row with one entry has none."""
-    n, vocab, row = len(rows.ids), len(head.weight), kept.row()
-    whole, many, few = kept.whole(), kept.many(vocab), kept.few(vocab, 2)
+    n, vocab = len(rows.ids), len(head.weight)
+    whole, few, many = kept.kinds(vocab, 2)
     # Rows of one kind sum dweight slice by slice, and round it once; those of several in one sum.
-    several = sum(len(some) > 0 for some in (whole, many, few)) > 1
-    sums = GradSums.of(rows[whole], head, plan, needs, whole=several)
-    loops.write_gradients(sums, rows[whole], head, plan, scored[whole], upstream[whole])
-    dhidden = spread(sums.dhidden, whole, n)
-    inverse = None if rows.inv_temperature is None else rows.inv_temperature[row]
-    dz0 = entry_gradients(
-        kept.values, kept.is_target(rows), inverse, head, scored[row], upstream[row]
+    several = sum(kind.count > 0 for kind in (whole, few, many)) > 1
+    sums = GradSums.of(rows[whole.rows], head, plan, needs, whole=several)
+    loops.write_gradients(
+        sums, rows[whole.rows], head, plan, scored[whole.rows], upstream[whole.rows]
     )
-    kept = kept.within(vocab)._replace(values=dz0)
+    dhidden = spread(sums.dhidden, whole.rows, n)
+    entries = kept.listed(rows, vocab, kept.values)
+    dz0 = plan.kernels.entry_grads(entries, rows, head, scored, upstream)
+    kept = kept._replace(ids=entries.ids, values=dz0)
     for some, add in ((many, _add_tiles), (few, add_gathered)):
-        if len(some):
-            part = add(sums, rows[some], head, plan, kept[some])
+        if some.count:
+            part = add(sums, rows[some.rows], head, plan, kept[some.rows])
             if needs.hidden:
-                dhidden[some] = part
+                dhidden[some.rows] = part
     if needs.bias:
         add_by_id(sums.dbias[:, None], dz0.new_ones((n, 1)), kept, plan)
     return sums.result()._replace(hidden=dhidden)
-
-
-def _softmax(
-    z: Tensor,  # (E,)
-    cu: Tensor,  # (n + 1,)
-    row: Tensor,  # (E,)
-    is_target: Tensor,  # (E,) bool
-    with_entropy: bool,
-) -> Logps:
-    """Return the scores of rows with entries; NaN where none of them is the target."""
-    top = torch.segment_reduce(z, "max", offsets=cu)
-    # A maximum of -inf cannot be subtracted: any finite one keeps exp() at 0.
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    centred = z - top[row]
-    e = centred.exp().double()
-    total = torch.segment_reduce(e, "sum", offsets=cu)
-    log_sum = total.log()
-    target = torch.full_like(top, torch.nan)
-    found = is_target.nonzero()[:, 0]
-    target[row[found]] = centred[found]
-    entropy = None
-    if with_entropy:
-        surprise = torch.segment_reduce(torch.special.entr(e), "sum", offsets=cu)
-        entropy = (log_sum + surprise / total).to(z.dtype)
-    log_sum = log_sum.to(z.dtype)
-    return Logps(target - log_sum, top + log_sum, entropy)
 
 
 # ---- few entries: rows of the weight, read one by one ------------------------------------------
@@ -158,16 +136,16 @@ def _softmax(
 
 def _gathered_dots(rows: Rows, head: Head, plan: Plan, kept: Kept) -> Tensor:
     """Return h W_e (E,) of the entries."""
-    dots = torch.zeros_like(kept.ids, dtype=plan.accumulator)
+    row, dots = kept.row(), torch.zeros_like(kept.ids, dtype=plan.accumulator)
     for table, columns in _tables(head):
-        bag_dot(dots, rows.hidden[:, columns], table, kept.ids, kept.cu)
+        plan.kernels.entry_dots(dots, rows.hidden[:, columns], row, table, kept.ids)
     return dots
 
 
 def add_gathered(sums: GradSums, rows: Rows, head: Head, plan: Plan, kept: Kept) -> Tensor | None:
     """Add to the weight's gradient, and return that of hidden (n, H)."""
     if sums.dweight is not None:
-        hidden = rows.hidden[:, head.trained_columns].to(plan.accumulator)
+        hidden = rows.hidden[:, head.trained_columns].to(plan.operand)
         add_by_id(sums.dweight, hidden, kept, plan)
     if sums.dhidden is None:
         return None
@@ -187,15 +165,7 @@ def _tables(head: Head) -> list[tuple[Tensor, slice]]:
 def add_by_id(sums: Tensor, table: Tensor, kept: Kept, plan: Plan) -> None:
     """Add to the row of `sums` of each id its entries' values, times their rows of `table`."""
     order = kept.ids.argsort(stable=True)
-    ids, counts = kept.ids[order].unique_consecutive(return_counts=True)
-    row, values, bounds = kept.row()[order], kept.values[order], pad(counts.cumsum(0), (1, 0))
-    for c in chunks(len(ids), max(1, SUM_BLOCK // sums.shape[1])):
-        start, stop = bounds[c.start].item(), bounds[c.stop].item()
-        part = sums.index_select(0, ids[c]).to(values.dtype)
-        plan.kernels.bag_sum(
-            part, table, row[start:stop], values[start:stop], bounds[c.start : c.stop + 1] - start
-        )
-        sums.index_copy_(0, ids[c], part.to(sums.dtype))
+    plan.kernels.sum_by_id(sums, kept.ids[order], table, kept.row()[order], kept.values[order])
 
 
 # ---- many entries: tiles of logits -------------------------------------------------------------
@@ -211,7 +181,6 @@ class _Part(NamedTuple):
 
 def _tiled_dots(rows: Rows, head: Head, plan: Plan, kept: Kept) -> Tensor:
     """Return h W_e (E,) of the entries."""
-    plan = plan._replace(operand=plan.accumulator)
     hidden, dots = rows.hidden.to(plan.operand), torch.zeros_like(kept.ids, dtype=plan.accumulator)
     for part, tile, tiles in _slices(rows, head, plan, kept):
         for some in tiles:

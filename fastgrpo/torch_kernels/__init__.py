@@ -5,6 +5,7 @@ float64 is supported. The caller handles everything vocabulary-sized in tiles
 (`fastgrpo.head.loops`).
 """
 
+from fastgrpo.torch_kernels.entry_softmax import entry_dots, entry_grads, segment_softmax
 from fastgrpo.torch_kernels.group_advantages import group_stats
 from fastgrpo.torch_kernels.logits_tile import (
     scatter_rows,
@@ -16,6 +17,7 @@ from fastgrpo.torch_kernels.policy_loss import segment_reduce, token_loss
 from fastgrpo.torch_kernels.sparse_entries import (
     bag_sum,
     entry_logits,
+    sum_by_id,
     tile_draw,
     tile_draw_sum,
 )
@@ -33,6 +35,8 @@ def has_anchored(rows: Rows, head: Head) -> bool:
 __all__ = [
     "anchored_logps_fwd",
     "bag_sum",
+    "entry_dots",
+    "entry_grads",
     "entry_logits",
     "group_stats",
     "has_anchored",
@@ -41,6 +45,8 @@ __all__ = [
     "matmul",
     "scatter_rows",
     "segment_reduce",
+    "segment_softmax",
+    "sum_by_id",
     "tile_draw",
     "tile_draw_sum",
     "tile_grad",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgrpo_kernels import Head, Tile
@@ -34,6 +35,15 @@ def logit_slope(tile: Tile, like: Tensor) -> Tensor | None:
     if inv_temperature is None:
         return None if scale == 1.0 else like.new_full((1, 1), scale)
     return inv_temperature[:, None] * scale
+
+
+def entry_slope(z: Tensor, inv_temperature: Tensor | None, head: Head) -> Tensor:
+    """Return dz/dz0 of entries z, in their shape; `inv_temperature` is broadcast to it."""
+    slope = torch.full_like(z, head.logit_scale)
+    if head.softcap:
+        capped = z if inv_temperature is None else z / inv_temperature
+        slope = slope * (1 - (capped / head.softcap).square())
+    return slope if inv_temperature is None else slope * inv_temperature
 
 
 def targets(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:

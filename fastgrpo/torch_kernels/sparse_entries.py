@@ -12,7 +12,7 @@ from fastgrpo.torch_kernels.logit_math import scaled_logits, tile_logits, tile_t
 from fastgrpo_kernels import WORD_BITS, Draw, Head, Kept, Rows, Tile
 
 BLOCK = 2**22  # numbers in a gathered or summed block
-DOT_BLOCK = 2**16  # numbers of a table that are gathered at once, in cache
+SUM_BLOCK = 2**18  # numbers of sums by id that are summed at once, in cache
 DRAW_BLOCK = 2**19  # entries of a tile that are drawn from at once, in cache
 ONE, MANTISSA_BITS = 0x3F800000, 23  # of fp32: the bits of 1.0
 
@@ -113,20 +113,24 @@ def bag_sum(
         out += total
 
 
-def bag_dot(
-    out: Tensor,  # (E,)
-    rows: Tensor,  # (B, H)
+def sum_by_id(
+    out: Tensor,  # (V, H)
+    sorted_ids: Tensor,  # (E,) int64, ascending
     table: Tensor,  # (M, H)
     index: Tensor,  # (E,) int64
-    bounds: Tensor,  # (B + 1,) int64
+    coef: Tensor,  # (E,)
 ) -> None:
-    """Add to each entry the dot product of its bag's row and its row of the table."""
-    bag = torch.repeat_interleave(bounds.diff(), output_size=len(index))
-    step = max(1, DOT_BLOCK // table.shape[1])
-    for start in range(0, len(index), step):
-        c = slice(start, start + step)
-        gathered = table.index_select(0, index[c]).to(out.dtype)
-        out[c] += gathered.mul_(rows.index_select(0, bag[c])).sum(1)
+    """Add coef * table[index] to the row of `out` that each id names; others are not touched."""
+    ids, counts = sorted_ids.unique_consecutive(return_counts=True)
+    bounds = F.pad(counts.cumsum(0), (1, 0))
+    step = max(1, SUM_BLOCK // out.shape[1])
+    for first in range(0, len(ids), step):
+        c = slice(first, min(first + step, len(ids)))
+        start, stop = bounds[c.start].item(), bounds[c.stop].item()
+        part = out.index_select(0, ids[c]).to(coef.dtype)
+        edges = bounds[c.start : c.stop + 1] - start
+        bag_sum(part, table, index[start:stop], coef[start:stop], edges)
+        out.index_copy_(0, ids[c], part.to(out.dtype))
 
 
 def _add_bags(out: Tensor, table: Tensor, index: Tensor, coef: Tensor, bounds: Tensor) -> None:

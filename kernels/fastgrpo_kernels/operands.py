@@ -89,6 +89,15 @@ class Logps(NamedTuple):
         return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
+class EntryList(NamedTuple):
+    """Some entries of each row, row after row."""
+
+    row: Tensor  # (E,) int64, ascending
+    ids: Tensor  # (E,) int64 columns in [0, V)
+    is_target: Tensor  # (E,) bool
+    z: Tensor  # (E,) fp32; on the torch backend also fp64
+
+
 class Upstream(NamedTuple):
     """Gradients of the loss with respect to the scores of each row."""
 

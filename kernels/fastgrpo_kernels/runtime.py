@@ -184,12 +184,26 @@ LAUNCHES: dict[str, dict[tuple[int, str], Launch]] = {
     # Most bags of a vocabulary are empty: a program looks at several.
     "bag_sum": {
         (0, "any"): Launch({"BAGS": 8, "BLOCK_E": 16, "BLOCK_H": 256}),
-        (0, "interpreter"): Launch({"BAGS": 4, "BLOCK_E": 4, "BLOCK_H": 64}),
+        (0, "interpreter"): Launch({"BAGS": 4, "BLOCK_E": 16, "BLOCK_H": 64}),
     },
     # A table of one column has no use for lanes: the entries of a bag take them.
     "bag_sum_column": {
         (0, "any"): Launch({"BAGS": 8, "BLOCK_E": 128, "BLOCK_H": 1}, num_warps=1),
         (0, "interpreter"): Launch({"BAGS": 4, "BLOCK_E": 8, "BLOCK_H": 1}),
+    },
+    # As entry_logits, with products in registers until the last column.
+    "entry_dots": {
+        (0, "any"): Launch({"BLOCK_E": 16, "BLOCK_H": 256}),
+        (0, "interpreter"): Launch({"BLOCK_E": 128, "BLOCK_H": 64}),
+    },
+    # Most rows keep a handful of entries.
+    "segment_softmax": {
+        (0, "any"): Launch({"BLOCK_E": 256}, num_warps=1),
+        (0, "interpreter"): Launch({"BLOCK_E": 128}),
+    },
+    "entry_grads": {
+        (0, "any"): Launch({"BLOCK_E": 512}),
+        (0, "interpreter"): Launch({"BLOCK_E": 128}),
     },
     "token_loss": {
         (0, "any"): Launch({"BLOCK_N": 512}),

@@ -347,3 +347,15 @@ def bag_sum(
         )
     if total is not out:
         out.copy_(total)
+
+
+def sum_by_id(
+    out: Tensor,  # (V, H)
+    sorted_ids: Tensor,  # (E,) int64, ascending
+    table: Tensor,  # (M, H)
+    index: Tensor,  # (E,) int64 rows of the table
+    coef: Tensor,  # (E,) fp32
+) -> None:
+    """Add coef * table[index] to the row of `out` that each id names, as `bag_sum` of V bags."""
+    edges = torch.arange(len(out) + 1, device=out.device)
+    bag_sum(out, table, index, coef, torch.searchsorted(sorted_ids, edges))

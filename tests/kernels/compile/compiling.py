@@ -24,6 +24,11 @@ from fastgrpo_kernels.anchored_logps import (
     _finish_anchored_kernel,
     _list_rows_kernel,
 )
+from fastgrpo_kernels.entry_softmax import (
+    _entry_dots_kernel,
+    _entry_grads_kernel,
+    _segment_softmax_kernel,
+)
 from fastgrpo_kernels.group_advantages import _group_stats_kernel
 from fastgrpo_kernels.kl_estimators import KL_ESTIMATORS, KL_GRADIENTS
 from fastgrpo_kernels.linear_logps import (
@@ -238,6 +243,24 @@ CASES = {
         0,
         [*ROW, *ROW, "*i64/16", *ROW, "*i64/16", "i32", 1, 1, 1],
     ),
+    "entry_dots": Case(
+        _entry_dots_kernel,
+        "entry_dots",
+        0,
+        [*ROW, "*bf16/16", "*i64/16", "*bf16/16", "*i64/16", "i32", *["i32/16"] * 3],
+    ),
+    "segment_softmax": Case(
+        _segment_softmax_kernel,
+        "segment_softmax",
+        0,
+        [*ROW, "*i64/16", "*i1/16", "*i64/16", "*bf16/16", *ROW * 4, "fp32", "fp32", True],
+    ),
+    "entry_grads": Case(
+        _entry_grads_kernel,
+        "entry_grads",
+        0,
+        [*ROW, "*i64/16", "*i1/16", *ROW * 8, "i32", "fp32", "fp32", True],
+    ),
     "token_loss-ppo_clip": _token_loss("ppo_clip"),
     "token_loss-dppo_kl": _token_loss("dppo_kl", "k3", "importance", separate=True),
     "segment_sum": Case(
@@ -315,6 +338,7 @@ SIZES_OF_ONE = {
     "tile_grad-bf16": ONE_ENTRY,
     "scatter_rows": ONE_ENTRY + ONE_COLUMN,
     "bag_sum": ONE_COLUMN,
+    "entry_dots": ONE_COLUMN,
 }
 
 

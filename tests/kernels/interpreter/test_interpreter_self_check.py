@@ -10,8 +10,14 @@ import fastgrpo_kernels
 from fastgrpo.dispatch import choice, self_check
 from fastgrpo.testing import make_batch
 from fastgrpo_kernels.runtime import LaunchError
+from support_oracle import kept_masks, support_of
 
 BATCH = make_batch(sequences=3, length=5, hidden_size=64, vocab=53, dtype=torch.bfloat16)
+OPTIONS = {
+    "dense": {},
+    "sparse": dict(sparsity=0.05, seed=0),
+    "support": dict(support=support_of(kept_masks(BATCH.completion_ids, 53), BATCH.completion_ids)),
+}
 
 
 @pytest.fixture
@@ -33,15 +39,14 @@ def loss(backend="auto", **options):
     return out.loss.detach(), batch.hidden.grad, batch.weight.grad
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.05], ids=["dense", "sparse"])
-def test_the_kernels_pass_and_run(on_a_gpu, monkeypatch, recwarn, sparsity):
-    options = dict(sparsity=sparsity, seed=0) if sparsity else {}
+@pytest.mark.parametrize("mode", OPTIONS)
+def test_the_kernels_pass_and_run(on_a_gpu, monkeypatch, recwarn, mode):
     used = []
     linear = fastgrpo_kernels.token_loss
     monkeypatch.setattr(
         fastgrpo_kernels, "token_loss", lambda *a, **k: used.append(1) or linear(*a, **k)
     )
-    loss(**options)
+    loss(**OPTIONS[mode])
     assert [str(w.message) for w in recwarn if "fastgrpo" in str(w.message)] == []
     assert list(choice._verdicts.values()) == [choice.Verdict()]
     assert len(used) > 1, "in the check, and in the loss"
@@ -67,13 +72,17 @@ PLANTED = {
     "tile_grad": ("dhidden in the backward off by", lambda _, given: given[3].mul_(1.01)),
     "bag_sum": ("dweight sparse off by", lambda _, given: given[0].mul_(1.1)),
     "segment_reduce": ("segment_reduce off by", lambda result, _: result * 1.001),
+    "segment_softmax": (
+        "support lse off by",
+        lambda result, _: result._replace(lse=result.lse + 1e-3),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_error_is_found_and_torch_runs_instead(on_a_gpu, monkeypatch, name):
     figure, change = PLANTED[name]
-    options = dict(sparsity=0.05, seed=0) if name == "bag_sum" else {}
+    options = OPTIONS[{"bag_sum": "sparse", "segment_softmax": "support"}.get(name, "dense")]
     expected = loss("torch", **options)
     monkeypatch.setattr(fastgrpo_kernels, name, off(getattr(fastgrpo_kernels, name), change))
     with pytest.warns(RuntimeWarning, match=figure):
@@ -101,7 +110,11 @@ CALLS = {
     "token_loss": [loss],
     "tile_grad": [loss],
     "tile_stats": [loss],
-    "bag_sum": [lambda backend="auto": loss(backend, sparsity=0.05, seed=0)],
+    "bag_sum": [lambda backend="auto": loss(backend, **OPTIONS["sparse"])],
+    "entry_grads": [
+        lambda backend="auto": loss(backend, **OPTIONS["sparse"]),
+        lambda backend="auto": loss(backend, **OPTIONS["support"]),
+    ],
     "segment_reduce": [
         lambda backend="auto": loss(backend, config="gspo"),
         lambda: [fastgrpo.rejection_mask(

@@ -16,6 +16,7 @@ import torch
 
 from fastgrpo_kernels import (
     Draw,
+    EntryList,
     Head,
     Kept,
     Logps,
@@ -29,6 +30,8 @@ from fastgrpo_kernels import (
     anchored_logps_fwd,
     anchored_variant,
     bag_sum,
+    entry_dots,
+    entry_grads,
     entry_logits,
     group_stats,
     has_anchored,
@@ -37,6 +40,8 @@ from fastgrpo_kernels import (
     mask_words,
     scatter_rows,
     segment_reduce,
+    segment_softmax,
+    sum_by_id,
     tile_draw,
     tile_grad,
     tile_stats,
@@ -296,6 +301,50 @@ def run_bags(B, M, H, E, out, table, cut=0):
     bag_sum(view(B, H, out, cut), view(M, H, table, cut), index, torch.zeros(E), bounds)
 
 
+def softmaxes() -> Iterator[Case]:
+    shapes = [
+        dict(n=5, V=5003, H=200, E=100, dtype=BF16),
+        dict(n=16, V=4096, H=256, E=32, dtype=FP32),
+        dict(n=3, V=64, H=33, E=17, dtype=BF16, cut=3),
+        dict(n=1, V=1, H=1, E=1, dtype=BF16, weight=FP32),
+        dict(n=0, V=16, H=16, E=0, dtype=BF16),
+    ]
+    for run in (run_entry_dots, run_segment_softmax, run_entry_grads):
+        yield from each(run.__name__[4:], run, both(shapes))
+    yield from each("sum_by_id", run_sum_by_id, shapes)
+
+
+def listed(n, V, H, E, options, **kinds):
+    rows, head = operands(n, V, H, options=options, **kinds)
+    index = integers(E, dtype=torch.int64)
+    return rows, head, EntryList(index, index, index == 1, torch.zeros(E))
+
+
+def run_entry_dots(**shape):
+    rows, head, entries = listed(**shape)
+    entry_dots(entries.z, rows.hidden, entries.row, head.weight, entries.ids)
+
+
+def run_segment_softmax(options, **shape):
+    rows, head, entries = listed(options=options, **shape)
+    bounds = integers(len(rows.ids) + 1, dtype=torch.int64)
+    segment_softmax(entries, bounds, rows, head, with_entropy=options)
+
+
+def run_entry_grads(n, options, **shape):
+    rows, head, entries = listed(n, options=options, **shape)
+    row, inclusion = torch.zeros(n), torch.ones(len(entries.z))
+    if options:
+        entry_grads(entries, rows, head, Logps(row, row, row), Upstream(row, row), inclusion)
+    else:
+        entry_grads(entries, rows, head, Logps(row, row), Upstream(row))
+
+
+def run_sum_by_id(**shape):
+    rows, head, entries = listed(options=False, **shape)
+    sum_by_id(head.weight, entries.ids, rows.hidden, entries.row, entries.z)
+
+
 def token_losses() -> Iterator[Case]:
     loss = dict(name="ppo_clip", kl=("k2", "straight_through"), separate=True)
     # Whole numbers: Triton makes a 1 a constant, and passes the others as integers.
@@ -347,7 +396,7 @@ def run_groups(bounds, weighted, leave_one_out):
 def usual(arch: str) -> Iterator[Case]:
     """Every case on one part; on the others the longest form of each, with every option."""
     whole = arch == "sm_90"
-    families = [linear, tiles, scatters, entries, token_losses, segments]
+    families = [linear, tiles, scatters, entries, softmaxes, token_losses, segments]
     if whole:
         families.append(surrogates)
     for name, run in itertools.chain(anchored(arch), *(family() for family in families)):

@@ -10,7 +10,7 @@ import torch
 import fastgrpo_kernels
 from fastgrpo.backend import Kernels
 from fastgrpo.dispatch.choice import PORTABLE
-from fastgrpo.dispatch.self_check import figures
+from fastgrpo.dispatch.self_check import MODES, figures
 from fastgrpo_kernels.runtime import LAUNCHES
 from tests.kernels.launch.cases import Case
 
@@ -25,6 +25,6 @@ def self_checks(arch: str) -> Iterator[Case]:
 
 
 def run_check(kernels: Kernels, dtypes: tuple[torch.dtype, ...]) -> None:
-    found = list(figures(kernels, torch.device("cpu"), dtypes, draws=True))
-    assert len(found) == 16
+    found = list(figures(kernels, torch.device("cpu"), dtypes, MODES))
+    assert len(found) == 23
     assert not any(figure.holds for figure in found), [str(figure) for figure in found]
