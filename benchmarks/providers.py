@@ -71,7 +71,7 @@ def plain_logits() -> Provider:
 def _kept(support: Support, shape: torch.Size) -> Tensor:
     """Return what a support whose tokens all have ids keeps, (..., V) bool of this shape."""
     kept = torch.zeros(shape, dtype=torch.bool, device=support.ids.device)
-    kept.view(-1, shape[-1])[rows_of_entries(support.cu), support.ids] = True
+    kept.view(-1, shape[-1])[rows_of_entries(support.cu, len(support.ids)), support.ids] = True
     return kept
 
 
