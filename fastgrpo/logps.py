@@ -98,7 +98,7 @@ def linear_logps(
     Cost, NVH being rows * V * H: 2NVH forward; 6NVH backward on the rows that have a gradient. With
     a frozen head (weight, bias and lora without gradient) 4NVH in all, and no GEMM in the backward.
     A trained `lora` costs 2NVH forward and 4NVH backward. With `support` a token costs as many dot
-    products as it has ids, up to V / 32 of them, and a token with the whole vocabulary 2VH forward
+    products as it has ids, up to V / 48 of them, and a token with the whole vocabulary 2VH forward
     and 6VH backward, with a frozen head too. With `sparsity` and `old_logps` 2NVH in
     all; without `old_logps` 2NVH more on rows with a gradient.
 

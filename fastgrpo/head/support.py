@@ -29,7 +29,7 @@ from fastgrpo.head.plan import Needs, Plan, VocabSlice, chunks
 from fastgrpo.packing import Index, entries_of, rows_of_entries, spread
 from fastgrpo_kernels import EntryList, Head, Logps, Rows, Upstream
 
-GEMM_SHARE = 32  # entries of a GEMM's result that take as long as one of a gathered row
+GEMM_SHARE = 48  # entries of a GEMM's result that take as long as one of a gathered row
 
 
 class Kind(NamedTuple):
