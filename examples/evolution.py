@@ -34,8 +34,9 @@ from fastgrpo.train.gsm8k import gsm8k_task
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
 from fastgrpo.train.run import Run
+from fastgrpo.train.run_folder import check_unused
 from fastgrpo.train.sampler import ModelSampler
-from fastgrpo.train.tasks import Example, Task, shuffled
+from fastgrpo.train.tasks import Example, Shuffled, Task
 from fastgrpo.train.warmup import warm_up
 
 
@@ -99,7 +100,7 @@ def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None
         shaping=config.shaping,
         seed=config.seed,
     )
-    prompts = shuffled(task.train, config.seed)
+    prompts = Shuffled(task.train, config.seed)
     for step in run.steps(config.max_steps, "evolution"):
         search.learning_rate = config.learning_rate * (1 - (step - 1) / config.max_steps)
         # All candidates answer the same prompts: none is favoured by easier ones.
@@ -154,6 +155,7 @@ def compare_weights(policy: Policy, config: EvolutionConfig) -> None:
 
 def main(config: EvolutionConfig) -> int:
     """Run the training that ``config`` describes and return the exit code."""
+    check_unused(config.output_dir)
     set_seed(config.seed)
     if config.model is None:
         torch.set_num_threads(1)  # as in grpo_train.py

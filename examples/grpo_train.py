@@ -5,8 +5,8 @@
 
 ``--help`` lists the settings. The run folder gets metrics.jsonl, result.json, reward.png,
 samples.md and checkpoint/. After Ctrl-C or SIGTERM the script finishes the step, saves everything
-and exits with 128 + the signal's number (130 for Ctrl-C); a second signal ends it at once. There is
-one process: sharding (torchrun, FSDP) and resuming are left out to keep the loop short.
+and exits with 128 + the signal's number (130 for Ctrl-C); a second signal ends it at once.
+``--resume FOLDER`` goes on from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -33,23 +33,26 @@ from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.reference import Reference
 from fastgrpo.train.rollout import encode, texts
 from fastgrpo.train.run import Run
+from fastgrpo.train.run_folder import check_unused, newest_state
 from fastgrpo.train.sampler import ModelSampler
 from fastgrpo.train.sampling import Sampling
 from fastgrpo.train.scoring import Scores, centred, score
-from fastgrpo.train.tasks import Example, Task, shuffled
+from fastgrpo.train.tasks import Example, Shuffled, Task
 from fastgrpo.train.warmup import warm_up
 
 
 def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
     """Improve the policy with its own completions; ``run`` logs and saves."""
-    if task.demonstrations:
-        warm_up(policy, task, run.steps(config.warmup_steps, "warm-up"), config)
-    run.before = run.evaluate("Before")
+    if run.state is None:
+        if task.demonstrations:
+            warm_up(policy, task, run.steps(config.warmup_steps, "warm-up"), config)
+        run.before = run.evaluate("Before")
     print(f"held-out before: {run.before}")
 
     reference = Reference(policy) if config.beta > 0 else None
     optimizer = MasterAdamW.of(policy.model, config)
-    prompts = shuffled(task.train, config.seed)
+    prompts = Shuffled(task.train, config.seed)
+    run.keep(optimizer, prompts, reference)
     for step in run.steps(config.max_steps, "grpo"):
         if reference and config.starts_iteration(step):
             reference.refresh()
@@ -158,10 +161,12 @@ def main(config: TrainConfig, task: Task | None = None) -> int:
         # More threads gain such a small model little, and its numbers would depend on how many.
         torch.set_num_threads(1)
     with one_line_errors():
+        if config.resume is None:
+            check_unused(config.output_dir)
         tokenizer = load_tokenizer(config)
         task = load_task(config, tokenizer, task)
         policy = load_policy(config, tokenizer)
-        run = Run(config, policy, ModelSampler(policy), task)
+        run = Run(config, policy, ModelSampler(policy), task, newest_state(config, task))
     with run:
         train(run, policy, task, config)
     return run.exit_code

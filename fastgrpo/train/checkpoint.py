@@ -1,24 +1,135 @@
-"""Checkpoints that are written completely or not at all."""
+"""Checkpoints that are written completely or not at all, and found again."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .model import Policy
+
+TENSORS, VALUES = "training.safetensors", "training.json"
+KNOWN = {"step", "task", "optimizer"}  # what every state has, and no other file
+TENSOR = "tensor"  # key of what stands in VALUES for a tensor
 
 
 def save_checkpoint(policy: Policy, folder: Path) -> None:
     """Write model and tokenizer; an old ``folder`` is replaced only when all is written."""
+    with whole(folder) as written:
+        _write_model(policy, written)
+
+
+def save_training(policy: Policy, state: dict[str, Any], folder: Path, step: int) -> None:
+    """Write ``folder``/checkpoint-STEP: a model as `save_checkpoint` writes it, and the ``state``.
+
+    A state is made of dicts with strings as keys, lists, tensors and what JSON knows.
+    """
+    tensors: dict[str, Tensor] = {}
+    values = json.dumps(_without_tensors(state, "", tensors))
+    with whole(folder / f"checkpoint-{step}") as written:
+        _write_model(policy, written)
+        save_file(tensors, written / TENSORS)
+        (written / VALUES).write_text(values, encoding="utf-8")
+
+
+def load_training(folder: Path) -> dict[str, Any]:
+    """Return the state that `save_training` wrote; ValueError if it is not whole."""
+    try:
+        values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+        if not values.keys() >= KNOWN:
+            raise KeyError(*KNOWN - values.keys())
+        return _with_tensors(values, load_file(folder / TENSORS))
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"resume: expected {TENSORS} and {VALUES} of a run in {folder}: {error}"
+        ) from error
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return the steps with a checkpoint and where they lie, the first one first."""
+    if not folder.is_dir():
+        return []
+    found = [(re.fullmatch("checkpoint-([0-9]+)", p.name), p) for p in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def remove_older(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the last ``keep``, and what a write that was cut has left."""
+    for _, path in checkpoints(folder)[:-keep]:
+        shutil.rmtree(path)
+    for path in folder.glob("checkpoint*.tmp"):
+        shutil.rmtree(path)
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Context that fills a folder, which gets its name when all of it is on the disk.
+
+    An older ``folder`` is replaced. After an error nothing is left of the new one.
+    """
     written, replaced = (
-        folder.with_name(f"{folder.name}.tmp-{os.getpid()}"),
+        folder.with_name(f"{folder.name}.tmp"),
         folder.with_name(f"{folder.name}.old"),
     )
-    policy.model.save_pretrained(written)
-    policy.tokenizer.save_pretrained(written)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for path in (written, replaced):
+        shutil.rmtree(path, ignore_errors=True)
+    written.mkdir(parents=True)
+    try:
+        yield written
+        for path in written.rglob("*"):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(written, ignore_errors=True)
+        raise
     if folder.exists():
         os.replace(folder, replaced)
     os.replace(written, folder)
+    _sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_model(policy: Policy, folder: Path) -> None:
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a value in which {"tensor": NAME} stands for each tensor; put it into ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {
+            k: _without_tensors(v, f"{name}.{k}" if name else k, tensors) for k, v in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return {k: _with_tensors(v, tensors) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(v, tensors) for v in value]
+    return value

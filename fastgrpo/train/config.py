@@ -6,8 +6,8 @@ import sys
 from argparse import HelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -16,6 +16,7 @@ from fastgrpo import LossConfig
 from .defaults import DEFAULTS, PRESETS, TASK_DEFAULTS, default_of
 from .flags import Flags
 from .rules import check_flags
+from .run_folder import saved_settings
 
 
 @dataclass
@@ -26,6 +27,10 @@ class TrainConfig(Flags):
     """
 
     def __post_init__(self) -> None:
+        if self.resume is not None:
+            self._take_over(saved_settings(self.resume))
+            check_flags(self)
+            return
         if self.preset is not None:
             self._apply_preset()
         if self.task is None:
@@ -45,6 +50,17 @@ class TrainConfig(Flags):
         if self.advantage_estimator is None:
             self.advantage_estimator = "dr_grpo" if self.loss == "dr_grpo" else "grpo"
         check_flags(self)
+
+    def _take_over(self, saved: dict[str, Any]) -> None:
+        """Become the settings of the run that goes on; no other may be given."""
+        for f in fields(self):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if getattr(self, f.name) not in (default, saved[f.name]):
+                raise ValueError(
+                    f"{f.name}: expected no flag beside resume, whose run has {saved[f.name]!r}, "
+                    f"got {getattr(self, f.name)!r}"
+                )
+            setattr(self, f.name, saved[f.name])
 
     def _apply_preset(self) -> None:
         if self.preset not in PRESETS:

@@ -65,6 +65,15 @@ class Flags:
         "else: correct). By default the task's own judgement, if it has one.",
     )
     output_dir: str | None = _flag(None, "Run folder; by default a new one under runs/.")
+    resume: str | None = _flag(
+        None,
+        "Folder of a run that ended before its last step: it goes on from its newest checkpoint, "
+        "with its settings and no other flag.",
+    )
+    checkpoint_every: int = _flag(
+        50, "Steps between checkpoints, from which --resume goes on; 0 = only when the run is cut."
+    )
+    keep: int = _flag(2, "Checkpoints that are kept; older ones are removed.")
     seed: int = _flag(0, "Seed of data, weights and sampling.")
     device: str = _flag("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = _flag(

@@ -1,24 +1,32 @@
-"""Ctrl-C and SIGTERM, delayed until a safe point."""
+"""Ctrl-C, SIGTERM and SIGHUP, delayed until a safe point."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupt:
-    """Context in which a first SIGINT or SIGTERM only sets ``signum``; a second ends the process.
+    """Context in which a first signal to end only sets ``signum``; a second ends the process.
 
     ``safe_point()`` raises KeyboardInterrupt if a signal has come. Call it where nothing is half
-    done.
+    done. A signal that the process ignores, such as SIGHUP under nohup, stays ignored. Outside of
+    the main thread, where Python takes no signals, all stay as they are.
     """
 
     def __init__(self) -> None:
         self.signum = 0
 
     def __enter__(self) -> Interrupt:
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            heeded = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+            self._previous = {s: signal.signal(s, self._note) for s in heeded}
         return self
 
     def __exit__(self, *error: object) -> None:

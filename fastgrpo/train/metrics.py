@@ -7,6 +7,8 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from fcntl import LOCK_EX, LOCK_NB, flock
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -114,16 +116,31 @@ def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Writes every step to metrics.jsonl, flushed at once, to the console, and for TensorBoard."""
+    """Writes every step to metrics.jsonl, flushed at once, to the console, and for TensorBoard.
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self.rows: list[dict[str, float | None]] = []
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+    The first ``steps`` rows of a file that is there are kept. Raises ValueError where they are not
+    there, or another process writes to the file.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, steps: int = 0) -> None:
+        self._file = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
+        try:
+            flock(self._file, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output_dir: another process trains in {folder}") from None
+        self._file.seek(0)
+        lines = list(islice(iter(self._file.readline, ""), steps))
+        if len(lines) < steps:
+            raise ValueError(
+                f"resume: expected {steps} lines in {self._file.name}, got {len(lines)}"
+            )
+        self._file.truncate(self._file.tell())
+        self.rows: list[dict[str, float | None]] = [json.loads(line) for line in lines]
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1)
 
     def close(self) -> None:
         """Close the files."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,13 +92,45 @@ class MasterAdamW:
             self.adamw.step()
             self.schedule.step()
             with torch.no_grad():
-                for parameter, master in zip(self.parameters, self.masters, strict=True):
-                    if parameter is not master:
-                        parameter.copy_(master)
+                copy_all(self.parameters, self.masters)
         self.adamw.zero_grad()
         return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights in fp32, Adam's averages and the place in the schedule."""
+        adamw = self.adamw.state_dict()
+        averages = {str(i): state for i, state in adamw["state"].items()}
+        return {
+            "weights": self.masters,
+            "adamw": adamw | {"state": averages},
+            "schedule": self.schedule.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, of a model with the same parameters."""
+        copy_all(self.masters, state["weights"])
+        copy_all(self.parameters, self.masters)
+        averages = {int(i): average for i, average in state["adamw"]["state"].items()}
+        self.adamw.load_state_dict(state["adamw"] | {"state": averages})
+        self.schedule.load_state_dict(state["schedule"])
+
+    @property
+    def updates(self) -> int:
+        """The number of steps taken; those that were skipped do not count."""
+        return self.schedule.last_epoch
 
     @property
     def learning_rate(self) -> float:
         """The next step's learning rate."""
         return self.schedule.get_last_lr()[0]
+
+
+def copy_all(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Copy tensors into parameters, but none into itself; ValueError where shapes differ."""
+    shapes = [[tuple(x.shape) for x in some] for some in (parameters, others)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"weights: expected shapes {shapes[0]}, got {shapes[1]}")
+    for parameter, other in zip(parameters, others, strict=True):
+        if parameter is not other:
+            parameter.copy_(other)

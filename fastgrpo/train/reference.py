@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
 from .completions import Rollout
 from .model import Policy
+from .optimizer import copy_all
 
 
 class Reference:
@@ -30,8 +32,15 @@ class Reference:
 
     def refresh(self) -> None:
         """Take over the policy's weights as they are."""
-        for kept, parameter in zip(self._kept, self._trained, strict=True):
-            kept.copy_(parameter.detach())
+        copy_all(self._kept, [p.detach() for p in self._trained])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights that are kept."""
+        return {"weights": self._kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, of a policy with the same parameters."""
+        copy_all(self._kept, state["weights"])
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

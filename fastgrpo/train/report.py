@@ -1,4 +1,4 @@
-"""The output of a run: its folder, result.json and reward.png."""
+"""The report of a run: result.json and reward.png."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import time
 from bisect import bisect
 from pathlib import Path
 
@@ -14,21 +13,6 @@ from matplotlib.figure import Figure
 
 from .config import TrainConfig
 from .evaluation import Evaluation
-
-
-def new_run_folder(config: TrainConfig, task: str) -> Path:
-    """Create and return ``output_dir``, or a new folder under runs/ named by task, seed, time."""
-    if config.output_dir is not None:
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    name = f"{task}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
-        folder = Path("runs") / (name + suffix)
-        if not folder.exists():
-            break
-    folder.mkdir(parents=True)
-    return folder
 
 
 def write_report(

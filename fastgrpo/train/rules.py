@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from .flags import Flags
@@ -22,12 +20,12 @@ CHOICES = {
 
 NEEDS_DATA = ("gsm8k", "jsonl")
 AT_LEAST_1 = (
-    "num_prompts", "num_iterations", "max_tokens_per_microbatch", "max_completion_length"
+    "num_prompts", "num_iterations", "max_tokens_per_microbatch", "max_completion_length", "keep"
 )  # fmt: skip
 AT_LEAST_0 = (
     "max_steps", "warmup_steps", "eval_size", "eval_every", "learning_rate", "beta", "sparsity",
     "lora_rank", "ref_model_sync_steps", "lr_warmup_steps", "log_completions_every",
-    "resample_flat_groups", "seed",
+    "resample_flat_groups", "seed", "checkpoint_every",
 )  # fmt: skip
 POSITIVE = ("temperature", "max_grad_norm", "max_minutes", "lora_alpha")
 FINITE = ("learning_rate", "beta", "temperature", "lora_alpha")
@@ -41,7 +39,6 @@ def check_flags(config: Flags) -> None:
     _check_numbers(config)
     _check_task(config)
     _check_combinations(config)
-    _check_output(Path(config.output_dir or "runs"))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError(
             "tensorboard: needs the package tensorboard, which is not installed: "
@@ -119,12 +116,6 @@ def _check_combinations(config: Flags) -> None:
     changed = [n for n in ("lora_alpha", "lora_target_modules") if _differs(config, n)]
     if changed and not config.lora_rank:
         raise ValueError(f"{changed[0]}: no effect without lora_rank")
-
-
-def _check_output(folder: Path) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"output_dir: expected a folder that can be written, got {folder}")
 
 
 def _differs(config: Flags, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A run, from creating its folder to its report: progress, evaluations, Ctrl-C, saving."""
+"""A run, from creating its folder to its report: progress, evaluations, checkpoints, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,46 +6,75 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
-from .checkpoint import save_checkpoint
+from .checkpoint import remove_older, save_checkpoint, save_training
 from .completions import Rollout
-from .config import TrainConfig
+from .config import TrainConfig, one_line_errors
 from .evaluation import Evaluation, evaluate
 from .interrupt import Interrupt
 from .metrics import MetricsLog
 from .model import Policy
-from .report import new_run_folder, write_report
+from .optimizer import MasterAdamW
+from .random_state import random_state, set_random_state
+from .reference import Reference
+from .report import write_report
 from .rollout import check_prompts
+from .run_folder import run_folder, write_settings
 from .sampler import Sampler
 from .samples import SampleLog
 from .stalled import Stalled
-from .tasks import Task
+from .tasks import Shuffled, Task
 
 
 class Run:
-    """Context of a run. Leaving it saves checkpoint and report, even after Ctrl-C or SIGTERM.
+    """Context of a run. Leaving it saves report and checkpoint, after Ctrl-C or an error too.
 
     ``sampler`` decodes in evaluations, and is at hand for the training. A prompt that the model
-    cannot read is a ValueError before anything is written.
+    cannot read is a ValueError before anything is written. ``state`` is that of the checkpoint that
+    the run in ``config.output_dir`` goes on from; None: it starts.
     """
 
-    def __init__(self, config: TrainConfig, policy: Policy, sampler: Sampler, task: Task) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: Policy,
+        sampler: Sampler,
+        task: Task,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         prompts = dict.fromkeys(e.prompt for e in task.train + task.held_out + task.demonstrations)
         check_prompts(policy, list(prompts), config.max_completion_length)
         self.config, self.policy, self.sampler, self.task = config, policy, sampler, task
-        self.before: Evaluation | None = None
+        self.state = state
+        self.before = None
+        if state is not None and state["before"] is not None:
+            self.before = Evaluation(**state["before"])
         self.after: Evaluation | None = None
-        self.stalled = Stalled()
+        self.stalled = Stalled(0 if state is None else state["stalled"])
         self.interrupt = Interrupt()
+        self._optimizer: MasterAdamW | None = None
+        self._others: dict[str, Shuffled | Reference] = {}
+        self._saved = self.step  # the step of the last checkpoint
+
+    @property
+    def step(self) -> int:
+        """The last step that was taken as a whole."""
+        return 0 if self.state is None else self.state["step"]
 
     def __enter__(self) -> Run:
         self._start = time.perf_counter()
-        self.folder = new_run_folder(self.config, self.task.name)
-        self._log = MetricsLog(self.folder, self.config.tensorboard)
-        self._samples = SampleLog(self.folder / "samples.md")
+        self._earlier = 0.0 if self.state is None else self.state["seconds"]
+        with one_line_errors():
+            self.folder = run_folder(self.config, self.task.name)
+            self._log = MetricsLog(self.folder, self.config.tensorboard, self.step)
+            written = None if self.state is None else self.state["samples"]
+            self._samples = SampleLog(self.folder / "samples.md", written)
+            write_settings(self.folder, self.config)
         self.interrupt.__enter__()
         return self
 
@@ -57,9 +86,14 @@ class Run:
     ) -> bool:
         interrupted = isinstance(error, KeyboardInterrupt)
         self._log.close()
-        if error is None or interrupted:
-            self._save(interrupted)
-        self.interrupt.__exit__(kind, error, trace)
+        try:
+            self._save(None if interrupted else error, interrupted)
+        except Exception as failed:
+            if error is None or interrupted:
+                raise
+            print(f"not saved: {failed!r}", file=sys.stderr)  # the first error is raised
+        finally:
+            self.interrupt.__exit__(kind, error, trace)
         return interrupted
 
     @property
@@ -67,19 +101,37 @@ class Run:
         """0, or 128 + the number of the signal that ended the run."""
         return 128 + self.interrupt.signum if self.interrupt.signum else 0
 
+    def keep(self, optimizer: MasterAdamW, prompts: Shuffled, reference: Reference | None) -> None:
+        """Have checkpoints hold the training as it is after each whole step.
+
+        If the run goes on from a checkpoint, they and all random numbers become what they were.
+        """
+        self._optimizer, self._others = optimizer, {"prompts": prompts}
+        if reference is not None:
+            self._others["reference"] = reference
+        if self.state is not None:
+            optimizer.load_state_dict(self.state["optimizer"])
+            for name, part in self._others.items():
+                part.load_state_dict(self.state[name])
+            set_random_state(self.state["random"])
+
     def steps(self, count: int, title: str) -> Iterator[int]:
         """Yield 1 to ``count`` with a progress bar, or fewer when ``max_minutes`` have passed.
 
-        An interrupt lets the current step finish.
+        After `keep` the first is the one behind the last whole step. An interrupt lets the current
+        step finish.
         """
+        done = self.step if self._optimizer is not None else 0
         minutes = self.config.max_minutes or math.inf
-        for step in tqdm(range(1, count + 1), desc=title):
+        for step in tqdm(range(done + 1, count + 1), title, initial=done, total=count):
             self.interrupt.safe_point()
             self._began = time.perf_counter()
             if self._began - self._start > 60 * minutes:
                 tqdm.write(f"{title} ends before step {step}: {minutes:g} minutes have passed")
                 return
             yield step
+            if self._optimizer is not None:
+                self._take_note(step)
 
     def evaluate(self, title: str | None = None) -> Evaluation:
         """Return greedy completions of the held-out prompts; with a title, show some of them."""
@@ -109,9 +161,37 @@ class Run:
         if every and step % every == 0:
             self._samples.add_group(step, self.policy, rollout)
 
-    def _save(self, interrupted: bool) -> None:
-        save_checkpoint(self.policy, self.folder / "checkpoint")
-        seconds = time.perf_counter() - self._start
+    def _take_note(self, step: int) -> None:
+        """Take note of the state after a step, and write it every ``checkpoint_every`` steps.
+
+        Weights and averages are not copied: they are those of this step until the optimizer's next.
+        """
+        self.state = {
+            "step": step,
+            "updates": self._optimizer.updates,
+            "seconds": self._earlier + time.perf_counter() - self._start,
+            "stalled": self.stalled.steps,
+            "samples": self._samples.size,
+            "random": random_state(),
+            "optimizer": self._optimizer.state_dict(),
+            **{name: part.state_dict() for name, part in self._others.items()},
+        }
+        every = self.config.checkpoint_every
+        if every and step % every == 0:
+            self._save_training()
+
+    def _save_training(self) -> None:
+        state = self.state | {
+            "task": self.task.digest,
+            "before": self.before and asdict(self.before),
+        }
+        save_training(self.policy, state, self.folder, self.step)
+        self._saved = self.step
+        remove_older(self.folder, self.config.keep)
+
+    def _save(self, error: BaseException | None, interrupted: bool) -> None:
+        ended = self.after is not None and self.step == self.config.max_steps
+        seconds = self._earlier + time.perf_counter() - self._start
         write_report(
             self.folder,
             self.config,
@@ -120,8 +200,18 @@ class Run:
             self.after,
             task=self.task.name,
             seconds=seconds,
+            whole=ended,
             interrupted=interrupted,
+            error=None if error is None else repr(error),
         )
+        save_checkpoint(self.policy, self.folder / "checkpoint")
+        # In the middle of a step that has changed the weights there is nothing to go on from.
+        if (
+            self._saved < self.step
+            and not ended
+            and self._optimizer.updates == self.state["updates"]
+        ):
+            self._save_training()
         if self.before and self.after:
             print(f"held-out before: {self.before}; after: {self.after} ({seconds:.0f} s)")
         print(f"{'interrupted, saved' if interrupted else 'saved'} in {self.folder}")

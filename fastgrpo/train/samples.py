@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -20,9 +21,17 @@ CONSOLE_CHARACTERS = 160
 class SampleLog:
     """Appends to a Markdown file as the run goes on, so that a run that is cut has its samples."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, written: int | None = None) -> None:
         self.path = path
-        path.write_text("# Completions\n", encoding="utf-8")
+        if written is None:
+            path.write_text("# Completions\n", encoding="utf-8")
+        else:
+            os.truncate(path, written)
+
+    @property
+    def size(self) -> int:
+        """What has been written, in bytes; a run that goes on starts there."""
+        return self.path.stat().st_size
 
     def add_evaluation(self, title: str, evaluation: Evaluation) -> None:
         """Append greedy completions of held-out prompts."""

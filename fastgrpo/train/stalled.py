@@ -12,8 +12,8 @@ STEPS = 5
 class Stalled:
     """Counts steps without any advantage, and warns at the fifth in a row why there is none."""
 
-    def __init__(self) -> None:
-        self.steps = 0
+    def __init__(self, steps: int = 0) -> None:
+        self.steps = steps
 
     def watch(self, rollout: Rollout) -> None:
         """Take note of a step's rewards and advantages."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +50,12 @@ class Task:
     demonstrations: list[Example] = field(default_factory=list)
 
     @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the name and of all prompts and answers, to tell tasks apart."""
+        examples = [[(e.prompt, e.answer) for e in part] for part in (self.train, self.held_out)]
+        return hashlib.sha256(json.dumps([self.name, examples]).encode()).hexdigest()
+
+    @cached_property
     def columns(self) -> frozenset[str]:
         """The names under which rewards are given what at least one of the examples knows."""
         examples = self.train + self.held_out
@@ -55,10 +63,29 @@ class Task:
         return frozenset(known).union(*(e.columns for e in examples))
 
 
-def shuffled(examples: list[Example], seed: int) -> Iterator[Example]:
-    """Yield examples forever. Every one comes once per pass, in a new order each pass."""
-    if not examples:
-        raise ValueError("examples: expected at least one to train on, got none")
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(examples, len(examples))
+class Shuffled(Iterator[Example]):
+    """Examples forever. Every one comes once per pass, in a new order each pass."""
+
+    def __init__(self, examples: list[Example], seed: int) -> None:
+        if not examples:
+            raise ValueError("examples: expected at least one to train on, got none")
+        self.drawn = 0
+        self._passes = self._orders(examples, random.Random(seed))
+
+    def __next__(self) -> Example:
+        self.drawn += 1
+        return next(self._passes)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many have been drawn."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Draw as many as `state_dict` says."""
+        while self.drawn < state["drawn"]:
+            next(self)
+
+    @staticmethod
+    def _orders(examples: list[Example], rng: random.Random) -> Iterator[Example]:
+        while True:
+            yield from rng.sample(examples, len(examples))

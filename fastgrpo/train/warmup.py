@@ -13,7 +13,7 @@ from .config import TrainConfig
 from .model import Policy
 from .optimizer import MasterAdamW
 from .rollout import demonstrate
-from .tasks import Task, shuffled
+from .tasks import Shuffled, Task
 
 BATCH_SIZE, LEARNING_RATE, MAX_GRAD_NORM = 64, 3e-3, 1.0
 
@@ -24,7 +24,7 @@ def warm_up(policy: Policy, task: Task, steps: Iterable[int], config: TrainConfi
     The loss is cross-entropy: REINFORCE with advantage 1 on a given text.
     """
     optimizer = MasterAdamW(policy.model.parameters(), LEARNING_RATE, config.warmup_steps)
-    demonstrations = shuffled(task.demonstrations, config.seed)
+    demonstrations = Shuffled(task.demonstrations, config.seed)
     for _ in steps:
         examples = list(islice(demonstrations, BATCH_SIZE))
         batch = demonstrate(policy, [e.prompt for e in examples], [e.answer for e in examples])

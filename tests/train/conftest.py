@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -76,6 +78,17 @@ def own_logps(model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0
 def read_metrics(folder: Path) -> list[dict]:
     """What a run has logged, a dict for each step."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(*arguments: object) -> tuple[list[str], dict[str, str]]:
+    """A command line of the training script, and its environment."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return [sys.executable, str(SCRIPT), *map(str, arguments)], environment
 
 
 @pytest.fixture(scope="session")

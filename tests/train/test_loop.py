@@ -6,10 +6,8 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -21,7 +19,7 @@ from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.rewards import Reward, one_by_one
 
-from .conftest import ROOT, SCRIPT, TINY_RUN, read_metrics, with_copy
+from .conftest import TINY_RUN, command, read_metrics, with_copy
 
 PROMISED = {
     "step", "reward", "loss", "kl", "entropy", "tokens_per_s", "learning_rate",
@@ -31,16 +29,6 @@ PROMISED = {
     "sampler_gap_mean", "sampler_gap_max", "completions/min_length",
     "completions/max_length", "completions/clipped_ratio",
 }  # fmt: skip
-
-
-def command(*arguments: object) -> tuple[list[str], dict[str, str]]:
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    return [sys.executable, str(SCRIPT), *map(str, arguments)], environment
 
 
 def test_a_run_leaves_every_file_with_its_keys(script, tmp_path) -> None:
@@ -67,7 +55,7 @@ def test_a_run_leaves_every_file_with_its_keys(script, tmp_path) -> None:
     ids = character_tokenizer()("12+34=")["input_ids"]
     assert tokenizer("12+34=")["input_ids"] == ids and tokenizer.decode(ids) == "12+34="
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint", "metrics.jsonl", "result.json", "reward.png", "samples.md"
+        "checkpoint", "metrics.jsonl", "result.json", "reward.png", "samples.md", "settings.json"
     ]  # fmt: skip
 
 

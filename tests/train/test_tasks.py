@@ -12,7 +12,7 @@ from fastgrpo.train.arithmetic import arithmetic_task, character_tokenizer
 from fastgrpo.train.chat import chat_prompt
 from fastgrpo.train.scoring import right, score
 from fastgrpo.train.stated_number import stated_number
-from fastgrpo.train.tasks import Example, Task, shuffled
+from fastgrpo.train.tasks import Example, Shuffled, Task
 
 from .conftest import ROOT
 
@@ -203,12 +203,12 @@ def test_the_teacher_of_arithmetic_is_careless_but_not_always() -> None:
 
 def test_every_example_comes_before_any_comes_again() -> None:
     examples = [Example(str(i), "") for i in range(10)]
-    seen = [e.prompt for e in islice(shuffled(examples, seed=0), 20)]
+    seen = [e.prompt for e in islice(Shuffled(examples, seed=0), 20)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(e.prompt for e in examples)
     assert seen[:10] != seen[10:]
-    assert [e.prompt for e in islice(shuffled(examples, seed=0), 4)] == seen[:4]
+    assert [e.prompt for e in islice(Shuffled(examples, seed=0), 4)] == seen[:4]
     with pytest.raises(ValueError, match="at least one"):
-        next(shuffled([], seed=0))
+        next(Shuffled([], seed=0))
 
 
 def test_arithmetic_keeps_sums_to_train_on() -> None:

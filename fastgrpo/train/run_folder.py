@@ -1,0 +1,92 @@
+"""The folder of a run: a new one, or one with a run that goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import checkpoints, load_training
+from .flags import Flags
+from .tasks import Task
+
+SETTINGS = "settings.json"
+
+
+def run_folder(config: Flags, task: str) -> Path:
+    """Create and return ``output_dir``, or a new folder under runs/ named by task, seed, time.
+
+    Raises ValueError for a folder that cannot be written.
+    """
+    if config.output_dir is not None:
+        return _created(Path(config.output_dir))
+    name = f"{task}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        folder = Path("runs") / (name + suffix)
+        if not folder.exists():
+            break
+    return _created(folder)
+
+
+def check_unused(output_dir: str | None) -> None:
+    """Raise ValueError if there is a run in the folder."""
+    if output_dir is not None and Path(output_dir, SETTINGS).exists():
+        raise ValueError(
+            f"output_dir: expected a folder without a run, got {output_dir}; --resume {output_dir} "
+            "goes on with that run"
+        )
+
+
+def write_settings(folder: Path, config: Any) -> None:
+    """Write the settings, from which a run goes on; those of a run that does stay."""
+    if not (folder / SETTINGS).exists():
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        (folder / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def saved_settings(folder: str) -> dict[str, Any]:
+    """Return the settings of the run in a folder; ValueError if there is none."""
+    path = Path(folder, SETTINGS)
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"resume: expected the folder of a run, got {folder}: {error}") from error
+    known = {field.name for field in dataclasses.fields(Flags)}
+    if not isinstance(saved, dict) or saved.keys() != known:
+        raise ValueError(f"resume: expected the settings {sorted(known)} in {path}, got {saved}")
+    return saved | {"resume": folder, "output_dir": folder}
+
+
+def newest_state(config: Flags, task: Task) -> dict[str, Any] | None:
+    """Return the state of the newest checkpoint of the run that goes on; None: it starts.
+
+    Raises ValueError if the run has ended, if the checkpoint is not whole, or is of another task.
+    """
+    if config.resume is None:
+        return None
+    folder = Path(config.resume)
+    if (result := folder / "result.json").exists():
+        ended = json.loads(result.read_text(encoding="utf-8"))
+        if ended["whole"]:
+            raise ValueError(f"resume: the run in {folder} has ended after its last step")
+    if not (found := checkpoints(folder)):
+        print(f"no checkpoint in {folder}: the run starts again")
+        return None
+    step, path = found[-1]
+    state = load_training(path)
+    if state["task"] != task.digest:
+        raise ValueError(f"resume: expected the examples of the run in {folder}, got others")
+    print(f"the run in {folder} goes on after step {step}")
+    return state
+
+
+def _created(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: expected a folder that can be written, got {folder}: {error}"
+        ) from error
+    return folder

@@ -1,0 +1,327 @@
+"""Runs that are cut, and go on as if they had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastgrpo.train import checkpoint
+from fastgrpo.train.arithmetic import arithmetic_task
+from fastgrpo.train.config import TrainConfig
+from fastgrpo.train.interrupt import Interrupt
+from fastgrpo.train.rewards import Reward
+from fastgrpo.train.tasks import Task
+
+from .conftest import command, read_metrics
+
+RUN = {
+    "device": "cpu",
+    "backend": "torch",
+    "max_steps": 6,
+    "warmup_steps": 2,
+    "eval_size": 8,
+    "num_prompts": 4,
+    "num_generations": 4,
+    "max_tokens_per_microbatch": 64,
+    "eval_every": 2,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 1,
+    "checkpoint_every": 2,
+    "log_completions_every": 1,
+}
+TIMES = {"tokens_per_s", "eval_seconds"}
+
+
+@pytest.fixture
+def lengths() -> Task:
+    """A task with rewards that differ within groups, and that draw random numbers."""
+
+    def length(completions: list[str]) -> list[float]:
+        return [len(text) + random.random() for text in completions]
+
+    return dataclasses.replace(arithmetic_task(0, 8), rewards=(Reward("length", length),))
+
+
+class Cut(Exception):
+    """What ends a run in the middle of a step."""
+
+
+def cut_in(script, monkeypatch, number: int) -> None:
+    """Have an update of a run fail."""
+    update, calls = script.update, []
+
+    def cut(*given):
+        calls.append(given)
+        if len(calls) == number:
+            raise Cut
+        return update(*given)
+
+    monkeypatch.setattr(script, "update", cut)
+
+
+def cut_run(script, lengths: Task, folder: Path, update: int = 4, **flags) -> None:
+    """A run that a failing update ends."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cut_in(script, monkeypatch, update)
+        with pytest.raises(Cut):
+            script.main(TrainConfig(**RUN | flags, output_dir=str(folder)), lengths)
+
+
+def what_is_learnt(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], str]:
+    """Weights, metrics but times, and samples."""
+    (weights,) = (folder / "checkpoint").glob("*.safetensors")
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder)]
+    return load_file(weights), rows, (folder / "samples.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "at"),
+    [
+        ({}, "last step"),
+        ({"dtype": "bfloat16", "lr_scheduler_type": "cosine"}, "newest checkpoint"),
+        ({"beta": 0.1, "ref_model_sync_steps": 3, "max_steps": 7}, "last step"),
+        ({"num_iterations": 2}, "newest checkpoint"),
+        ({"sparsity": 0.5}, "last step"),
+        ({"model": True}, "newest checkpoint"),
+        ({"model": True, "lora_rank": 2, "beta": 0.1}, "last step"),
+    ],
+    ids=["", "bf16", "reference", "two updates", "sparse", "model", "lora"],
+)
+def test_a_run_that_was_cut_ends_with_the_same_bits(
+    script, lengths, tmp_path, model_folder, flags, at
+) -> None:
+    if "model" in flags:
+        flags = flags | {"model": str(model_folder), "warmup_steps": 0}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    script.main(TrainConfig(**RUN | flags, output_dir=str(whole)), lengths)
+    cut_run(script, lengths, cut, 3 * flags.get("num_iterations", 1) + 1, **flags)
+    if at == "newest checkpoint":
+        checkpoint.remove_older(cut, 2)
+        (cut / "checkpoint-3").rename(tmp_path / "unused")
+    random.seed(1)
+    torch.manual_seed(1)
+    script.main(TrainConfig(resume=str(cut)), lengths)
+    weights, rows, samples = what_is_learnt(whole)
+    again, rows_again, samples_again = what_is_learnt(cut)
+    assert rows == rows_again and len(rows) == flags.get("max_steps", RUN["max_steps"])
+    assert samples == samples_again
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    results = [json.loads((f / "result.json").read_text()) for f in (whole, cut)]
+    assert results[0]["reward_before"] == results[1]["reward_before"]
+    assert all(r["whole"] and r["error"] is None for r in results)
+
+
+def test_an_error_leaves_report_model_and_checkpoint(script, lengths, tmp_path) -> None:
+    cut_run(script, lengths, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["error"] == "Cut()" and result["steps"] == 3 and not result["whole"]
+    assert (tmp_path / "reward.png").exists()
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 3]
+    trained, kept = (
+        load_file(tmp_path / f / "model.safetensors") for f in ("checkpoint", "checkpoint-3")
+    )
+    assert all(torch.equal(trained[name], kept[name]) for name in kept)
+
+
+def test_a_step_that_is_half_done_is_nothing_to_go_on_from(script, lengths, tmp_path) -> None:
+    """After the first of two updates; the model is saved as it is."""
+    cut_run(script, lengths, tmp_path, 8, num_iterations=2)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2]
+
+
+def test_the_newest_checkpoints_are_kept(script, lengths, tmp_path) -> None:
+    (tmp_path / "checkpoint-1.tmp").mkdir()
+    script.main(
+        TrainConfig(**RUN | {"checkpoint_every": 1, "keep": 3}, output_dir=str(tmp_path)), lengths
+    )
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [4, 5, 6]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_no_checkpoints_where_none_are_asked_for(script, lengths, tmp_path) -> None:
+    script.main(TrainConfig(**RUN | {"checkpoint_every": 0}, output_dir=str(tmp_path)), lengths)
+    assert not checkpoint.checkpoints(tmp_path)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(script, lengths, tmp_path, monkeypatch) -> None:
+    saved = checkpoint.save_file
+
+    def full(tensors, path) -> None:
+        if "checkpoint-4" in str(path):
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        script.main(TrainConfig(**RUN, output_dir=str(tmp_path)), lengths)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2]
+    assert not list(tmp_path.glob("*.tmp")) and (tmp_path / "result.json").exists()
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cut_folder(script, tmp_path_factory) -> Path:
+    """A run that was cut in its fourth step."""
+    folder = tmp_path_factory.mktemp("cut")
+    cut_run(script, arithmetic_task(0, 8), folder)
+    return folder
+
+
+@pytest.fixture
+def cut(cut_folder, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(cut_folder, tmp_path / "cut"))
+
+
+def refused(script, capsys, config: TrainConfig, task: Task | None = None) -> str:
+    """The line with which the script ends."""
+    with pytest.raises(SystemExit) as ended:
+        script.main(config, task)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_folder_with_a_run_is_not_used_again(script, cut, capsys) -> None:
+    files = sorted(cut.rglob("*"))
+    error = refused(script, capsys, TrainConfig(**RUN, output_dir=str(cut)))
+    assert f"output_dir: expected a folder without a run, got {cut}; --resume {cut}" in error
+    assert files == sorted(cut.rglob("*"))
+
+
+def test_a_run_that_has_ended_does_not_go_on(script, cut, capsys) -> None:
+    script.main(TrainConfig(resume=str(cut)))
+    assert "has ended after its last step" in refused(script, capsys, TrainConfig(resume=str(cut)))
+
+
+def test_settings_come_from_the_folder(cut, tmp_path) -> None:
+    assert TrainConfig(resume=str(cut)).learning_rate == RUN["learning_rate"]
+    with pytest.raises(ValueError, match="learning_rate: expected no flag beside resume, whose"):
+        TrainConfig(resume=str(cut), learning_rate=0.1)
+    with pytest.raises(ValueError, match="resume: expected the folder of a run"):
+        TrainConfig(resume=str(tmp_path))
+    (cut / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="resume: expected the settings"):
+        TrainConfig(resume=str(cut))
+
+
+def test_other_examples_are_another_run(script, cut, capsys) -> None:
+    error = refused(script, capsys, TrainConfig(resume=str(cut)), arithmetic_task(1, 8))
+    assert "resume: expected the examples of the run" in error
+
+
+@pytest.mark.parametrize("file", ["training.safetensors", "training.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "foreign"])
+def test_a_checkpoint_that_is_not_whole_is_named(script, cut, capsys, file, damage) -> None:
+    path = cut / "checkpoint-3" / file
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if damage == "cut" else b'{"a": 1}')
+    error = refused(script, capsys, TrainConfig(resume=str(cut)))
+    assert (
+        f"resume: expected training.safetensors and training.json of a run in {path.parent}"
+        in error
+    )
+
+
+def test_metrics_that_are_gone_are_missed(script, cut, capsys) -> None:
+    (cut / "metrics.jsonl").write_text("")
+    error = refused(script, capsys, TrainConfig(resume=str(cut)))
+    assert "resume: expected 3 lines in" in error
+
+
+def test_two_runs_do_not_share_a_folder(script, cut, capsys, monkeypatch) -> None:
+    train, errors = script.train, []
+
+    def twice(*given) -> None:
+        errors.append(refused(script, capsys, TrainConfig(resume=str(cut))))
+        train(*given)
+
+    monkeypatch.setattr(script, "train", twice)
+    assert script.main(TrainConfig(resume=str(cut))) == 0
+    assert f"output_dir: another process trains in {cut}" in errors[0]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(script, capsys, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    config = TrainConfig(**RUN, output_dir=str(tmp_path / "file" / "run"))
+    assert "output_dir: expected a folder that can be written" in refused(script, capsys, config)
+
+
+# ---- signals and kills -------------------------------------------------------------------------
+
+
+def test_signals_are_heeded_where_they_can_be() -> None:
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.safe_point()
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            interrupt.safe_point()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_run_in_another_thread_takes_no_signals(script, lengths, tmp_path) -> None:
+    codes = []
+    config = TrainConfig(**RUN | {"max_steps": 1}, output_dir=str(tmp_path))
+    thread = threading.Thread(target=lambda: codes.append(script.main(config, lengths)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max((step for step, _ in checkpoint.checkpoints(folder)), default=0)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_thirty_times_ends_with_the_same_bits(tmp_path) -> None:
+    """At random moments, also while a checkpoint is written: one is written after every step."""
+    flags = [
+        part
+        for name, value in (RUN | {"max_steps": 150, "checkpoint_every": 1}).items()
+        for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments, environment = command(*flags, "--output-dir", whole)
+    subprocess.run(arguments, env=environment, check=True, capture_output=True)
+    arguments, _ = command(*flags, "--output-dir", killed)
+    rng = random.Random(0)
+    for _ in range(30):
+        before = newest(killed)
+        with subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while newest(killed) == before:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.15))
+            process.kill()
+        arguments, _ = command("--resume", killed)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(what_is_learnt(whole), what_is_learnt(killed), strict=True):
+        if isinstance(ours, dict):
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        else:
+            assert ours == theirs
