@@ -34,7 +34,7 @@ from fastgrpo.train.gsm8k import gsm8k_task
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
 from fastgrpo.train.run import Run
-from fastgrpo.train.run_folder import check_unused
+from fastgrpo.train.run_folder import check_output_dir
 from fastgrpo.train.sampler import ModelSampler
 from fastgrpo.train.tasks import Example, Shuffled, Task
 from fastgrpo.train.warmup import warm_up
@@ -155,7 +155,7 @@ def compare_weights(policy: Policy, config: EvolutionConfig) -> None:
 
 def main(config: EvolutionConfig) -> int:
     """Run the training that ``config`` describes and return the exit code."""
-    check_unused(config.output_dir)
+    check_output_dir(config.output_dir)
     set_seed(config.seed)
     if config.model is None:
         torch.set_num_threads(1)  # as in grpo_train.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,13 @@ def run_folder(config: Flags, task: str) -> Path:
     return _created(folder)
 
 
-def check_unused(output_dir: str | None) -> None:
-    """Raise ValueError if there is a run in the folder."""
-    if output_dir is not None and Path(output_dir, SETTINGS).exists():
+def check_output_dir(output_dir: str | None) -> None:
+    """Raise ValueError if there is a run in the folder, or if it cannot be written."""
+    folder = Path(output_dir or "runs")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"output_dir: expected a folder that can be written, got {folder}")
+    if output_dir is not None and (folder / SETTINGS).exists():
         raise ValueError(
             f"output_dir: expected a folder without a run, got {output_dir}; --resume {output_dir} "
             "goes on with that run"

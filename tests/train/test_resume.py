@@ -258,10 +258,24 @@ def test_two_runs_do_not_share_a_folder(script, cut, capsys, monkeypatch) -> Non
     assert f"output_dir: another process trains in {cut}" in errors[0]
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(script, capsys, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_found_at_once(
+    script, capsys, tmp_path, monkeypatch, name
+) -> None:
     (tmp_path / "file").write_text("")
-    config = TrainConfig(**RUN, output_dir=str(tmp_path / "file" / "run"))
-    assert "output_dir: expected a folder that can be written" in refused(script, capsys, config)
+    monkeypatch.setattr(script, "load_policy", None)
+    config = TrainConfig(**RUN, output_dir=str(tmp_path / name))
+    error = refused(script, capsys, config)
+    assert f"output_dir: expected a folder that can be written, got {tmp_path / name}" in error
+
+
+def test_a_disk_that_makes_no_folder_is_one_line(script, capsys, tmp_path, monkeypatch) -> None:
+    def full(folder, *_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    error = refused(script, capsys, TrainConfig(**RUN, output_dir=str(tmp_path / "run")))
+    assert "output_dir: expected a folder that can be written" in error and "No space left" in error
 
 
 # ---- signals and kills -------------------------------------------------------------------------
