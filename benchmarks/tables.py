@@ -270,8 +270,8 @@ def _learning(results: Path, folder: str) -> str:
 def _runs(results: Path, folder: str) -> str:
     """Return what a pretrained model learnt in the committed runs of the loop."""
     lines = ["| run | steps | held-out accuracy, from before to after | mean reward of a step: "]
-    lines[0] += "first ten, last ten | minutes |"
-    lines += ["|---|---|---|---|---|"]
+    lines[0] += "first ten, last ten | minutes | threads |"
+    lines += ["|---|---|---|---|---|---|"]
     facts = None
     for name in COMMITTED:
         if not (results / "learning" / name).exists():
@@ -282,13 +282,12 @@ def _runs(results: Path, folder: str) -> str:
         ends = ", ".join(f"{statistics.fmean(part):.3f}" for part in (rewards[:10], rewards[-10:]))
         lines.append(
             f"| [{name}]({folder}/learning/{name}/samples.md) | {result['steps']} | {accuracies} "
-            f"| {ends} | {result['seconds'] / 60:.0f} |"
+            f"| {ends} | {result['seconds'] / 60:.0f} | {facts['threads']} |"
         )
     if facts is None:
         return "No run yet."
     installed = ", ".join(f"{p} {facts['versions'][p]}" for p in ("torch", "transformers"))
-    threads = f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
-    return f"{facts['device']}, {threads}, {installed}.\n\n" + "\n".join(lines)
+    return f"{facts['device']}, {installed}.\n\n" + "\n".join(lines)
 
 
 def _race(results: Path, folder: str) -> str:
