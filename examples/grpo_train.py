@@ -61,8 +61,9 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
         for _ in range(config.num_iterations):
             rollout, found = update(policy, optimizer, rollout, config)
             updates.append(found)
-        run.log(step, metrics | over_updates(updates), tokens=len(rollout.token_ids))
-        run.watch(step, rollout)
+        metrics |= over_updates(updates)
+        run.log(step, metrics, tokens=len(rollout.token_ids))
+        run.watch(step, metrics, rollout)
     run.after = run.evaluate("After")
 
 

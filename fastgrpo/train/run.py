@@ -19,6 +19,7 @@ from .evaluation import Evaluation, evaluate
 from .interrupt import Interrupt
 from .metrics import MetricsLog
 from .model import Policy
+from .not_finite import NotFinite
 from .optimizer import MasterAdamW
 from .random_state import random_state, set_random_state
 from .reference import Reference
@@ -74,6 +75,7 @@ class Run:
             self._log = MetricsLog(self.folder, self.config.tensorboard, self.step)
             written = None if self.state is None else self.state["samples"]
             self._samples = SampleLog(self.folder / "samples.md", written)
+            self._not_finite = NotFinite(self.folder)
             write_settings(self.folder, self.config)
         self.interrupt.__enter__()
         return self
@@ -154,8 +156,12 @@ class Run:
                 metrics["accuracy"] = evaluation.accuracy
         self._log.write(step, metrics)
 
-    def watch(self, step: int, rollout: Rollout) -> None:
-        """Show completions every ``log_completions_every`` steps; warn where nothing is learnt."""
+    def watch(self, step: int, metrics: dict[str, float], rollout: Rollout) -> None:
+        """Show completions every ``log_completions_every`` steps; warn where nothing is learnt.
+
+        Raises NotFiniteError after several steps without an update.
+        """
+        self._not_finite.watch(metrics, rollout)
         self.stalled.watch(rollout)
         every = self.config.log_completions_every
         if every and step % every == 0:

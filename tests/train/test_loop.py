@@ -12,10 +12,12 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo.train.arithmetic import arithmetic_task, character_tokenizer
 from fastgrpo.train.config import TrainConfig
+from fastgrpo.train.not_finite import DUMP, STEPS, NotFiniteError
 from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.rewards import Reward, one_by_one
 
@@ -161,6 +163,28 @@ def test_a_gradient_that_is_not_finite_skips_the_step(script, policy, rollout, c
     _, metrics = script.update(policy, optimizer, rollout, on_policy)
     assert metrics["skipped"] == 0
     assert all(value.isfinite().all() for value in policy.model.state_dict().values())
+
+
+def test_a_run_ends_when_no_loss_is_finite_any_more(script, tmp_path, monkeypatch) -> None:
+    """Its checkpoint has the weights from before, and the completions are there to be looked at."""
+    monkeypatch.setattr(script, "centred", lambda rewards, _: torch.full(rewards.shape, math.nan))
+    monkeypatch.setattr(
+        script.fastgrpo,
+        "group_advantages",
+        lambda rewards, *_, **__: rewards,  # NaN, not 0
+    )
+    config = TrainConfig(**TINY_RUN | {"max_steps": 9}, output_dir=str(tmp_path))
+    with pytest.raises(NotFiniteError, match="not finite in 5 steps in a row"):
+        script.main(config)
+    rows = read_metrics(tmp_path)
+    assert [row["skipped"] for row in rows] == [1] * STEPS
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert "NotFiniteError" in result["error"]
+    dump = load_file(tmp_path / DUMP)
+    assert dump["advantages"].isnan().all()
+    assert len(dump["token_ids"]) == dump["lengths"].sum() and "prompts.3" in dump
+    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_unscorable_completions_are_counted_and_the_run_goes_on(
