@@ -15,18 +15,18 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 
 import torch
 from transformers import set_seed
 
 import fastgrpo
+from fastgrpo.train import ranks
 from fastgrpo.train.catalogue import load_task
 from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig, one_line_errors, parse_flags
 from fastgrpo.train.dynamic_sampling import draw_groups
 from fastgrpo.train.load import load_policy, load_tokenizer
-from fastgrpo.train.metrics import Averages, length_metrics, over_updates, sampler_gap
+from fastgrpo.train.metrics import Averages, over_updates, rollout_metrics, sampler_gap
 from fastgrpo.train.microbatches import live_completions, micro_batches, step_normalizer
 from fastgrpo.train.model import Policy
 from fastgrpo.train.optimizer import MasterAdamW
@@ -73,8 +73,7 @@ def sample_groups(
     """Return completions of prompts with their advantages, and the step's first metrics."""
     policy, config, group = run.policy, run.config, run.config.num_generations
 
-    def draw(num_prompts: int, attempt: int) -> tuple[Rollout, Scores]:
-        examples = list(islice(prompts, num_prompts))
+    def draw(examples: list[Example], attempt: int) -> tuple[Rollout, Scores]:
         sampling = Sampling(
             config.max_completion_length,
             config.temperature,
@@ -91,14 +90,13 @@ def sample_groups(
         given = scores.rewards.to(rewards.device)
         return replace(rollout, rewards=given, advantages=advantages), scores
 
-    rollout, scores, dropped = draw_groups(draw, config.num_prompts, config.resample_flat_groups)
+    wanted, tries = config.num_prompts, config.resample_flat_groups
+    rollout, scores, dropped = draw_groups(draw, prompts, wanted, tries)
     if reference is not None:
         scoring = (config.max_tokens_per_microbatch, config.temperature, config.backend)
         rollout = replace(rollout, ref_logps=reference.logps(rollout, *scoring))
-    return rollout, scores.metrics() | length_metrics(rollout) | {
-        "flat_groups": 1 - rollout.live_groups.float().mean().item(),
-        "groups_resampled": dropped,
-    }
+    counted = {"groups_resampled": dropped}
+    return rollout, scores.metrics() | rollout_metrics(rollout) | counted
 
 
 def update(
@@ -142,7 +140,7 @@ def update(
         logps[rollout.tokens_of(chosen)] = out.logps
     if rollout.old_logps is None:
         rollout = replace(rollout, old_logps=logps)
-    learning_rate, loss_value = optimizer.learning_rate, float(total)
+    learning_rate, loss_value = optimizer.learning_rate, ranks.mean(float(total))
     grad_norm = optimizer.step(loss_value, config.max_grad_norm)
     return rollout, averages.means() | {
         "loss": loss_value,
@@ -162,6 +160,7 @@ def main(config: TrainConfig, task: Task | None = None) -> int:
         # More threads gain such a small model little, and its numbers would depend on how many.
         torch.set_num_threads(1)
     with one_line_errors():
+        ranks.check(config)
         if config.resume is None:
             check_output_dir(config.output_dir)
         tokenizer = load_tokenizer(config)
@@ -174,4 +173,5 @@ def main(config: TrainConfig, task: Task | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_flags()))
+    with ranks.processes():
+        sys.exit(main(parse_flags()))

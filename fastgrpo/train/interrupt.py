@@ -8,6 +8,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from . import ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -34,7 +36,8 @@ class Interrupt:
             signal.signal(signum, handler)
 
     def safe_point(self) -> None:
-        """Raise KeyboardInterrupt if a signal has come."""
+        """Raise KeyboardInterrupt if a signal has come, to whichever process."""
+        self.signum = max(ranks.gathered(self.signum))
         if self.signum:
             raise KeyboardInterrupt
 

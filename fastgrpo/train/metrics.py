@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import ranks
 from .completions import Rollout
 
 CONSOLE = {  # metric -> (label, format)
@@ -31,14 +32,19 @@ CONSOLE = {  # metric -> (label, format)
 }
 
 
-def length_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return the lengths of completions in tokens and the share that was cut, by TRL's names."""
-    lengths = rollout.lengths.float()
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return the lengths of completions in tokens and the share that was cut, by TRL's names.
+
+    And the share of groups without an advantage; all of them of all processes.
+    """
+    numbers = (rollout.lengths.float(), rollout.finished, rollout.live_groups.float())
+    lengths, finished, live = (torch.cat(ranks.gathered(x.cpu())) for x in numbers)
     return {
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": (~rollout.finished).float().mean().item(),
+        "completions/clipped_ratio": (~finished).float().mean().item(),
+        "flat_groups": 1 - live.mean().item(),
     }
 
 
@@ -68,14 +74,19 @@ class Averages:
     """Means over a step's micro-batches, each weighted by its own count; kept on the device.
 
     They are over the tokens of the completions at ``live`` (K,) int64, which enter the model. But
-    ``live_rows`` is a share of all tokens of the rollout.
+    ``live_rows`` is a share of all tokens of the rollout. With several processes all count.
     """
 
     def __init__(self, rollout: Rollout, live: Tensor) -> None:
-        self.live_completions = len(live) / len(rollout)
-        self.live_tokens = rollout.tokens_of(live).float().mean()
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        entered, everything = rollout.tokens_of(live).sum(), len(rollout.token_ids)
+        self.sums: dict[str, Tensor] = {
+            "live_completions": torch.tensor(len(live)),
+            "live_tokens": entered,
+        }
+        self.counts: dict[str, Tensor] = {
+            "live_completions": torch.tensor(len(rollout)),
+            "live_tokens": torch.tensor(everything),
+        }
         self.extrema: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
@@ -91,16 +102,23 @@ class Averages:
             self.counts[name] = self.counts.get(name, 0) + count
 
     def means(self) -> dict[str, float]:
-        """Return the means as numbers (one host synchronisation each)."""
-        means = {
-            name: (total / self.counts[name].clamp(min=1)).item()
-            for name, total in self.sums.items()
-        }
-        means["live_completions"] = self.live_completions
-        means["live_rows"] = means.get("live_rows", 0.0) * self.live_tokens.item()
+        """Return the means over all processes as numbers (one host synchronisation each)."""
+        numbers = [
+            {name: value.item() for name, value in some.items()}
+            for some in (self.sums, self.counts, self.extrema)
+        ]
+        sums, counts, extrema = zip(*ranks.gathered(numbers), strict=True)
+        count = _added(counts)
+        means = {name: total / max(1, count[name]) for name, total in _added(sums).items()}
+        means["live_rows"] = means.get("live_rows", 0.0) * means.pop("live_tokens")
         if means.get("importance_square"):
             means["ess"] = means["importance_mean"] ** 2 / means["importance_square"]
-        return means | {name: value.item() for name, value in self.extrema.items()}
+        return means | over_updates(extrema)
+
+
+def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: math.fsum(part.get(name, 0) for part in parts) for name in names}
 
 
 def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastgrpo
 from fastgrpo import LossConfig
 
+from . import ranks
 from .completions import Rollout
 from .layouts import Layout
 
@@ -34,13 +35,17 @@ def live_completions(rollout: Rollout, loss: LossConfig) -> Tensor:
     return live.nonzero()[:, 0]
 
 
-def step_normalizer(rollout: Rollout, loss: LossConfig) -> Tensor | int | None:
-    """Return the denominator of the optimizer step, counted over all completions."""
+def step_normalizer(rollout: Rollout, loss: LossConfig) -> Tensor | float | None:
+    """Return the denominator of the optimizer step, counted over the completions of all processes.
+
+    It is divided by their number, as their gradients are averaged.
+    """
     if loss.aggregation == "token_sum":
         return None
     if loss.aggregation == "prompt_mean":
-        return len(rollout.prompts)
-    return fastgrpo.count_normalizer(rollout.completion_mask, loss)
+        return sum(ranks.gathered(len(rollout.prompts))) / ranks.count()
+    mask = rollout.completion_mask
+    return fastgrpo.count_normalizer(mask, loss, process_group=ranks.group())
 
 
 def micro_batches(

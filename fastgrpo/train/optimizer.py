@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from . import ranks
 from .config import TrainConfig
 
 RISING_STEPS = 20
@@ -31,6 +32,7 @@ class MasterAdamW:
             step is 1 / warmup_steps of the highest, not 0.
         weight_decay: AdamW's.
         betas: AdamW's.
+        over_ranks: average the gradients over the processes before each step.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class MasterAdamW:
         warmup_steps: int = RISING_STEPS,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.98),
+        over_ranks: bool = False,
     ) -> None:
+        self.over_ranks = over_ranks
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters
@@ -67,6 +71,7 @@ class MasterAdamW:
             config.max_steps * config.num_iterations,
             schedule=config.lr_scheduler_type,
             warmup_steps=config.lr_warmup_steps,
+            over_ranks=True,
         )
 
     def backward(self, loss: Tensor) -> None:
@@ -87,6 +92,8 @@ class MasterAdamW:
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
+        if self.over_ranks:
+            ranks.average(master.grad for master in self.masters)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
         if math.isfinite(loss) and math.isfinite(norm):
             self.adamw.step()

@@ -6,12 +6,15 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from . import ranks
 from .checkpoint import remove_older, save_checkpoint, save_training
 from .completions import Rollout
 from .config import TrainConfig, one_line_errors
@@ -72,8 +75,11 @@ class Run:
         self._earlier = 0.0 if self.state is None else self.state["seconds"]
         with one_line_errors():
             self.folder = run_folder(self.config, self.task.name)
-            self._log = MetricsLog(self.folder, self.config.tensorboard, self.step)
-            written = None if self.state is None else self.state["samples"]
+            goes_on = self.state is not None and ranks.rank() == 0
+            self._log = MetricsLog(
+                self.folder, self.config.tensorboard, self.step if goes_on else 0
+            )
+            written = self.state["samples"] if goes_on else None
             self._samples = SampleLog(self.folder / "samples.md", written)
             self._not_finite = NotFinite(self.folder)
             write_settings(self.folder, self.config)
@@ -107,7 +113,11 @@ class Run:
         """Have checkpoints hold the training as it is after each whole step.
 
         If the run goes on from a checkpoint, they and all random numbers become what they were.
+        Several processes begin with the same weights and different random numbers.
         """
+        ranks.copy_first(self.policy.model.parameters())
+        if ranks.rank() > 0:
+            torch.manual_seed(self.config.seed + ranks.rank())
         self._optimizer, self._others = optimizer, {"prompts": prompts}
         if reference is not None:
             self._others["reference"] = reference
@@ -115,7 +125,9 @@ class Run:
             optimizer.load_state_dict(self.state["optimizer"])
             for name, part in self._others.items():
                 part.load_state_dict(self.state[name])
-            set_random_state(self.state["random"])
+            states = self.state["random"]
+            if len(states) == ranks.count():
+                set_random_state(states[ranks.rank()])
 
     def steps(self, count: int, title: str) -> Iterator[int]:
         """Yield 1 to ``count`` with a progress bar, or fewer when ``max_minutes`` have passed.
@@ -125,10 +137,12 @@ class Run:
         """
         done = self.step if self._optimizer is not None else 0
         minutes = self.config.max_minutes or math.inf
-        for step in tqdm(range(done + 1, count + 1), title, initial=done, total=count):
+        for step in tqdm(
+            range(done + 1, count + 1), title, initial=done, total=count, disable=ranks.rank() > 0
+        ):
             self.interrupt.safe_point()
             self._began = time.perf_counter()
-            if self._began - self._start > 60 * minutes:
+            if any(ranks.gathered(self._began - self._start > 60 * minutes)):
                 tqdm.write(f"{title} ends before step {step}: {minutes:g} minutes have passed")
                 return
             yield step
@@ -139,21 +153,20 @@ class Run:
         """Return greedy completions of the held-out prompts; with a title, show some of them."""
         batch_size = self.config.num_prompts * self.config.num_generations
         length = self.config.max_completion_length
-        made = evaluate(
-            self.policy, self.sampler, self.task, batch_size, length, self.interrupt.safe_point
-        )
+        # Several processes have different numbers of batches, and can stop between steps alone.
+        safe_point = self.interrupt.safe_point if ranks.count() == 1 else lambda: None
+        made = evaluate(self.policy, self.sampler, self.task, batch_size, length, safe_point)
         if title is not None:
             self._samples.add_evaluation(title, made)
         return made
 
     def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
         """Log a step with its speed, and every ``eval_every`` steps the held-out accuracy."""
+        tokens = sum(ranks.gathered(tokens))
         metrics = metrics | {"tokens_per_s": tokens / (time.perf_counter() - self._began)}
         if self.config.eval_every and step % self.config.eval_every == 0:
-            evaluation = self.evaluate()
-            metrics |= {"eval_reward": evaluation.reward, "eval_seconds": evaluation.seconds}
-            if evaluation.accuracy is not None:
-                metrics["accuracy"] = evaluation.accuracy
+            with suppress(KeyboardInterrupt):  # raised again before the next step
+                metrics |= self.evaluate().metrics()
         self._log.write(step, metrics)
 
     def watch(self, step: int, metrics: dict[str, float], rollout: Rollout) -> None:
@@ -190,10 +203,17 @@ class Run:
         state = self.state | {
             "task": self.task.digest,
             "before": self.before and asdict(self.before),
+            "random": ranks.gathered(self.state["random"]),
         }
-        save_training(self.policy, state, self.folder, self.step)
+        if ranks.rank() == 0:
+            save_training(self.policy, state, self.folder, self.step)
+            remove_older(self.folder, self.config.keep)
         self._saved = self.step
-        remove_older(self.folder, self.config.keep)
+
+    def _can_go_on(self, error: BaseException | None) -> bool:
+        """Return whether the weights are those that were noted, and all processes are there."""
+        noted = self._optimizer.updates == self.state["updates"]
+        return noted and (error is None or ranks.count() == 1)
 
     def _save(self, error: BaseException | None, interrupted: bool) -> None:
         ended = self.after is not None and self.step == self.config.max_steps
@@ -210,13 +230,9 @@ class Run:
             interrupted=interrupted,
             error=None if error is None else repr(error),
         )
-        save_checkpoint(self.policy, self.folder / "checkpoint")
-        # In the middle of a step that has changed the weights there is nothing to go on from.
-        if (
-            self._saved < self.step
-            and not ended
-            and self._optimizer.updates == self.state["updates"]
-        ):
+        if ranks.rank() == 0:
+            save_checkpoint(self.policy, self.folder / "checkpoint")
+        if self._saved < self.step and not ended and self._can_go_on(error):
             self._save_training()
         if self.before and self.after:
             print(f"held-out before: {self.before}; after: {self.after} ({seconds:.0f} s)")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from . import ranks
 from .checkpoint import checkpoints, load_training
 from .flags import Flags
 from .tasks import Task
@@ -19,8 +21,11 @@ SETTINGS = "settings.json"
 def run_folder(config: Flags, task: str) -> Path:
     """Create and return ``output_dir``, or a new folder under runs/ named by task, seed, time.
 
-    Raises ValueError for a folder that cannot be written.
+    Raises ValueError for a folder that cannot be written. All processes but the first get a folder
+    that nobody sees, for the system to remove.
     """
+    if ranks.rank() > 0:
+        return Path(tempfile.mkdtemp())
     if config.output_dir is not None:
         return _created(Path(config.output_dir))
     name = f"{task}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -33,6 +38,8 @@ def run_folder(config: Flags, task: str) -> Path:
 
 def check_output_dir(output_dir: str | None) -> None:
     """Raise ValueError if there is a run in the folder, or if it cannot be written."""
+    if ranks.rank() > 0:  # the first may have begun there
+        return
     folder = Path(output_dir or "runs")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):

@@ -27,9 +27,9 @@ class Source:
         self.plan, self.used = plan, 0
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, num_prompts: int, attempt: int) -> tuple[Rollout, Scores]:
+    def __call__(self, numbers: list[int], attempt: int) -> tuple[Rollout, Scores]:
+        num_prompts = len(numbers)
         self.asked.append((num_prompts, attempt))
-        numbers = range(self.used, self.used + num_prompts)
         self.used += num_prompts
         size = num_prompts * GROUP
         advantages = torch.tensor([x for i in numbers for x in (self.plan[i], -self.plan[i])])
@@ -58,7 +58,7 @@ class Source:
 )
 def test_flat_groups_make_way(plan: list[bool], tries: int, kept: list, asked: list) -> None:
     source = Source(plan)
-    rollout, scores, dropped = draw_groups(source, 3, tries)
+    rollout, scores, dropped = draw_groups(source, iter(range(99)), 3, tries)
     assert [int(prompt) for prompt in rollout.prompts] == kept
     assert rollout.prompt_index.tolist() == [0, 0, 1, 1, 2, 2]
     assert rollout.token_ids.tolist() == [GROUP * i + k for i in kept for k in range(GROUP)]

@@ -1,0 +1,105 @@
+"""Several processes that train one policy, each with its part of the prompts.
+
+`torchrun` starts them, and every one holds the whole model. Gradients are averaged, so that a loss
+is divided by the count of all processes over their number (`fastgrpo.count_normalizer`). Alone, a
+process is rank 0 of 1, and nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .flags import Flags
+
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    """Return this process's number; 0, the first, writes alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def group() -> dist.ProcessGroup | None:
+    """Return the group of all processes; None if there is one."""
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Context in which the processes that torchrun started know each other; the first prints."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    with ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        if rank() > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+        yield
+
+
+def check(config: Flags) -> None:
+    """Raise ValueError for settings that several processes cannot have."""
+    if config.num_prompts < count():
+        raise ValueError(
+            f"num_prompts: expected one for each of {count()} processes, got {config.num_prompts}"
+        )
+    if count() > 1 and config.loss_config().compares_sequences:
+        raise ValueError(
+            f"loss: expected one that does not compare the completions of a batch, which lie in "
+            f"{count()} processes, got {config.loss}"
+        )
+
+
+def gathered(item: Item) -> list[Item]:
+    """Return what each process gave, in the order of their ranks; tensors are on the CPU."""
+    if not dist.is_initialized():
+        return [item]
+    found: list[Item] = [item] * count()
+    dist.all_gather_object(found, item)
+    return found
+
+
+def mean(number: float) -> float:
+    """Return the mean of a number over the processes."""
+    return math.fsum(gathered(number)) / count()
+
+
+def part(items: Sequence[Item]) -> Sequence[Item]:
+    """Return this process's part of items: side by side, and of nearly equal sizes."""
+    bounds = [len(items) * i // count() for i in (rank(), rank() + 1)]
+    return items[slice(*bounds)]
+
+
+@torch.no_grad()
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over the processes, the same bits in all."""
+    if not dist.is_initialized():
+        return
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+        tensor /= count()
+
+
+@torch.no_grad()
+def copy_first(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by that of rank 0."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

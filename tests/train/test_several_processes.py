@@ -1,0 +1,134 @@
+"""Two processes that torchrun starts give what one gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .conftest import command, read_metrics
+
+REWARD = """
+def length(completions, prompts):
+    return [0.0 if "9" in p else float(len(c)) for c, p in zip(completions, prompts)]
+"""
+FLAGS = {
+    "device": "cpu", "backend": "torch", "max_steps": 4, "warmup_steps": 2, "eval_size": 9,
+    "eval_every": 2, "num_prompts": 5, "num_generations": 4, "max_tokens_per_microbatch": 64,
+    "learning_rate": 1e-3, "lr_warmup_steps": 1, "checkpoint_every": 2, "beta": 0.0,
+}  # fmt: skip
+TIMES = {"tokens_per_s", "eval_seconds"}
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory) -> Path:
+    """A file with a reward that is the same for all completions of many prompts."""
+    path = tmp_path_factory.mktemp("reward") / "reward.py"
+    path.write_text(REWARD)
+    return path
+
+
+def started(processes: int, *arguments: object) -> subprocess.Popen:
+    """The script in so many processes."""
+    (python, *rest), environment = command(*arguments)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    line = [python, *(torchrun if processes > 1 else ()), *rest]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(line, env=environment, **pipes)
+
+
+def run(processes: int, *arguments: object) -> str:
+    """What the script has printed."""
+    with started(processes, *arguments) as process:
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def flags(folder: Path, reward: Path, **others: object) -> list[object]:
+    given = FLAGS | others | {"output_dir": folder, "reward": f"{reward}:length"}
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+def assert_same_training(folder: Path, other: Path, exact: bool = False) -> None:
+    weights = [load_file(f / "checkpoint" / "model.safetensors") for f in (folder, other)]
+    joined = [torch.cat([w[name].flatten() for name in sorted(w)]) for w in weights]
+    error = (joined[0] - joined[1]).norm() / joined[0].norm()
+    assert error <= (0 if exact else 1e-5)
+    rows = [read_metrics(f) for f in (folder, other)]
+    assert len(rows[0]) == len(rows[1]) == FLAGS["max_steps"]
+    for row, again in zip(*rows, strict=True):
+        assert row.keys() == again.keys()
+        for name in row.keys() - TIMES:
+            bar = {"rel": 0, "abs": 0} if exact else {"rel": 2e-3, "abs": 2e-5}
+            assert row[name] == pytest.approx(again[name], **bar), name
+    results = [json.loads((f / "result.json").read_text()) for f in (folder, other)]
+    for name in ("reward_before", "reward_after"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        pytest.param({"num_iterations": 2, "loss": "dapo", "beta": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"resample_flat_groups": 2, "dtype": "bfloat16"}, marks=pytest.mark.slow),
+    ],
+    ids=["", "two updates with a reference", "flat groups drawn again in bf16"],
+)
+def test_two_processes_train_as_one(tmp_path, reward, others) -> None:
+    """Five prompts are two and three, nine held-out ones four and five; some groups are flat."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(1, *flags(one, reward, **others))
+    printed = run(2, *flags(two, reward, **others))
+    assert printed.count("step 4 | reward") == 1 and printed.count("saved in") == 1
+    assert_same_training(one, two)
+    assert any(0 < row["flat_groups"] < 1 for row in read_metrics(one))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_two_or_as_one(tmp_path, reward) -> None:
+    whole = tmp_path / "whole"
+    run(2, *flags(whole, reward, keep=9))
+    for processes in (2, 1):
+        cut = Path(shutil.copytree(whole, tmp_path / str(processes)))
+        shutil.rmtree(cut / "checkpoint-4")
+        (cut / "result.json").unlink()
+        run(processes, "--resume", cut)
+        assert_same_training(whole, cut, exact=processes == 2)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_all(tmp_path, reward) -> None:
+    arguments = flags(tmp_path / "run", reward, max_steps=10**6)
+    with started(2, *arguments) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and read_metrics(metrics.parent)):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        found = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+        subprocess.run(["kill", f"-{signal.SIGTERM.value}", found[-1]], check=True)
+        output, _ = process.communicate(timeout=120)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["interrupted"], output
+    assert (tmp_path / "run" / f"checkpoint-{result['steps']}").exists()
+
+
+def test_what_several_processes_cannot_have_is_one_line(tmp_path, reward) -> None:
+    for others, message in (
+        ({"num_prompts": 1}, "num_prompts: expected one for each of 2 processes, got 1"),
+        ({"loss": "clip_cov"}, "loss: expected one that does not compare the completions"),
+    ):
+        with started(2, *flags(tmp_path / "run", reward, **others)) as process:
+            output, _ = process.communicate(timeout=120)
+        assert process.returncode != 0 and f"error: {message}" in output
+        assert not (tmp_path / "run").exists()
