@@ -26,6 +26,7 @@ from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig, one_line_errors, parse_flags
 from fastgrpo.train.dynamic_sampling import draw_groups
 from fastgrpo.train.load import load_policy, load_tokenizer
+from fastgrpo.train.memory import fitting
 from fastgrpo.train.metrics import Averages, over_updates, rollout_metrics, sampler_gap
 from fastgrpo.train.microbatches import live_completions, micro_batches, step_normalizer
 from fastgrpo.train.model import Policy
@@ -93,8 +94,9 @@ def sample_groups(
     wanted, tries = config.num_prompts, config.resample_flat_groups
     rollout, scores, dropped = draw_groups(draw, prompts, wanted, tries)
     if reference is not None:
-        scoring = (config.max_tokens_per_microbatch, config.temperature, config.backend)
-        rollout = replace(rollout, ref_logps=reference.logps(rollout, *scoring))
+        scoring = (config.temperature, config.backend)
+        found = fitting(config, lambda tokens: reference.logps(rollout, tokens, *scoring))
+        rollout = replace(rollout, ref_logps=found)
     counted = {"groups_resampled": dropped}
     return rollout, scores.metrics() | rollout_metrics(rollout) | counted
 
@@ -108,39 +110,43 @@ def update(
     their size nor on the completions without a gradient, which do not enter the model. The first
     update of a rollout has ratios of 1, and its log-probs are the ``old_logps`` of the next ones.
     """
-    loss, total = config.loss_config(), 0.0
+    loss = config.loss_config()
     normalizer, live = step_normalizer(rollout, loss), live_completions(rollout, loss)
-    averages = Averages(rollout, live)
     logps = torch.full_like(rollout.token_ids, math.nan, dtype=torch.float32)
-    budget = config.max_tokens_per_microbatch
-    for chosen in micro_batches(rollout, live, budget, policy.layout, loss):
-        batch = rollout[chosen]
-        out = fastgrpo.grpo_loss(
-            policy.completion_hidden(batch),
-            policy.head.weight,
-            batch.token_ids,
-            None,
-            batch.advantages,
-            cu_seqlens=batch.cu_seqlens,
-            old_logps=batch.old_logps,
-            ref_logps=batch.ref_logps,
-            sampler_logps=batch.sampler_logps,
-            group_ids_or_size=batch.prompt_index if loss.aggregation == "prompt_mean" else None,
-            normalizer=normalizer,
-            config=loss,
-            temperature=config.temperature,
-            support=batch.support,
-            sparsity=config.sparsity,
-            backend=config.backend,
-            **policy.head.options(),
-        )
-        optimizer.backward(out.loss)
-        total += out.loss.detach()
-        averages.add(out.metrics | sampler_gap(out.logps, batch))
-        logps[rollout.tokens_of(chosen)] = out.logps
+
+    def gradients(max_tokens: int) -> tuple[float, Averages]:
+        total, averages = 0.0, Averages(rollout, live)
+        for chosen in micro_batches(rollout, live, max_tokens, policy.layout, loss):
+            batch = rollout[chosen]
+            out = fastgrpo.grpo_loss(
+                policy.completion_hidden(batch),
+                policy.head.weight,
+                batch.token_ids,
+                None,
+                batch.advantages,
+                cu_seqlens=batch.cu_seqlens,
+                old_logps=batch.old_logps,
+                ref_logps=batch.ref_logps,
+                sampler_logps=batch.sampler_logps,
+                group_ids_or_size=batch.prompt_index if loss.aggregation == "prompt_mean" else None,
+                normalizer=normalizer,
+                config=loss,
+                temperature=config.temperature,
+                support=batch.support,
+                sparsity=config.sparsity,
+                backend=config.backend,
+                **policy.head.options(),
+            )
+            optimizer.backward(out.loss)
+            total += out.loss.detach()
+            averages.add(out.metrics | sampler_gap(out.logps, batch))
+            logps[rollout.tokens_of(chosen)] = out.logps
+        return float(total), averages
+
+    total, averages = fitting(config, gradients, undo=optimizer.clear)
     if rollout.old_logps is None:
         rollout = replace(rollout, old_logps=logps)
-    learning_rate, loss_value = optimizer.learning_rate, ranks.mean(float(total))
+    learning_rate, loss_value = optimizer.learning_rate, ranks.mean(total)
     grad_norm = optimizer.step(loss_value, config.max_grad_norm)
     return rollout, averages.means() | {
         "loss": loss_value,

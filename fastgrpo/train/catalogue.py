@@ -10,6 +10,7 @@ from .arithmetic import arithmetic_task
 from .config import TrainConfig
 from .gsm8k import gsm8k_task
 from .own_data import own_task
+from .reward_process import in_own_process
 from .rewards import Accuracy, load_rewards
 from .scoring import check_rewards
 from .sums import differences_task, sums_task
@@ -26,6 +27,8 @@ def load_task(
     task = own or _named(config, tokenizer)
     if config.reward:
         given = load_rewards(config.reward, config.reward_weight or None)
+        if config.reward_timeout:
+            given = tuple(in_own_process(reward, config.reward_timeout) for reward in given)
         task = dataclasses.replace(task, rewards=given)
     if config.accuracy:
         name, threshold = config.accuracy_threshold()

@@ -58,6 +58,11 @@ class Flags:
         "f(prompts, completions, **columns) -> one number for each completion."
     )
     reward_weight: list[float] = _several("Weight of each reward in their sum; by default 1.")
+    reward_timeout: float = _flag(
+        300.0,
+        "Seconds after which a call of a reward of --reward is given up, and its process killed; "
+        "0 = no process of its own and no limit.",
+    )
     accuracy: str | None = _flag(
         None,
         "REWARD=NUMBER: a held-out completion is right if this reward is at least this number. "

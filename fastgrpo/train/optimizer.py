@@ -100,8 +100,14 @@ class MasterAdamW:
             self.schedule.step()
             with torch.no_grad():
                 copy_all(self.parameters, self.masters)
-        self.adamw.zero_grad()
+        self.clear()
         return norm
+
+    def clear(self) -> None:
+        """Forget the gradients gathered since the last step."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.adamw.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights in fp32, Adam's averages and the place in the schedule."""

@@ -23,11 +23,19 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function with its name in the logs and its weight in the sum."""
+    """A reward function with its name in the logs and its weight in the sum.
+
+    ``file`` is the Python file that it is from, if it is one of the user's.
+    """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
+    file: str | None = None
+
+
+class WrongResult(ValueError):
+    """A reward function returned something else than one number for each completion."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ def load_rewards(paths: Sequence[str], weights: Sequence[float] | None) -> tuple
     names = [path.rpartition(":")[2] for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"reward: expected functions of different names, got {names}")
-    return tuple(map(Reward, names, functions, weights or [1.0] * len(names)))
+    files = [str(Path(path.rpartition(":")[0]).resolve()) for path in paths]
+    return tuple(map(Reward, names, functions, weights or [1.0] * len(names), files))
 
 
 def _function(path: str) -> RewardFunction:
@@ -98,7 +107,12 @@ def _function(path: str) -> RewardFunction:
         raise ValueError(f"reward: expected FILE.py:function, got {path!r}")
     if not Path(file).is_file():
         raise ValueError(f"reward: expected a file at {file}, got none")
-    found = vars(_module(str(Path(file).resolve())))
+    return function_of(str(Path(file).resolve()), name)
+
+
+def function_of(file: str, name: str) -> RewardFunction:
+    """Return a function of a Python file, given by its whole path; ValueError if there is none."""
+    found = vars(_module(file))
     if not callable(found.get(name)):
         functions = sorted(n for n, f in found.items() if inspect.isfunction(f))
         raise ValueError(f"reward: expected one of {functions} of {file}, got {name!r}")

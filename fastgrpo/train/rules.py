@@ -26,6 +26,7 @@ AT_LEAST_0 = (
     "max_steps", "warmup_steps", "eval_size", "eval_every", "learning_rate", "beta", "sparsity",
     "lora_rank", "ref_model_sync_steps", "lr_warmup_steps", "log_completions_every",
     "resample_flat_groups", "seed", "checkpoint_every",
+    "reward_timeout",
 )  # fmt: skip
 POSITIVE = ("temperature", "max_grad_norm", "max_minutes", "lora_alpha")
 FINITE = ("learning_rate", "beta", "temperature", "lora_alpha")
@@ -93,6 +94,8 @@ def _check_task(config: Flags) -> None:
 def _check_combinations(config: Flags) -> None:
     if config.reward_weight and not config.reward:
         raise ValueError("reward_weight: no effect without reward")
+    if _differs(config, "reward_timeout") and not config.reward:
+        raise ValueError("reward_timeout: no effect without reward")
     if not all(map(math.isfinite, config.reward_weight)):
         raise ValueError(f"reward_weight: expected finite numbers, got {config.reward_weight}")
     if config.accuracy is not None and not math.isfinite(config.accuracy_threshold()[1]):

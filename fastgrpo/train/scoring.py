@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rewards import RewardFunction, accepted
+from .reward_process import RewardTimeout
+from .rewards import RewardFunction, WrongResult, accepted
 from .tasks import Example, Task
 
+PATIENCE = 3  # completions of a step for which a reward may hang before the others are left out
 ROUNDING = 1e-12  # of the largest reward: differences of sums in float64 that mean nothing
 
 
@@ -136,6 +138,11 @@ def _ask(
             except Exception as error:
                 errors.append(error)
                 values.append(math.nan)
+            if sum(isinstance(error, RewardTimeout) for error in errors) == PATIENCE:
+                missing = count - len(values)
+                errors += errors[-1:] * missing
+                values += [math.nan] * missing
+                break
         if errors:
             warnings.warn(
                 f"reward {name} raised {errors[0]!r:.200} for {len(errors)} of {count} "
@@ -143,10 +150,6 @@ def _ask(
                 stacklevel=3,
             )
         return values
-
-
-class WrongResult(ValueError):
-    """A reward function returned something else than one number for each completion."""
 
 
 def _numbers(name: str, result: object, count: int) -> list[float | None]:

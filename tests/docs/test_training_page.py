@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -31,7 +32,9 @@ COMMANDS = [
 
 def test_every_flag_on_the_page_exists() -> None:
     known = {field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)}
-    of_the_script = re.sub(r"python -m [^`\n]*", "", PAGE)  # others have flags of their own
+    of_the_script = re.sub(
+        r"(python -m|torchrun) [^`\n]*", "", PAGE
+    )  # others have flags of their own
     named = set(re.findall(r"--([a-z][a-z-]+)", of_the_script)) - {"help"}
     assert named <= known and {"reward", "lora-rank", "loss-option", "preset"} <= named
 
@@ -41,6 +44,9 @@ def test_commands_are_accepted(command: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     functions = BLOCKS["python"] + "\nright = says_it\n"
     (tmp_path / "my_rewards.py").write_text(functions)
+    settings = dataclasses.asdict(TrainConfig())
+    (tmp_path / "runs" / "FOLDER").mkdir(parents=True)
+    (tmp_path / "runs" / "FOLDER" / "settings.json").write_text(json.dumps(settings))
     parse_flags(command.split())
 
 

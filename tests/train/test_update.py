@@ -117,6 +117,9 @@ class _Gathers:
 
     learning_rate = 0.0
 
+    def clear(self) -> None:
+        """Forget nothing."""
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 

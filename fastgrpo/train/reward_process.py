@@ -1,0 +1,126 @@
+"""A reward of the user's in a process of its own, which a hanging call does not survive.
+
+    python -m fastgrpo.train.reward_process FILE NAME FD
+
+answers calls of a file's function on the connection FD: it gets its keyword arguments, and sends
+("result", numbers), ("error", text), or ("wrong", text) for what is no list of numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+from .rewards import Reward, RewardFunction, WrongResult, function_of
+
+
+class RewardError(RuntimeError):
+    """What a reward raised in its process, or that this has ended."""
+
+
+class RewardTimeout(RewardError):
+    """A reward took too long."""
+
+
+def in_own_process(reward: Reward, limit: float) -> Reward:
+    """Return a reward of a file whose function is called in its own process."""
+    function = InOwnProcess(reward.file, reward.name, reward.function, limit)
+    return replace(reward, function=function)
+
+
+class InOwnProcess:
+    """A reward function that is called in a process of its own, for at most `limit` seconds.
+
+    The process starts with the first call, and keeps what the module keeps. It is killed with all
+    that it started when a call takes longer, and a new one starts with the next call. Results are
+    lists of what Python can send.
+    """
+
+    def __init__(self, file: str, name: str, function: RewardFunction, limit: float) -> None:
+        self.file, self.name, self.limit = file, name, limit
+        self.__signature__ = inspect.signature(function)
+        self._connection: Connection | None = None
+        self._end = weakref.finalize(self, lambda: None)
+
+    def __call__(self, **given: Any) -> Any:
+        if self._connection is None:
+            self._start()
+        try:
+            self._connection.send(given)
+            if not self._connection.poll(self.limit):
+                raise RewardTimeout(f"no result after {self.limit:g} seconds")
+            kind, result = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.close()
+            raise RewardError("its process has ended") from error
+        except BaseException:  # also Ctrl-C: the answer to this call must not be that to the next
+            self.close()
+            raise
+        if kind != "result":
+            raise WrongResult(result) if kind == "wrong" else RewardError(result)
+        return result
+
+    def close(self) -> None:
+        """Kill the process and all that it started, if there is one."""
+        self._end()
+        self._connection = None
+
+    @property
+    def pid(self) -> int | None:
+        """The number of the process, if one runs."""
+        return None if self._connection is None else self._process.pid
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, self.file, self.name, str(theirs.fileno())],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is for the training, which ends this process itself
+        )
+        self._process = process
+        theirs.close()
+        self._connection = ours
+        self._end = weakref.finalize(self, _kill, process, ours)
+
+
+def _kill(process: subprocess.Popen, connection: Connection) -> None:
+    connection.close()
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it has ended, and all that it started
+    process.wait()
+
+
+def _serve(file: str, name: str, number: int) -> None:
+    """Answer calls until the other end is closed."""
+    function, connection = function_of(file, name), Connection(number)
+    while True:
+        try:
+            given = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(_answer(name, function(**given)))
+        except Exception as error:
+            connection.send(("error", repr(error)))
+
+
+def _answer(name: str, result: Any) -> tuple[str, Any]:
+    try:
+        values = list(result)
+    except TypeError:
+        return "wrong", f"reward {name}: expected a list of numbers or None, got {result!r:.200}"
+    return "result", [None if value is None else float(value) for value in values]
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))

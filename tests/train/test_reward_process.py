@@ -1,0 +1,137 @@
+"""Rewards of files: what hangs, dies, prints or returns strange things costs one completion."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from fastgrpo.train import scoring
+from fastgrpo.train.reward_process import RewardError, RewardTimeout, in_own_process
+from fastgrpo.train.rewards import Reward, WrongResult, load_rewards
+from fastgrpo.train.scoring import score
+from fastgrpo.train.tasks import Example, Task
+
+FILE = """
+import os, subprocess, sys, time
+import numpy as np
+
+calls = []
+
+def faulty(completions):
+    calls.append(completions)
+    for text in completions:
+        if text == "hangs":
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            time.sleep(600)
+        if text == "dies":
+            os.kill(os.getpid(), 9)
+        if text == "raises":
+            raise KeyError("no")
+        if text == "prints":
+            print("out"), print("err", file=sys.stderr)
+        if text == "forks" and not os.fork():
+            os._exit(0)
+    strange = {"none": None, "nan": float("nan"), "numpy": np.float32(2)}
+    return [strange.get(text, 1) for text in completions]
+
+def process(completions):
+    return [os.getpid()]
+
+def number(completions):
+    return 3.0
+
+def tensor(completions):
+    import torch
+    return torch.ones(len(completions))
+"""
+
+
+@pytest.fixture
+def file(tmp_path) -> str:
+    (tmp_path / "own.py").write_text(FILE)
+    return str(tmp_path / "own.py")
+
+
+def rewards(file: str, name: str, limit: float = 20.0) -> Reward:
+    (reward,) = load_rewards([f"{file}:{name}"], None)
+    return in_own_process(reward, limit)
+
+
+def scores(reward: Reward, completions: list[str]) -> list[float]:
+    examples = [Example("")] * len(completions)
+    return score(Task("t", examples, [], (reward,)), examples, completions).rewards.tolist()
+
+
+def alive(group: int) -> list[str]:
+    """The processes of a group that have not ended; those that nobody has waited for have."""
+    lines = subprocess.check_output(["ps", "-eo", "pgid,stat"], text=True).splitlines()[1:]
+    return [line for line in lines if int(line.split()[0]) == group and "Z" not in line]
+
+
+def test_each_fault_costs_one_completion(file) -> None:
+    reward = rewards(file, "faulty")
+    with pytest.warns(UserWarning, match=r"faulty raised RewardError\(.KeyError.* for 1 of 3"):
+        found = scores(reward, ["right", "raises", "right"])
+    assert found == pytest.approx([1, float("nan"), 1], nan_ok=True)
+    with pytest.warns(UserWarning, match="its process has ended.* for 1 of 3"):
+        found = scores(reward, ["right", "dies", "right"])
+    assert found == pytest.approx([1, float("nan"), 1], nan_ok=True)
+    found = scores(reward, ["prints", "forks", "none", "nan", "numpy"])
+    assert found == pytest.approx([1, 1, float("nan"), float("nan"), 2], nan_ok=True)
+
+
+def test_what_hangs_is_killed_with_its_children(file) -> None:
+    reward = rewards(file, "faulty", limit=20.0)
+    assert scores(reward, ["right"]) == [1]
+    group = reward.function.pid
+    assert alive(group)
+    reward.function.limit = 1.0
+    with pytest.raises(RewardTimeout, match="no result after 1 seconds"):
+        reward.function(completions=["hangs"])
+    deadline = time.monotonic() + 10
+    while alive(group):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    reward.function.limit = 20.0
+    assert scores(reward, ["right"]) == [1]
+
+
+def test_a_reward_that_always_hangs_is_not_waited_for_again_and_again(monkeypatch) -> None:
+    calls = []
+
+    def hangs(completions: list[str]) -> list[float]:
+        calls.append(completions)
+        raise RewardTimeout("no result")
+
+    with pytest.warns(UserWarning, match="for 9 of 9 completions"):
+        found = scores(Reward("hangs", hangs), ["text"] * 9)
+    assert len(found) == 9 and len(calls) == 1 + scoring.PATIENCE
+
+
+def test_a_process_keeps_its_module_and_ends_with_its_reward(file) -> None:
+    reward = rewards(file, "process")
+    first, second = (reward.function(completions=["a"]) for _ in range(2))
+    assert first == second != [os.getpid()]
+    assert reward.function.pid == first[0]
+    del reward
+    gc.collect()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(first[0]), 0)
+
+
+def test_what_is_no_list_of_numbers_ends_the_run(file) -> None:
+    with pytest.raises(WrongResult, match="number: expected a list of numbers or None, got 3.0"):
+        scores(rewards(file, "number"), ["a"])
+    assert scores(rewards(file, "tensor"), ["a", "b"]) == [1, 1]
+
+
+def test_a_file_that_is_gone_is_an_error_of_the_reward(file) -> None:
+    reward = rewards(file, "faulty")
+    Path(file).unlink()
+    with pytest.raises(RewardError, match="its process has ended"):
+        reward.function(completions=["a"])
