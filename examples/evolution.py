@@ -16,9 +16,7 @@ happens where many directions matter.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Literal
@@ -27,6 +25,7 @@ import torch
 import torch.distributed as dist
 from transformers import HfArgumentParser, set_seed
 
+from fastgrpo.train import ranks
 from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.evolution import Evolution, searched
 from fastgrpo.train.fitness import mean_reward
@@ -114,7 +113,7 @@ def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None
 
 def score_candidates(search: Evolution, run: Run, examples: list[Example]) -> torch.Tensor:
     """Return the scores of this step's candidates, (2 * num_pairs,), from all processes."""
-    rank, processes = place()
+    rank, processes = ranks.rank(), ranks.count()
     candidates, length = search.candidates(), run.config.max_completion_length
     scores = torch.zeros(len(candidates))
     for i in range(rank, len(candidates), processes):
@@ -124,11 +123,6 @@ def score_candidates(search: Evolution, run: Run, examples: list[Example]) -> to
         # Every score comes from one process and is 0 in the others: the sum is exact.
         dist.all_reduce(scores)
     return scores
-
-
-def place() -> tuple[int, int]:
-    """Return this process's rank and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def digest(policy: Policy) -> str:
@@ -141,7 +135,7 @@ def digest(policy: Policy) -> str:
 
 def compare_weights(policy: Policy, config: EvolutionConfig) -> None:
     """Raise RuntimeError unless all processes hold the same bits; print what was exchanged."""
-    rank, processes = place()
+    rank, processes = ranks.rank(), ranks.count()
     digests: list[str] = [""] * processes
     dist.all_gather_object(digests, digest(policy))
     if len(set(digests)) > 1:
@@ -171,17 +165,7 @@ def main(config: EvolutionConfig) -> int:
     return run.exit_code
 
 
-def main_of_several(config: EvolutionConfig) -> int:
-    """Run `main` in one of torchrun's processes; only the first one leaves a run folder."""
-    dist.init_process_group("gloo")
-    with tempfile.TemporaryDirectory() as scratch:
-        if dist.get_rank() > 0:
-            config.output_dir = scratch
-        exit_code = main(config)
-    dist.destroy_process_group()
-    return exit_code
-
-
 if __name__ == "__main__":
     settings = HfArgumentParser(EvolutionConfig).parse_args_into_dataclasses()[0]
-    sys.exit(main_of_several(settings) if "WORLD_SIZE" in os.environ else main(settings))
+    with ranks.processes():
+        sys.exit(main(settings))

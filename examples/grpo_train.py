@@ -63,7 +63,7 @@ def train(run: Run, policy: Policy, task: Task, config: TrainConfig) -> None:
             rollout, found = update(policy, optimizer, rollout, config)
             updates.append(found)
         metrics |= over_updates(updates)
-        run.log(step, metrics, tokens=len(rollout.token_ids))
+        run.log(step, metrics, tokens=sum(ranks.gathered(len(rollout.token_ids))))
         run.watch(step, metrics, rollout)
     run.after = run.evaluate("After")
 

@@ -162,7 +162,6 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
         """Log a step with its speed, and every ``eval_every`` steps the held-out accuracy."""
-        tokens = sum(ranks.gathered(tokens))
         metrics = metrics | {"tokens_per_s": tokens / (time.perf_counter() - self._began)}
         if self.config.eval_every and step % self.config.eval_every == 0:
             with suppress(KeyboardInterrupt):  # raised again before the next step

@@ -334,7 +334,9 @@ def test_two_processes_end_with_the_weights_of_one(example, tmp_path) -> None:
     assert "exchanged a step: 24 bytes of scores" in done.stdout
     weights = [tmp_path / name / "checkpoint" / "model.safetensors" for name in ("one", "two")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    files = ["checkpoint", "metrics.jsonl", "result.json", "reward.png", "samples.md"]
+    files = [
+        "checkpoint", "metrics.jsonl", "result.json", "reward.png", "samples.md", "settings.json"
+    ]  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == files
 
 
