@@ -2,7 +2,8 @@
 
     config, flags, rules, defaults, the flags
     loss_flags
-    tasks, rewards, scoring         prompts, and what their completions are worth
+    tasks, rewards, scoring,        prompts, and what their completions are worth
+    reward_process
     catalogue, arithmetic, sums,    the tasks by name, and a file of one's own
     gsm8k, own_data, data, chat,
     stated_number
@@ -12,15 +13,17 @@
     kv_cache, dynamic_sampling
     warmup                          the supervised start
     microbatches, layouts,          what enters the model, and how prompts and completions stand
-    attention
+    attention, packed_row, memory
     optimizer, reference            the step, and the policy that the KL holds on to
     evaluation                      greedy accuracy
-    run, metrics, samples,          what a run writes and warns of, and how it ends
-    stalled, report, checkpoint,
-    interrupt
+    run, run_folder, metrics,       what a run writes and warns of, and how it ends
+    samples, stalled, not_finite,
+    report, interrupt
+    checkpoint, random_state        what it goes on from
+    ranks                           several processes
     evolution, fitness              REINFORCE over parameters: ``examples/evolution.py``
 
-Left out of the loop: several processes (torchrun, FSDP), resuming, inference engines.
+Left out of the loop: sharded models (FSDP), inference engines.
 """
 
 from importlib.util import find_spec
