@@ -70,7 +70,9 @@ def own_logps(model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0
     logits = own_logits(model, rollout) / temperature
     if rollout.support is not None:
         kept = torch.zeros_like(logits, dtype=torch.bool)
-        kept[rows_of_entries(rollout.support.cu), rollout.support.ids] = True
+        kept[rows_of_entries(rollout.support.cu, len(rollout.support.ids)), rollout.support.ids] = (
+            True
+        )
         logits = logits.masked_fill(~whole_where_nothing(kept), -torch.inf)
     return logits.log_softmax(-1).gather(-1, rollout.token_ids[:, None])[:, 0]
 
