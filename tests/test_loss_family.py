@@ -314,6 +314,22 @@ def test_metrics_keep_their_digits_near_on_policy():
         assert out.metrics[name].item() == pytest.approx(5e-9, rel=2e-2)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_takes_the_default_dtype(preset):
+    """Its gradient would be of another dtype than the logits."""
+    batch, config = make_batch(sequences=12), oracle.config_of(preset)
+    options = {"group_ids_or_size": groups_of(batch, config)}
+    torch.manual_seed(0)  # clip_cov draws
+    wanted = oracle.fused(batch, config, **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        actual = oracle.fused(batch, config, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert actual[0].loss == wanted[0].loss and torch.equal(actual[1], wanted[1])
+
+
 def test_numbers_do_not_take_the_default_dtype():
     batch = make_batch(sequences=12)
     config = config_of("ppo_clip", "token", correction="token_tis")

@@ -30,6 +30,7 @@ def read_jsonl(path: str, example: Callable[[dict[str, Any]], Example]) -> list[
                 row = json.loads(text)
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, got {text[:80]!r}")
+                _check_characters(row)
                 examples.append(example(row))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}, line {number}: expected UTF-8, got {error}") from error
@@ -40,6 +41,18 @@ def read_jsonl(path: str, example: Callable[[dict[str, Any]], Example]) -> list[
     if not examples:
         raise ValueError(f"{path}: expected at least one example, got an empty file")
     return examples
+
+
+def _check_characters(row: dict[str, Any]) -> None:
+    r"""Raise ValueError for half of a surrogate pair (\ud83d alone), which no tokenizer reads."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = text[max(0, error.start - 20) : error.end + 20]
+        raise ValueError(
+            f"expected whole characters, got half of a surrogate pair in {shown!r}"
+        ) from error
 
 
 def text_field(row: dict[str, Any], name: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.advantages.groups import LARGEST_REWARD
+
 from .reward_process import RewardTimeout
 from .rewards import RewardFunction, WrongResult, accepted
 from .tasks import Example, Task
@@ -55,7 +57,7 @@ def score(task: Task, examples: Sequence[Example], completions: Sequence[str]) -
     """Return the rewards of one completion for each example.
 
     The sum leaves out rewards that are None for a completion. A completion cannot be scored if a
-    reward raises, is NaN or is infinite for it, or if all are None. Raises ValueError for a reward
+    reward raises, is NaN or beyond 1e15 for it, or if all are None. Raises ValueError for a reward
     that takes what the data have not, or returns anything but one number for each completion.
     """
     given = _given(task, examples, completions)
@@ -66,10 +68,11 @@ def score(task: Task, examples: Sequence[Example], completions: Sequence[str]) -
         values = _ask(reward.name, reward.function, given, len(examples))
         none = torch.tensor([value is None for value in values], dtype=torch.bool)
         numbers = torch.tensor([0.0 if v is None else v for v in values], dtype=torch.float64)
-        broken |= ~numbers.isfinite()
+        foreign = ~(numbers.abs() <= LARGEST_REWARD)  # NaN too
+        broken |= foreign
         applies |= ~none
         total += reward.weight * numbers
-        by_reward[reward.name] = numbers.masked_fill(none | ~numbers.isfinite(), math.nan)
+        by_reward[reward.name] = numbers.masked_fill(none | foreign, math.nan)
     return Scores(total.masked_fill(broken | ~applies, math.nan), by_reward)
 
 

@@ -49,7 +49,8 @@ def clip(x, low, high):
 @jit
 def outside(x, low, high):
     """-1 below, 1 above, 0 within the bounds."""
-    return tl.where(x > high, 1.0, tl.where(x < low, -1.0, 0.0))
+    zero = tl.zeros_like(x)
+    return tl.where(x > high, zero + 1.0, tl.where(x < low, zero - 1.0, zero))
 
 
 @jit

@@ -109,9 +109,12 @@ def test_the_sum_is_weighted_and_leaves_out_what_does_not_apply() -> None:
 
 def test_unscorable_completions_do_not_reach_the_group() -> None:
     def judge(completion: str, answer: str) -> float | None:
-        return {"raise": lambda: 1 / 0, "none": lambda: None, "inf": lambda: math.inf}.get(
-            completion, lambda: float(completion)
-        )()
+        return {
+            "raise": lambda: 1 / 0,
+            "none": lambda: None,
+            "inf": lambda: math.inf,
+            "far": lambda: -2e15,
+        }.get(completion, lambda: float(completion))()
 
     completions = ["1", "raise", "0", "none", "nan", "inf", "junk", "1"]
     with pytest.warns(UserWarning, match=r"ZeroDivisionError.* for 2 of 8 .*unscorable"):
@@ -119,6 +122,7 @@ def test_unscorable_completions_do_not_reach_the_group() -> None:
     assert rewards.isnan().tolist() == [False, True, False, True, True, True, True, False]
     advantages = group_advantages(centred(rewards.double(), 4), 4)
     assert torch.equal(advantages[:4].sign(), torch.tensor([1.0, 0.0, -1.0, 0.0]))
+    assert math.isnan(*rewards_of(one_by_one(judge), ["far"]))
     assert not advantages[4:].any()  # one scored completion alone has nothing to be compared with
 
 

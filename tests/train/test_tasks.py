@@ -166,6 +166,52 @@ def test_gsm8k_prompts_and_split(tmp_path) -> None:
     assert chat_prompt(tokenizer, gsm8k.messages("q")) == f"[user]{gsm8k.SYSTEM_PROMPT}\n\nq"
 
 
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}"
+            "{% endfor %}",
+            "[user]be brief\n\nq",
+        ),
+        (
+            "{% for m in messages %}[{{ m.role }}]{% for c in m.content %}{{ c.text }}{% endfor %}"
+            "{% endfor %}",
+            "[system]be brief[user]q",
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{% for c in m.content %}{{ c.text }}"
+            "{% endfor %}{% endif %}{% endfor %}",
+            "be brief\n\nq",
+        ),
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}", None),
+        ("[user]", ""),
+        ("{{ raise_exception('no') }}", ""),
+    ],
+    ids=["passes over", "parts", "parts alone", "trims", "keeps nothing", "refuses"],
+)
+def test_a_template_keeps_every_message(template: str, prompt: str | None) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = template
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": " q"}]
+    if prompt == "":
+        with pytest.raises(ValueError, match="chat template that keeps|template takes: no"):
+            chat_prompt(tokenizer, messages)
+    else:
+        found = chat_prompt(tokenizer, messages)
+        assert found.replace(" ", "") == (prompt or "[system]be brief[user]q").replace(" ", "")
+
+
+def test_half_of_a_surrogate_pair_is_found_when_it_is_read(tmp_path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        '{"question": "\\ud83d\\ude00", "answer": "#### 1"}\n'
+        '{"question": "a \\ud83d", "answer": "#### 1"}\n'
+    )
+    with pytest.raises(ValueError, match="line 2: expected whole characters, got half of a surr"):
+        gsm8k.read_examples(str(path), character_tokenizer())
+
+
 def test_the_dataset_itself_is_read_whole() -> None:
     folder = ROOT.parent / "shared" / "data" / "gsm8k"
     if not folder.exists():

@@ -123,7 +123,8 @@ def test_entry_logits(name, slots, dtype):
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("hidden_size", [1, 72])
-def test_bag_sum(impl, hidden_size, table_dtype, out_dtype, monkeypatch):
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_bag_sum(impl, hidden_size, table_dtype, out_dtype, transposed, monkeypatch):
     monkeypatch.setattr("fastgrpo.torch_kernels.sparse_entries.BLOCK", 700)  # several blocks
     bags, rows = 23, 57
     lengths = torch.randint(0, 9, (bags,))
@@ -133,6 +134,7 @@ def test_bag_sum(impl, hidden_size, table_dtype, out_dtype, monkeypatch):
     index = torch.randint(rows, (int(bounds[-1]),))
     coef, table = torch.randn(len(index)), torch.randn(rows, hidden_size).to(table_dtype)
     out = torch.randn(bags, hidden_size).to(out_dtype)
+    out = out.t().contiguous().t() if transposed else out
     before = out.clone()
     impl.bag_sum(out, table, index, coef, bounds)
     wanted = before.double()
