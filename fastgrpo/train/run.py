@@ -237,3 +237,6 @@ class Run:
             print(f"held-out before: {self.before}; after: {self.after} ({seconds:.0f} s)")
         print(f"{'interrupted, saved' if interrupted else 'saved'} in {self.folder}")
         sys.stdout.flush()
+        if error is None:
+            # The first is still writing, and torchrun ends it when another has ended by a signal.
+            ranks.gathered(None)

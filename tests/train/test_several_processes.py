@@ -25,6 +25,15 @@ FLAGS = {
     "learning_rate": 1e-3, "lr_warmup_steps": 1, "checkpoint_every": 2, "beta": 0.0,
 }  # fmt: skip
 TIMES = {"tokens_per_s", "eval_seconds"}
+SLOW = """
+import runpy, sys, time
+from fastgrpo.train import checkpoint
+
+write = checkpoint._write_model
+checkpoint._write_model = lambda *given: (time.sleep(3), write(*given))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +44,10 @@ def reward(tmp_path_factory) -> Path:
     return path
 
 
-def started(processes: int, *arguments: object) -> subprocess.Popen:
-    """The script in so many processes."""
+def started(processes: int, *arguments: object, before: tuple[str, ...] = ()) -> subprocess.Popen:
+    """The script in so many processes, run by another that stands ``before`` it."""
     (python, *rest), environment = command(*arguments)
+    rest = [*before, *rest]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     line = [python, *(torchrun if processes > 1 else ()), *rest]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -108,8 +118,10 @@ def test_two_processes_go_on_as_two_or_as_one(tmp_path, reward) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_ends_all(tmp_path, reward) -> None:
-    arguments = flags(tmp_path / "run", reward, max_steps=10**6)
-    with started(2, *arguments) as process:
+    """While the first writes the other must not end: torchrun would then kill the first."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    arguments = flags(tmp_path / "run", reward, max_steps=10**6, checkpoint_every=0)
+    with started(2, *arguments, before=(str(tmp_path / "slow.py"),)) as process:
         metrics = tmp_path / "run" / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while not (metrics.exists() and read_metrics(metrics.parent)):
@@ -120,7 +132,7 @@ def test_a_signal_to_one_process_ends_all(tmp_path, reward) -> None:
         output, _ = process.communicate(timeout=120)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["interrupted"], output
-    assert (tmp_path / "run" / f"checkpoint-{result['steps']}").exists()
+    assert (tmp_path / "run" / f"checkpoint-{result['steps']}").exists(), output
 
 
 def test_what_several_processes_cannot_have_is_one_line(tmp_path, reward) -> None:
