@@ -2,8 +2,9 @@
 
     python -m fastgrpo.train.reward_process FILE NAME FD
 
-answers calls of a file's function on the connection FD: it gets its keyword arguments, and sends
-("result", numbers), ("error", text), or ("wrong", text) for what is no list of numbers.
+sends ("ready", None) on the connection FD, and then answers calls of a file's function: it gets its
+keyword arguments, and sends ("result", numbers), ("error", text), or ("wrong", text) for what is no
+list of numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from .rewards import Reward, RewardFunction, WrongResult, function_of
+
+STARTING = 600.0  # seconds that Python, this package and the file may take
 
 
 class RewardError(RuntimeError):
@@ -40,7 +43,7 @@ class InOwnProcess:
 
     The process starts with the first call, and keeps what the module keeps. It is killed with all
     that it started when a call takes longer, and a new one starts with the next call. Results are
-    lists of what Python can send.
+    lists of what Python can send. The time until the file has been run is not the call's.
     """
 
     def __init__(self, file: str, name: str, function: RewardFunction, limit: float) -> None:
@@ -50,13 +53,11 @@ class InOwnProcess:
         self._end = weakref.finalize(self, lambda: None)
 
     def __call__(self, **given: Any) -> Any:
-        if self._connection is None:
-            self._start()
         try:
+            if self._connection is None:
+                self._start()
             self._connection.send(given)
-            if not self._connection.poll(self.limit):
-                raise RewardTimeout(f"no result after {self.limit:g} seconds")
-            kind, result = self._connection.recv()
+            kind, result = self._received(self.limit)
         except (EOFError, OSError) as error:
             self.close()
             raise RewardError("its process has ended") from error
@@ -89,6 +90,12 @@ class InOwnProcess:
         theirs.close()
         self._connection = ours
         self._end = weakref.finalize(self, _kill, process, ours)
+        self._received(STARTING)
+
+    def _received(self, limit: float) -> tuple[str, Any]:
+        if not self._connection.poll(limit):
+            raise RewardTimeout(f"no result after {limit:g} seconds")
+        return self._connection.recv()
 
 
 def _kill(process: subprocess.Popen, connection: Connection) -> None:
@@ -103,6 +110,7 @@ def _kill(process: subprocess.Popen, connection: Connection) -> None:
 def _serve(file: str, name: str, number: int) -> None:
     """Answer calls until the other end is closed."""
     function, connection = function_of(file, name), Connection(number)
+    connection.send(("ready", None))
     while True:
         try:
             given = connection.recv()

@@ -101,6 +101,11 @@ def test_what_hangs_is_killed_with_its_children(file) -> None:
     assert scores(reward, ["right"]) == [1]
 
 
+def test_the_start_of_the_process_is_not_the_time_of_a_call(file) -> None:
+    """Python and this package need longer."""
+    assert scores(rewards(file, "faulty", limit=0.5), ["right"]) == [1]
+
+
 def test_a_reward_that_always_hangs_is_not_waited_for_again_and_again(monkeypatch) -> None:
     calls = []
 
