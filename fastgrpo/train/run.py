@@ -118,7 +118,7 @@ class Run:
         ranks.copy_first(self.policy.model.parameters())
         if ranks.rank() > 0:
             torch.manual_seed(self.config.seed + ranks.rank())
-        self._optimizer, self._others = optimizer, {"prompts": prompts}
+        self._others = {"prompts": prompts}
         if reference is not None:
             self._others["reference"] = reference
         if self.state is not None:
@@ -128,6 +128,7 @@ class Run:
             states = self.state["random"]
             if len(states) == ranks.count():
                 set_random_state(states[ranks.rank()])
+        self._optimizer = optimizer
 
     def steps(self, count: int, title: str) -> Iterator[int]:
         """Yield 1 to ``count`` with a progress bar, or fewer when ``max_minutes`` have passed.
@@ -229,7 +230,8 @@ class Run:
             interrupted=interrupted,
             error=None if error is None else repr(error),
         )
-        if ranks.rank() == 0:
+        # A run that fails before it has its weights again keeps the model that it has.
+        if ranks.rank() == 0 and (self.state is None or self._optimizer is not None):
             save_checkpoint(self.policy, self.folder / "checkpoint")
         if self._saved < self.step and not ended and self._can_go_on(error):
             self._save_training()

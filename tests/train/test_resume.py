@@ -246,6 +246,19 @@ def test_metrics_that_are_gone_are_missed(script, cut, capsys) -> None:
     assert "resume: expected 3 lines in" in error
 
 
+def test_a_run_that_fails_before_it_goes_on_keeps_its_model(script, cut, monkeypatch) -> None:
+    trained = load_file(cut / "checkpoint" / "model.safetensors")
+
+    def full(*_) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(script.MasterAdamW, "load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        script.main(TrainConfig(resume=str(cut)))
+    kept = load_file(cut / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(trained[name], kept[name]) for name in trained)
+
+
 def test_two_runs_do_not_share_a_folder(script, cut, capsys, monkeypatch) -> None:
     train, errors = script.train, []
 
