@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import warnings
 
+from . import ranks
 from .completions import Rollout
 
 STEPS = 5
 
 
 class Stalled:
-    """Counts steps without any advantage, and warns at the fifth in a row why there is none."""
+    """Counts steps without any advantage in all processes; warns at the fifth in a row why."""
 
     def __init__(self, steps: int = 0) -> None:
         self.steps = steps
 
     def watch(self, rollout: Rollout) -> None:
         """Take note of a step's rewards and advantages."""
-        self.steps = 0 if bool((rollout.advantages != 0).any()) else self.steps + 1
+        live = any(ranks.gathered(bool((rollout.advantages != 0).any())))
+        self.steps = 0 if live else self.steps + 1
         if self.steps == STEPS:
             warnings.warn(
                 f"{STEPS} steps in a row without any advantage: {why(rollout)}", stacklevel=2

@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from fastgrpo.train import ranks
 from fastgrpo.train import run as runs
 from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.config import TrainConfig
@@ -184,3 +185,11 @@ def test_tensorboard_gets_every_metric_that_is_a_number(tmp_path) -> None:
     events.Reload()
     assert events.Tags()["scalars"] == ["reward"]
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.5), (2, 0.75)]
+
+
+def test_an_advantage_in_another_process_counts(rollout, monkeypatch) -> None:
+    monkeypatch.setattr(ranks, "gathered", lambda item: [item, True])
+    flat, stalled = with_rewards(rollout, [0.0] * 12), Stalled()
+    with warnings.catch_warnings(action="error"):
+        for _ in range(STEPS):
+            stalled.watch(flat)
