@@ -124,10 +124,9 @@ def _serve(file: str, name: str, number: int) -> None:
 
 def _answer(name: str, result: Any) -> tuple[str, Any]:
     try:
-        values = list(result)
+        return "result", [None if value is None else float(value) for value in result]
     except TypeError:
         return "wrong", f"reward {name}: expected a list of numbers or None, got {result!r:.200}"
-    return "result", [None if value is None else float(value) for value in values]
 
 
 if __name__ == "__main__":

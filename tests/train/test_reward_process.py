@@ -45,6 +45,9 @@ def process(completions):
 def number(completions):
     return 3.0
 
+def lists(completions):
+    return [[1.0] for _ in completions]
+
 def tensor(completions):
     import torch
     return torch.ones(len(completions))
@@ -132,6 +135,8 @@ def test_a_process_keeps_its_module_and_ends_with_its_reward(file) -> None:
 def test_what_is_no_list_of_numbers_ends_the_run(file) -> None:
     with pytest.raises(WrongResult, match="number: expected a list of numbers or None, got 3.0"):
         scores(rewards(file, "number"), ["a"])
+    with pytest.raises(WrongResult, match="lists: expected a list of numbers or None, got"):
+        scores(rewards(file, "lists"), ["a"])
     assert scores(rewards(file, "tensor"), ["a", "b"]) == [1, 1]
 
 
