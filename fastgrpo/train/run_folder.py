@@ -49,6 +49,8 @@ def check_output_dir(output_dir: str | None) -> None:
             f"output_dir: expected a folder without a run, got {output_dir}; --resume {output_dir} "
             "goes on with that run"
         )
+    if output_dir is not None and checkpoints(folder):  # older ones would be removed
+        raise ValueError(f"output_dir: expected a folder without checkpoints, got {output_dir}")
 
 
 def write_settings(folder: Path, config: Any) -> None:

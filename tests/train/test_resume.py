@@ -204,6 +204,13 @@ def test_a_folder_with_a_run_is_not_used_again(script, cut, capsys) -> None:
     assert files == sorted(cut.rglob("*"))
 
 
+def test_a_folder_with_checkpoints_of_others_is_not_used(script, tmp_path, capsys) -> None:
+    """Such as those of transformers' Trainer, which have the same names."""
+    (tmp_path / "checkpoint-500").mkdir()
+    error = refused(script, capsys, TrainConfig(**RUN, output_dir=str(tmp_path)))
+    assert "output_dir: expected a folder without checkpoints" in error
+
+
 def test_a_run_that_has_ended_does_not_go_on(script, cut, capsys) -> None:
     script.main(TrainConfig(resume=str(cut)))
     assert "has ended after its last step" in refused(script, capsys, TrainConfig(resume=str(cut)))
