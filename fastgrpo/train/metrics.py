@@ -118,7 +118,7 @@ class Averages:
 
 def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for part in parts for name in part)
-    return {name: math.fsum(part.get(name, 0) for part in parts) for name in names}
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
 
 
 def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -7,7 +7,6 @@ process is rank 0 of 1, and nothing here communicates.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -78,7 +77,7 @@ def gathered(item: Item) -> list[Item]:
 
 def mean(number: float) -> float:
     """Return the mean of a number over the processes."""
-    return math.fsum(gathered(number)) / count()
+    return sum(gathered(number)) / count()
 
 
 def part(items: Sequence[Item]) -> Sequence[Item]:

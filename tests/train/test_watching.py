@@ -193,3 +193,9 @@ def test_an_advantage_in_another_process_counts(rollout, monkeypatch) -> None:
     with warnings.catch_warnings(action="error"):
         for _ in range(STEPS):
             stalled.watch(flat)
+
+
+def test_infinite_losses_of_two_processes_have_a_mean(monkeypatch) -> None:
+    """The step is then skipped, where math.fsum would raise."""
+    monkeypatch.setattr(ranks, "gathered", lambda item: [item, -item])
+    assert math.isnan(ranks.mean(math.inf))
