@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 import fastgrpo
@@ -74,7 +75,12 @@ def sample_groups(
     """Return completions of prompts with their advantages, and the step's first metrics."""
     policy, config, group = run.policy, run.config, run.config.num_generations
 
-    def draw(examples: list[Example], attempt: int) -> tuple[Rollout, Scores]:
+    def prompts_of(examples: list[Example]) -> tuple[Tensor, ...]:
+        return encode(policy, [e.prompt for e in examples])
+
+    def draw(
+        examples: list[Example], before: list[Example], attempt: int
+    ) -> tuple[Rollout, Scores]:
         sampling = Sampling(
             config.max_completion_length,
             config.temperature,
@@ -82,8 +88,9 @@ def sample_groups(
             config.top_p,
             config.min_p,
             seed=(config.seed, step, attempt),
+            before=prompts_of(before),
         )
-        rollout = run.sampler.sample(encode(policy, [e.prompt for e in examples]), group, sampling)
+        rollout = run.sampler.sample(prompts_of(examples), group, sampling)
         each = [e for e in examples for _ in range(group)]
         scores = score(run.task, each, texts(policy, rollout))
         rewards = centred(scores.rewards, group).to(rollout.lengths.device)

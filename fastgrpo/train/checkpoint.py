@@ -85,7 +85,7 @@ def whole(folder: Path) -> Iterator[Path]:
     written.mkdir(parents=True)
     try:
         yield written
-        for path in written.rglob("*"):
+        for path in (written, *written.rglob("*")):
             _sync(path)
     except BaseException:
         shutil.rmtree(written, ignore_errors=True)

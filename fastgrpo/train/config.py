@@ -79,7 +79,11 @@ class TrainConfig(Flags):
 
 def parse_flags(arguments: Sequence[str] | None = None) -> TrainConfig:
     """Return the settings of a command line; a wrong one ends the process with one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     with one_line_errors():
+        flags = [a for a in arguments if a.startswith("--")]
+        if any(a.partition("=")[0] == "--resume" for a in flags) and len(flags) > 1:
+            raise ValueError(f"resume: expected no flag beside it, got {' '.join(flags)}")
         about = "Train by GRPO; docs/training.md says more about each setting."
         parser = HfArgumentParser(TrainConfig, description=about, formatter_class=HelpFormatter)
         parser.error = _error

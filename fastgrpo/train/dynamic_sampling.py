@@ -10,8 +10,9 @@ from .completions import Rollout, concatenate
 from .scoring import Scores
 from .tasks import Example
 
-# (prompts, number of the try) -> their rollout with advantages, and its scores
-Draw = Callable[[list[Example], int], tuple[Rollout, Scores]]
+# (prompts, those before them in other processes, number of the try) -> their rollout with
+# advantages, and its scores
+Draw = Callable[[list[Example], list[Example], int], tuple[Rollout, Scores]]
 
 
 def draw_groups(
@@ -27,12 +28,15 @@ def draw_groups(
     """
     kept, scores, missing, dropped = [], [], len(ranks.part(range(num_prompts))), 0
     for attempt in range(tries + 1):
-        examples = _next(prompts, missing)
-        if examples is None:
+        counts = ranks.gathered(missing)
+        following = list(islice(prompts, sum(counts)))
+        if not following:
             break
-        if not examples:
+        start = sum(counts[: ranks.rank()])
+        if not missing:
             continue
-        rollout, found = draw(examples, attempt)
+        before, examples = following[:start], following[start : start + missing]
+        rollout, found = draw(examples, before, attempt)
         scores.append(found)
         live = rollout.live_groups
         if attempt < tries and not live.all():
@@ -43,11 +47,3 @@ def draw_groups(
     scores = Scores.joined(ranks.gathered(Scores.joined(scores)))
     batch = concatenate([part for part in kept if len(part)])
     return batch, scores, sum(ranks.gathered(dropped))
-
-
-def _next(prompts: Iterator[Example], count: int) -> list[Example] | None:
-    """Return the next ``count`` prompts for this process; None if no process needs any."""
-    counts = ranks.gathered(count)
-    following = list(islice(prompts, sum(counts)))
-    start = sum(counts[: ranks.rank()])
-    return following[start : start + count] if following else None

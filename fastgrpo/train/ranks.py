@@ -59,6 +59,11 @@ def check(config: Flags) -> None:
         raise ValueError(
             f"num_prompts: expected one for each of {count()} processes, got {config.num_prompts}"
         )
+    if count() > 1 and config.loss_config().aggregation == "token_sum":
+        raise ValueError(
+            f"loss: expected one that takes a mean, as {count()} processes average their gradients,"
+            f" got {config.loss}, a sum over tokens"
+        )
     if count() > 1 and config.loss_config().compares_sequences:
         raise ValueError(
             f"loss: expected one that does not compare the completions of a batch, which lie in "

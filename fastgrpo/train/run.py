@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -216,25 +216,28 @@ class Run:
         return noted and (error is None or ranks.count() == 1)
 
     def _save(self, error: BaseException | None, interrupted: bool) -> None:
+        """Save report, training and model; one that fails does not keep the others from it."""
         ended = self.after is not None and self.step == self.config.max_steps
         seconds = self._earlier + time.perf_counter() - self._start
-        write_report(
-            self.folder,
-            self.config,
-            self._log.rows,
-            self.before,
-            self.after,
-            task=self.task.name,
-            seconds=seconds,
-            whole=ended,
-            interrupted=interrupted,
-            error=None if error is None else repr(error),
-        )
-        # A run that fails before it has its weights again keeps the model that it has.
-        if ranks.rank() == 0 and (self.state is None or self._optimizer is not None):
-            save_checkpoint(self.policy, self.folder / "checkpoint")
-        if self._saved < self.step and not ended and self._can_go_on(error):
-            self._save_training()
+        with ExitStack() as last_first:
+            # A run that fails before it has its weights again keeps the model that it has.
+            if ranks.rank() == 0 and (self.state is None or self._optimizer is not None):
+                last_first.callback(save_checkpoint, self.policy, self.folder / "checkpoint")
+            if self._saved < self.step and not ended and self._can_go_on(error):
+                last_first.callback(self._save_training)
+            last_first.callback(
+                write_report,
+                self.folder,
+                self.config,
+                self._log.rows,
+                self.before,
+                self.after,
+                task=self.task.name,
+                seconds=seconds,
+                whole=ended,
+                interrupted=interrupted,
+                error=None if error is None else repr(error),
+            )
         if self.before and self.after:
             print(f"held-out before: {self.before}; after: {self.after} ({seconds:.0f} s)")
         print(f"{'interrupted, saved' if interrupted else 'saved'} in {self.folder}")

@@ -82,8 +82,11 @@ def newest_state(config: Flags, task: Task) -> dict[str, Any] | None:
         return None
     folder = Path(config.resume)
     if (result := folder / "result.json").exists():
-        ended = json.loads(result.read_text(encoding="utf-8"))
-        if ended["whole"]:
+        try:
+            ended = json.loads(result.read_text(encoding="utf-8"))["whole"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"resume: expected the report of a run in {result}") from error
+        if ended:
             raise ValueError(f"resume: the run in {folder} has ended after its last step")
     if not (found := checkpoints(folder)):
         print(f"no checkpoint in {folder}: the run starts again")

@@ -25,6 +25,8 @@ class SampleLog:
         self.path = path
         if written is None:
             path.write_text("# Completions\n", encoding="utf-8")
+        elif not path.is_file() or path.stat().st_size < written:
+            raise ValueError(f"resume: expected at least {written} bytes in {path}")
         else:
             os.truncate(path, written)
 

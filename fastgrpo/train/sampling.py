@@ -26,10 +26,11 @@ class Sampling:
     """How completions are drawn.
 
     ``seed`` is any non-negative integers, such as the run's and the step's: they and the tokens of
-    a prompt determine its completions, whatever stands beside it in the batch. ``processors`` come
-    before the temperature. One that has a third argument ``samples`` gets the numbers (rows,) int64
-    of the completions that its rows belong to. Behind the temperature come top-k, top-p and min-p,
-    in the order of transformers' ``generate``.
+    a prompt determine its completions, whatever stands beside it in the batch. Equal prompts get
+    different ones; ``before`` are those of other processes that count as earlier. ``processors``
+    come before the temperature. One that has a third argument ``samples`` gets the numbers (rows,)
+    int64 of the completions that its rows belong to. Behind the temperature come top-k, top-p and
+    min-p, in the order of transformers' ``generate``.
     """
 
     max_length: int
@@ -38,6 +39,7 @@ class Sampling:
     top_p: float = 1.0  # the likeliest tokens are kept until their mass is this
     min_p: float = 0.0  # kept is what has this times the largest probability
     seed: tuple[int, ...] = (0,)
+    before: tuple[Tensor, ...] = ()
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
 
     def __post_init__(self) -> None:
@@ -100,12 +102,16 @@ def uniforms_of(prompts: Sequence[Tensor], num_generations: int, sampling: Sampl
     Every completion has a generator of its own. Its seed is made of ``sampling.seed``, the tokens
     of the prompt, how many equal prompts come before it, and its number in the group.
     """
-    rows, seen = [], Counter()
+    seen, rows = Counter(map(_digest, sampling.before)), []
     for prompt in prompts:
-        tokens = hashlib.sha256(np.asarray(prompt.cpu(), dtype="<i8").tobytes()).digest()
+        tokens = _digest(prompt)
         entropy = [*sampling.seed, seen[tokens], *np.frombuffer(tokens, dtype="<u4")]
         for generation in range(num_generations):
             generator = np.random.default_rng([generation, *entropy])
             rows.append(generator.random(sampling.max_length))
         seen[tokens] += 1
     return torch.from_numpy(np.stack(rows))
+
+
+def _digest(prompt: Tensor) -> bytes:
+    return hashlib.sha256(np.asarray(prompt.cpu(), dtype="<i8").tobytes()).digest()

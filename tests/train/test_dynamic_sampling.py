@@ -27,7 +27,9 @@ class Source:
         self.plan, self.used = plan, 0
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, numbers: list[int], attempt: int) -> tuple[Rollout, Scores]:
+    def __call__(
+        self, numbers: list[int], before: list[int], attempt: int
+    ) -> tuple[Rollout, Scores]:
         num_prompts = len(numbers)
         self.asked.append((num_prompts, attempt))
         self.used += num_prompts

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from fastgrpo.train import checkpoint
 from fastgrpo.train.arithmetic import arithmetic_task
-from fastgrpo.train.config import TrainConfig
+from fastgrpo.train.config import TrainConfig, parse_flags
 from fastgrpo.train.interrupt import Interrupt
 from fastgrpo.train.rewards import Reward
 from fastgrpo.train.tasks import Task
@@ -216,10 +216,13 @@ def test_a_run_that_has_ended_does_not_go_on(script, cut, capsys) -> None:
     assert "has ended after its last step" in refused(script, capsys, TrainConfig(resume=str(cut)))
 
 
-def test_settings_come_from_the_folder(cut, tmp_path) -> None:
+def test_settings_come_from_the_folder(cut, tmp_path, capsys) -> None:
     assert TrainConfig(resume=str(cut)).learning_rate == RUN["learning_rate"]
     with pytest.raises(ValueError, match="learning_rate: expected no flag beside resume, whose"):
         TrainConfig(resume=str(cut), learning_rate=0.1)
+    with pytest.raises(SystemExit):  # also a flag with its default
+        parse_flags(["--resume", str(cut), "--seed", "0"])
+    assert "resume: expected no flag beside it, got --resume --seed" in capsys.readouterr().err
     with pytest.raises(ValueError, match="resume: expected the folder of a run"):
         TrainConfig(resume=str(tmp_path))
     (cut / "settings.json").write_text("{}")
@@ -264,6 +267,27 @@ def test_a_run_that_fails_before_it_goes_on_keeps_its_model(script, cut, monkeyp
         script.main(TrainConfig(resume=str(cut)))
     kept = load_file(cut / "checkpoint" / "model.safetensors")
     assert all(torch.equal(trained[name], kept[name]) for name in trained)
+
+
+def test_samples_that_are_gone_are_missed(script, cut, capsys) -> None:
+    (cut / "samples.md").write_text("")
+    assert "resume: expected at least" in refused(script, capsys, TrainConfig(resume=str(cut)))
+
+
+def test_a_report_that_is_cut_is_named(script, cut, capsys) -> None:
+    (cut / "result.json").write_text('{"whole": ')
+    error = refused(script, capsys, TrainConfig(resume=str(cut)))
+    assert f"resume: expected the report of a run in {cut / 'result.json'}" in error
+
+
+def test_a_report_that_fails_costs_no_checkpoint(script, lengths, tmp_path, monkeypatch) -> None:
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fastgrpo.train.run.write_report", full)
+    cut_run(script, lengths, tmp_path)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 3]
+    assert (tmp_path / "checkpoint" / "model.safetensors").exists()
 
 
 def test_two_runs_do_not_share_a_folder(script, cut, capsys, monkeypatch) -> None:

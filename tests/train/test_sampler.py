@@ -294,3 +294,10 @@ def test_bad_input_is_named(policy) -> None:
         Sampling(0)
     with pytest.raises(ValueError, match="temperature: expected at least 0, got nan"):
         Sampling(1, temperature=float("nan"))
+
+
+def test_equal_prompts_of_other_processes_count_as_earlier() -> None:
+    prompt, other = torch.tensor([4, 5]), torch.tensor([6])
+    alone = uniforms_of([prompt, other, prompt], 2, Sampling(3))
+    assert torch.equal(uniforms_of([prompt], 2, Sampling(3, before=(prompt, other))), alone[4:])
+    assert not torch.equal(alone[4:], alone[:2])

@@ -138,6 +138,7 @@ def test_a_signal_to_one_process_ends_all(tmp_path, reward) -> None:
 def test_what_several_processes_cannot_have_is_one_line(tmp_path, reward) -> None:
     for others, message in (
         ({"num_prompts": 1}, "num_prompts: expected one for each of 2 processes, got 1"),
+        ({"loss": "importance_sampling"}, "loss: expected one that takes a mean"),
         ({"loss": "clip_cov"}, "loss: expected one that does not compare the completions"),
     ):
         with started(2, *flags(tmp_path / "run", reward, **others)) as process:
