@@ -329,7 +329,8 @@ def linear_logps_bwd(
     upstream, needs = Upstream(dlogps, dentropy), Needs(need_hidden, need_weight, need_bias)
     n, where = len(mask), unmasked(mask & upstream.alive())
     rows, head, upstream = given.rows(where), given.head(), upstream[where]
-    scored = Logps(logps, lse, entropy if len(entropy) else None)[where]
+    # Of no rows an entropy that was asked for is as empty as none.
+    scored = Logps(logps, lse, entropy if len(entropy) == n else None)[where]
 
     kept = given.kept(where, support_logits)
 
