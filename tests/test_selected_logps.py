@@ -183,17 +183,21 @@ def test_nan_at_a_chosen_token_shows(backend):
 
 
 def test_an_id_that_nobody_looks_at_is_nan_alone(monkeypatch):
-    """Beyond the vocabulary, as on a GPU."""
-    hidden, weight, ids, _ = operands(**ROWS)
+    """Beyond the vocabulary, as on a GPU. A caller may leave it out."""
+    hidden, weight, ids, options = operands(transform="all", **ROWS)
+    leaves = hidden.requires_grad_(), weight.requires_grad_(), options["bias"].requires_grad_()
     chosen = selected(ids, len(weight))
-    clean = fastgrpo.selected_logps(hidden, weight, chosen)
+    clean = fastgrpo.selected_logps(hidden, weight, chosen, **options)
     monkeypatch.setattr(checks, "looks_at_values", lambda x: False)
     chosen[0, 0, 1] = len(weight)
-    out = fastgrpo.selected_logps(hidden, weight, chosen)
+    out = fastgrpo.selected_logps(hidden, weight, chosen, **options)
     assert out.logps.isnan().sum() == 1 and out.logps[0, 0, 1].isnan()
     others = ~out.logps.isnan()
     assert torch.allclose(out.logps[others], clean.logps[others], atol=1e-6)
     assert torch.allclose(out.lse, clean.lse, atol=1e-6)
+    mine, wanted = (torch.autograd.grad(x.logps[others].sum(), leaves) for x in (out, clean))
+    for a, b in zip(mine, wanted, strict=True):
+        assert relative_error(a, b) <= 1e-5
 
 
 def test_gradcheck_in_float64():

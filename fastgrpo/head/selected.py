@@ -82,9 +82,11 @@ def logps_bwd(
     """Return the gradients: 6NVH, and two rows of H numbers for each entry."""
     n, k = rows.ids.shape
     ids = rows.ids.clamp(0, len(head.weight) - 1)
-    top = scored.logps.masked_fill(~chosen, -torch.inf).argmax(1, keepdim=True)
+    foreign = ids != rows.ids
+    top = scored.logps.masked_fill(foreign | ~chosen, -torch.inf).argmax(1, keepdim=True)
     of_top, others = dlogps.gather(1, top)[:, 0], dlogps.scatter(1, top, 0.0).sum(1) - dlse
-    z = scored.logps + scored.lse[:, None]
+    # NaN at a foreign id must not reach the gradients of a caller who leaves that log-prob out.
+    z = scored.logps.masked_fill(foreign, 0.0) + scored.lse[:, None]
     inverse = None if rows.inv_temperature is None else rows.inv_temperature[:, None]
     dz0 = dlogps.scatter(1, top, -others[:, None]) * entry_slope(z, inverse, head)
     kept = Kept(ids.flatten(), torch.arange(n + 1, device=ids.device) * k, dz0.flatten())
