@@ -129,7 +129,9 @@ def _segment_softmax_kernel(
         m2, s2, d2 = softmax_stats(tl.where(other, z, float("-inf")), entropy_ptr is not None)
         m, s, d = merge_stats(m, s, d, m2, s2, d2)
     nan = tl.full([1], float("nan"), tl.float32)
-    logp = tl.where(found > 0, 0.0 - log1p_exp((m - target) + tl.log(s)), nan)
+    # A target of +inf is an overflow, not certainty.
+    scored = (found > 0) & (target < float("inf"))
+    logp = tl.where(scored, 0.0 - log1p_exp((m - target) + tl.log(s)), nan)
     own = tl.where(found > 0, target, float("-inf"))
     one = tl.where(own == float("-inf"), 0.0, 1.0)
     m, s, d = merge_stats(m, s, d, own, one, tl.zeros_like(d))
