@@ -46,7 +46,7 @@ def logps_fwd(
     plan.kernels.entry_logits(rows, head, ids.to(torch.int32), None, z)
     foreign = ids != rows.ids
     z = z.masked_fill(foreign, -torch.inf)
-    top = z.argmax(1, keepdim=True)
+    top = z.masked_fill(~chosen, -torch.inf).argmax(1, keepdim=True)
     rows = rows._replace(ids=ids.gather(1, top)[:, 0])
 
     state, of_squares = (RowState.start(rows, plan.accumulator) for _ in range(2))

@@ -323,16 +323,13 @@ def bag_sum(
     neither read nor written.
     """
     bags, hidden_size = out.shape
-    if out.stride(1) != 1:  # the gradient of a head that is stored (H, V)
-        copy = out.contiguous()
-        bag_sum(copy, table, index, coef, bounds)
-        out.copy_(copy)
-        return
     table = table if table.stride(1) == 1 else table.contiguous()
     name = "bag_sum" if hidden_size > 1 else "bag_sum_column"
     entry = launch_for(name, 0, architecture(out.device))
     # Triton's interpreter truncates where hardware rounds to nearest: PyTorch rounds for it.
     total = out.float() if INTERPRETED else out
+    # The gradient of a head that is stored (H, V) has its strides.
+    total = total if total.stride(1) == 1 else total.contiguous()
     if len(index):
         launch(
             _bag_sum_kernel,
