@@ -81,15 +81,7 @@ def sample_groups(
     def draw(
         examples: list[Example], before: list[Example], attempt: int
     ) -> tuple[Rollout, Scores]:
-        sampling = Sampling(
-            config.max_completion_length,
-            config.temperature,
-            config.top_k,
-            config.top_p,
-            config.min_p,
-            seed=(config.seed, step, attempt),
-            before=prompts_of(before),
-        )
+        sampling = Sampling.of(config, (config.seed, step, attempt), prompts_of(before))
         rollout = run.sampler.sample(prompts_of(examples), group, sampling)
         each = [e for e in examples for _ in range(group)]
         scores = score(run.task, each, texts(policy, rollout))

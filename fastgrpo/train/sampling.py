@@ -20,6 +20,8 @@ from transformers.generation.logits_process import (
 
 from fastgrpo import checks
 
+from .flags import Flags
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,6 +43,12 @@ class Sampling:
     seed: tuple[int, ...] = (0,)
     before: tuple[Tensor, ...] = ()
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+
+    @classmethod
+    def of(cls, config: Flags, seed: tuple[int, ...], before: tuple[Tensor, ...]) -> Sampling:
+        """Return how a run with these settings samples."""
+        length, filters = config.max_completion_length, (config.top_k, config.top_p, config.min_p)
+        return cls(length, config.temperature, *filters, seed, before)
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
