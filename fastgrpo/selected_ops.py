@@ -13,7 +13,7 @@ from torch.library import custom_op
 from fastgrpo.head import selected
 from fastgrpo.head.gradients import Grads
 from fastgrpo.head.plan import Needs, Plan
-from fastgrpo.head.selected import SelectedScores
+from fastgrpo.head.selected import SelectedScores, SelectedUpstream
 from fastgrpo.ops import (
     WAITS,
     Operands,
@@ -24,24 +24,6 @@ from fastgrpo.ops import (
     without_autocast,
 )
 from fastgrpo.packing import spread, unmasked
-
-
-def _operands(
-    hidden: Tensor,
-    weight: Tensor,
-    selected_ids: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    workspace_mb: float | None,
-    backend: str,
-) -> Operands:
-    return Operands(
-        hidden, weight, selected_ids, mask, bias, None, temperature, None, None,
-        logit_scale, softcap, workspace_mb, backend,
-    )  # fmt: skip
 
 
 @custom_op("fastgrpo::selected_logps", mutates_args=(), tags=WAITS)
@@ -60,8 +42,8 @@ def selected_logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `SelectedScores`; a row without a chosen id has 0 in all of them."""
     mask = chosen.any(1)
-    given = _operands(
-        hidden, weight, selected_ids, mask, bias, temperature,
+    given = Operands(
+        hidden, weight, selected_ids, mask, bias, None, temperature, None, None,
         logit_scale, softcap, workspace_mb, backend,
     )  # fmt: skip
     n, where = len(mask), unmasked(mask)
@@ -154,19 +136,20 @@ def selected_logps_bwd(
     if dentropy is not None:
         alive |= dentropy != 0
     mask = chosen.any(1) & alive
-    given = _operands(
-        hidden, weight, selected_ids, mask, bias, temperature,
+    given = Operands(
+        hidden, weight, selected_ids, mask, bias, None, temperature, None, None,
         logit_scale, softcap, workspace_mb, backend,
     )  # fmt: skip
     n, where, needs = len(mask), unmasked(mask), Needs(need_hidden, need_weight, need_bias)
     rows, head = given.rows(where, "selected_ids"), given.head()
     scored = SelectedScores(logps[where], lse[where], entropy[where], None)
 
+    upstream = SelectedUpstream(
+        dlogps[where], dlse[where], None if dentropy is None else dentropy[where]
+    )
+
     def differentiate(plan: Plan) -> Grads:
-        return selected.logps_bwd(
-            rows, head, plan, chosen[where], scored,
-            dlogps[where], dlse[where], None if dentropy is None else dentropy[where], needs,
-        )  # fmt: skip
+        return selected.logps_bwd(rows, head, plan, chosen[where], scored, upstream, needs)
 
     grads = given.run(differentiate, rows, sparse=True)
     grads = grads._replace(hidden=spread(grads.hidden, where, n))

@@ -33,6 +33,14 @@ class SelectedScores(NamedTuple):
     sum_squares: Tensor  # (n,)
 
 
+class SelectedUpstream(NamedTuple):
+    """The gradients of the loss with respect to the scores."""
+
+    dlogps: Tensor  # (n, K), 0 where nothing is chosen
+    dlse: Tensor  # (n,)
+    dentropy: Tensor | None  # (n,)
+
+
 def logps_fwd(
     rows: Rows,  # with ids (n, K)
     head: Head,
@@ -74,12 +82,11 @@ def logps_bwd(
     plan: Plan,
     chosen: Tensor,  # (n, K) bool
     scored: SelectedScores,
-    dlogps: Tensor,  # (n, K), 0 where nothing is chosen
-    dlse: Tensor,  # (n,)
-    dentropy: Tensor | None,  # (n,)
+    upstream: SelectedUpstream,
     needs: Needs,
 ) -> Grads:
     """Return the gradients: 6NVH, and two rows of H numbers for each entry."""
+    dlogps, dlse, dentropy = upstream
     n, k = rows.ids.shape
     ids = rows.ids.clamp(0, len(head.weight) - 1)
     foreign = ids != rows.ids

@@ -32,7 +32,10 @@ class MasterAdamW:
             step is 1 / warmup_steps of the highest, not 0.
         weight_decay: AdamW's.
         betas: AdamW's.
-        over_ranks: average the gradients over the processes before each step.
+
+    Attributes:
+        over_ranks: whether gradients are averaged over the processes before each step; by default
+            they are not.
     """
 
     def __init__(
@@ -45,9 +48,8 @@ class MasterAdamW:
         warmup_steps: int = RISING_STEPS,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.98),
-        over_ranks: bool = False,
     ) -> None:
-        self.over_ranks = over_ranks
+        self.over_ranks = False
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters
@@ -64,15 +66,16 @@ class MasterAdamW:
 
     @classmethod
     def of(cls, model: nn.Module, config: TrainConfig) -> MasterAdamW:
-        """Return the optimizer of a run with these settings."""
-        return cls(
+        """Return the optimizer of a run with these settings, over all its processes."""
+        made = cls(
             model.parameters(),
             config.learning_rate,
             config.max_steps * config.num_iterations,
             schedule=config.lr_scheduler_type,
             warmup_steps=config.lr_warmup_steps,
-            over_ranks=True,
         )
+        made.over_ranks = True
+        return made
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss`` to those gathered since the last step."""

@@ -326,12 +326,13 @@ def test_a_disk_that_makes_no_folder_is_one_line(script, capsys, tmp_path, monke
 
 
 def test_signals_are_heeded_where_they_can_be() -> None:
-    with Interrupt() as interrupt:
-        os.kill(os.getpid(), signal.SIGHUP)
-        with pytest.raises(KeyboardInterrupt):
-            interrupt.safe_point()
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                interrupt.safe_point()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         with Interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
             interrupt.safe_point()
