@@ -130,7 +130,8 @@ def test_several_ids_a_row_lose_nothing_to_16_bit_tiles(gpu_plan, backend):
     for actual, x in zip(scored, (exact_logps, *exact_scores), strict=True):
         assert (actual - x).abs().max() <= 2e-5
     needs = Needs(True, True, False)
-    grads = selected.logps_bwd(rows, head, plan, chosen, scored, dlogps, nothing, None, needs)
+    upstream = selected.SelectedUpstream(dlogps, nothing, None)
+    grads = selected.logps_bwd(rows, head, plan, chosen, scored, upstream, needs)
     for actual, exact_grad in zip(grads, wanted, strict=False):
         bar = 1.25 * relative_error(exact_grad.bfloat16(), exact_grad)
         assert relative_error(actual.bfloat16(), exact_grad) <= bar
