@@ -25,18 +25,10 @@ from fastgrpo.train.interrupt import Interrupt
 from fastgrpo.train.rewards import Reward
 from fastgrpo.train.tasks import Task
 
-from .conftest import command, read_metrics
+from .conftest import TINY_RUN, command, read_metrics
 
-RUN = {
-    "device": "cpu",
-    "backend": "torch",
+RUN = TINY_RUN | {
     "max_steps": 6,
-    "warmup_steps": 2,
-    "eval_size": 8,
-    "num_prompts": 4,
-    "num_generations": 4,
-    "max_tokens_per_microbatch": 64,
-    "eval_every": 2,
     "learning_rate": 1e-3,
     "lr_warmup_steps": 1,
     "checkpoint_every": 2,
