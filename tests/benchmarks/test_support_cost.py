@@ -24,7 +24,8 @@ def test_the_numbers_of_ids_follow_their_profile(name):
     profile, counts = PROFILES[name], PROFILES[name].counts(2048)
     assert counts.double().mean().item() == pytest.approx(profile.mean, rel=1e-3)
     assert (counts == 1).double().mean().item() == pytest.approx(profile.alone, abs=1e-3)
-    assert counts.median() == MEDIANS.get(name, counts.median())
+    if name in MEDIANS:
+        assert counts.median() == MEDIANS[name]
 
 
 def test_a_drawn_support_has_the_token_and_so_many_ids_in_all():
