@@ -313,9 +313,9 @@ def test_a_session_in_which_all_hangs_ends_with_its_budget(
     monkeypatch.setattr(record, "SECONDS_TO_START", 2)
     monkeypatch.setattr(record, "SECONDS_TO_END", 1)
     begun = time.monotonic()
-    made = Record(tmp_path / "r.json", budget=24)
+    made = Record(tmp_path / "r.json", budget=60)
     record.gpu_session(made, None, "100", worker(tmp_path))
-    assert time.monotonic() - begun < 24
+    assert time.monotonic() - begun < 60
     content = json.loads(made.path.read_text())
     rows = [*content["doctor"], *content["tests"], *content["sanitizer"]]
     assert [row["exit_code"] for row in rows] == [None] * len(CHECKS)
