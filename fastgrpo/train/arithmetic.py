@@ -53,7 +53,6 @@ def character_tokenizer(alphabet: str = "0123456789+=") -> PreTrainedTokenizerFa
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<|endoftext|>",
-        padding_side="left",
     )
 
 

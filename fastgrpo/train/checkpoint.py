@@ -100,6 +100,10 @@ def whole(folder: Path) -> Iterator[Path]:
 def _write_model(policy: Policy, folder: Path) -> None:
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+    if policy.generation is not None:
+        # As text: save_pretrained refuses values at odds with each other, which models have.
+        text = policy.generation.to_json_string()
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

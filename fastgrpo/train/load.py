@@ -42,7 +42,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     name = config.model
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = _base_of_adapter(name)
-    return _loaded(AutoTokenizer.from_pretrained, name, padding_side="left")
+    return _loaded(AutoTokenizer.from_pretrained, name)
 
 
 def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Policy:
@@ -71,6 +71,7 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
     if config.lora_rank:
         _add_adapter(model, config)
     _check_head(model, "lora_target_modules" if config.lora_rank else "model")
+    _check_router(model)
     # Only the token ids are kept: a repetition penalty or top-k that came with the model would make
     # the sampler's distribution differ from the one that the loss assumes.
     loaded = model.generation_config
@@ -94,7 +95,7 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
         _recompute_activations(model)
     layout, why = choose_layout(model)
     print(why)
-    return Policy(model, tokenizer, fastgrpo.head_of(model), layout)
+    return Policy(model, tokenizer, fastgrpo.head_of(model), layout, loaded)
 
 
 def _device(name: str) -> str:
@@ -206,6 +207,16 @@ def _check_head(model: PreTrainedModel, field: str) -> None:
                 f"{field}: expected an adapter that leaves the head, and what it is tied to, "
                 f"alone, got one on {name}"
             )
+
+
+def _check_router(model: PreTrainedModel) -> None:
+    """Raise where a mixture of experts asks for a loss that balances them: none is added here."""
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"model: expected output_router_logits false in the config of {type(model).__name__}, "
+            "got true, which asks for an auxiliary loss that this loop does not add; "
+            "fastgrpo.FusedLM does"
+        )
 
 
 def _check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:

@@ -24,6 +24,8 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     head: ModelHead
     layout: Layout = PADDED
+    generation: GenerationConfig | None = None
+    """What the model came with, for its checkpoints: `model` has the token ids alone."""
 
     @property
     def end_ids(self) -> list[int]:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.advantages.groups import LARGEST_REWARD
-
 from .reward_process import RewardTimeout
 from .rewards import RewardFunction, WrongResult, accepted
 from .tasks import Example, Task
 
+LARGEST_REWARD = 1e14  # differences stay below the 1e15 that group_advantages takes
 PATIENCE = 3  # completions of a step for which a reward may hang before the others are left out
 ROUNDING = 1e-12  # of the largest reward: differences of sums in float64 that mean nothing
 
@@ -57,7 +56,7 @@ def score(task: Task, examples: Sequence[Example], completions: Sequence[str]) -
     """Return the rewards of one completion for each example.
 
     The sum leaves out rewards that are None for a completion. A completion cannot be scored if a
-    reward raises, is NaN or beyond 1e15 for it, or if all are None. Raises ValueError for a reward
+    reward raises, is NaN or beyond 1e14 for it, or if all are None. Raises ValueError for a reward
     that takes what the data have not, or returns anything but one number for each completion.
     """
     given = _given(task, examples, completions)
@@ -68,11 +67,12 @@ def score(task: Task, examples: Sequence[Example], completions: Sequence[str]) -
         values = _ask(reward.name, reward.function, given, len(examples))
         none = torch.tensor([value is None for value in values], dtype=torch.bool)
         numbers = torch.tensor([0.0 if v is None else v for v in values], dtype=torch.float64)
-        foreign = ~(numbers.abs() <= LARGEST_REWARD)  # NaN too
+        foreign = numbers.isnan() | _too_large(f"reward {reward.name}", numbers)
         broken |= foreign
         applies |= ~none
-        total += reward.weight * numbers
+        total += reward.weight * numbers.masked_fill(foreign, 0.0)
         by_reward[reward.name] = numbers.masked_fill(none | foreign, math.nan)
+    broken |= _too_large("the weighted sum of rewards", total)
     return Scores(total.masked_fill(broken | ~applies, math.nan), by_reward)
 
 
@@ -165,6 +165,18 @@ def _numbers(name: str, result: object, count: int) -> list[float | None]:
     if len(values) != count:
         raise WrongResult(f"reward {name}: expected {count} numbers, got {len(values)}")
     return values
+
+
+def _too_large(name: str, numbers: Tensor) -> Tensor:
+    """Return which numbers are beyond LARGEST_REWARD, and say so if there are any."""
+    beyond = numbers.abs() > LARGEST_REWARD
+    if beyond.any():
+        warnings.warn(
+            f"{name}: expected at most {LARGEST_REWARD:g} in magnitude, got "
+            f"{numbers[beyond][0]:g}; {beyond.sum()} of {len(numbers)} completions are unscorable",
+            stacklevel=3,
+        )
+    return beyond
 
 
 def _mean(values: Tensor) -> float:

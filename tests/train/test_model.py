@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     FalconConfig,
     FalconForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -27,6 +29,7 @@ from transformers import (
 from fastgrpo.model.fused_lm import evaluation_mode
 from fastgrpo.train import gsm8k
 from fastgrpo.train.chat import chat_prompt
+from fastgrpo.train.checkpoint import save_checkpoint
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.model import Policy
 from fastgrpo.train.rollout import check_prompts, demonstrate, encode, texts
@@ -129,6 +132,29 @@ def test_dropout_of_the_saved_config_is_the_models_own(tmp_path, model_folder) -
     policy = loaded(tmp_path, gpt2(), model_folder, gradient_checkpointing=True)
     assert policy.model.config.resid_pdrop == 0.1
     assert not policy.model.training
+
+
+def test_a_router_that_wants_a_loss_of_its_own_is_refused(tmp_path, model_folder) -> None:
+    model = mixtral()
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="model: expected output_router_logits false .* got true"):
+        loaded(tmp_path, model, model_folder)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_checkpoint_keeps_what_the_loop_does_not_use(tmp_path, model_folder, lora_rank) -> None:
+    """How a model samples by itself, and on which side its tokenizer pads."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="right")
+    loaded(tmp_path / "first", llama(258, **ENDS), tokenizer)
+    path = tmp_path / "first" / "generation_config.json"
+    # At odds with each other, as in folders on the hub: transformers loads, but never saves, them.
+    defaults = json.loads(path.read_text()) | {"temperature": 0.6, "do_sample": False, "top_k": 20}
+    path.write_text(json.dumps(defaults))
+    policy = policy_in(tmp_path / "first", lora_rank=lora_rank)
+    save_checkpoint(policy, tmp_path / "saved")
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert (saved.temperature, saved.do_sample, saved.top_k) == (0.6, False, 20)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").padding_side == "right"
 
 
 def letters(special: tuple[str, ...] = (), **names: str) -> PreTrainedTokenizerFast:

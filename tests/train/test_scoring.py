@@ -113,7 +113,6 @@ def test_unscorable_completions_do_not_reach_the_group() -> None:
             "raise": lambda: 1 / 0,
             "none": lambda: None,
             "inf": lambda: math.inf,
-            "far": lambda: -2e15,
         }.get(completion, lambda: float(completion))()
 
     completions = ["1", "raise", "0", "none", "nan", "inf", "junk", "1"]
@@ -122,8 +121,23 @@ def test_unscorable_completions_do_not_reach_the_group() -> None:
     assert rewards.isnan().tolist() == [False, True, False, True, True, True, True, False]
     advantages = group_advantages(centred(rewards.double(), 4), 4)
     assert torch.equal(advantages[:4].sign(), torch.tensor([1.0, 0.0, -1.0, 0.0]))
-    assert math.isnan(*rewards_of(one_by_one(judge), ["far"]))
     assert not advantages[4:].any()  # one scored completion alone has nothing to be compared with
+
+
+def test_rewards_that_are_too_large_are_named() -> None:
+    """Those that are taken can be compared with each other in any group."""
+
+    def number(completions):
+        return [float(c) for c in completions]
+
+    taken = [*["-1e14"] * 7, "1e14"]
+    advantages = group_advantages(centred(score(task_of(number), [PLAIN] * 8, taken).rewards, 8), 8)
+    assert advantages[7] > 2
+    with pytest.warns(UserWarning, match=r"reward number: .* at most 1e\+14 .* got -inf; 2 of 3"):
+        assert torch.tensor(rewards_of(number, ["-inf", "1", "2e14"])).isnan().tolist() == [1, 0, 1]
+    weighted = task_of(number, weights=[1e3])
+    with pytest.warns(UserWarning, match=r"weighted sum of rewards: .* got 1e\+15; 1 of 2"):
+        assert score(weighted, [PLAIN] * 2, ["1e12", "1"]).rewards.isnan().tolist() == [1, 0]
 
 
 def test_a_reward_that_raises_is_not_left_out_of_the_sum() -> None:
