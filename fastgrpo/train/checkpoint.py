@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .atomic import whole
 from .model import Policy
 
 TENSORS, VALUES = "training.safetensors", "training.json"
@@ -70,33 +68,6 @@ def remove_older(folder: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """Context that fills a folder, which gets its name when all of it is on the disk.
-
-    An older ``folder`` is replaced. After an error nothing is left of the new one.
-    """
-    written, replaced = (
-        folder.with_name(f"{folder.name}.tmp"),
-        folder.with_name(f"{folder.name}.old"),
-    )
-    for path in (written, replaced):
-        shutil.rmtree(path, ignore_errors=True)
-    written.mkdir(parents=True)
-    try:
-        yield written
-        for path in (written, *written.rglob("*")):
-            _sync(path)
-    except BaseException:
-        shutil.rmtree(written, ignore_errors=True)
-        raise
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(written, folder)
-    _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _write_model(policy: Policy, folder: Path) -> None:
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
@@ -104,15 +75,6 @@ def _write_model(policy: Policy, folder: Path) -> None:
         # As text: save_pretrained refuses values at odds with each other, which models have.
         text = policy.generation.to_json_string()
         (folder / "generation_config.json").write_text(text, encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

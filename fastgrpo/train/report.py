@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from .atomic import whole_file
 from .config import TrainConfig
 from .evaluation import Evaluation
 
@@ -34,8 +35,10 @@ def write_report(
         "seed": config.seed,
         "config": dataclasses.asdict(config),
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _plot(folder / "reward.png", rows, before, after)
+    with whole_file(folder / "result.json") as path:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / "reward.png") as path:
+        _plot(path, rows, before, after)
 
 
 def _finite(value: float) -> float | None:
@@ -71,7 +74,7 @@ def _plot(
     held_out.set_xlabel("step")
     for axes in (training, held_out):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _points(rows: list[dict[str, float | None]], key: str) -> tuple[list[float], list[float]]:

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from . import ranks
+from .atomic import finish_all
 from .checkpoint import remove_older, save_checkpoint, save_training
 from .completions import Rollout
 from .config import TrainConfig, one_line_errors
@@ -79,6 +80,7 @@ class Run:
             self._log = MetricsLog(
                 self.folder, self.config.tensorboard, self.step if goes_on else 0
             )
+            finish_all(self.folder)  # behind the lock of the log: nobody is replacing one
             written = self.state["samples"] if goes_on else None
             self._samples = SampleLog(self.folder / "samples.md", written)
             self._not_finite = NotFinite(self.folder)

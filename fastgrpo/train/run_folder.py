@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ranks
+from .atomic import whole_file
 from .checkpoint import checkpoints, load_training
 from .flags import Flags
 from .tasks import Task
@@ -57,7 +58,8 @@ def write_settings(folder: Path, config: Any) -> None:
     """Write the settings, from which a run goes on; those of a run that does stay."""
     if not (folder / SETTINGS).exists():
         text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-        (folder / SETTINGS).write_text(text, encoding="utf-8")
+        with whole_file(folder / SETTINGS) as path:
+            path.write_text(text, encoding="utf-8")
 
 
 def saved_settings(folder: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgrpo.train import checkpoint
+from fastgrpo.train import atomic, checkpoint
 from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.config import TrainConfig, parse_flags
 from fastgrpo.train.interrupt import Interrupt
@@ -162,6 +162,37 @@ def test_a_full_disk_leaves_the_older_checkpoint(script, lengths, tmp_path, monk
         script.main(TrainConfig(**RUN, output_dir=str(tmp_path)), lengths)
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2]
     assert not list(tmp_path.glob("*.tmp")) and (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("cut_at", [1, 2], ids=["first rename", "second rename"])
+def test_a_kill_between_two_renames_loses_no_model(script, cut, monkeypatch, cut_at) -> None:
+    """What was being replaced stands beside its name; the next run in the folder puts it right."""
+    replace, calls = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*given) -> None:
+        calls.append(given)
+        if len(calls) == cut_at:
+            raise Killed
+        replace(*given)
+
+    model = cut / "checkpoint" / "model.safetensors"
+    old = model.read_bytes()
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(atomic.os, "replace", killed)
+        with atomic.whole(cut / "checkpoint") as written:
+            (written / "model.safetensors").write_bytes(b"new")
+    assert model.exists() == (cut_at == 1)
+    copy = Path(shutil.copytree(cut, cut.with_name("copy"))) / "checkpoint"
+    with pytest.raises(Killed), atomic.whole(copy):  # nor does a write that fails
+        raise Killed
+    assert (copy / model.name).exists()
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(script, "train", lambda *_: (_ for _ in ()).throw(Killed))
+        script.main(TrainConfig(resume=str(cut)))
+    assert model.read_bytes() == (old if cut_at == 1 else b"new")
 
 
 # ---- what is refused ---------------------------------------------------------------------------
