@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo import autocast, checks
+from fastgrpo import autocast, checks, ops
 from fastgrpo.logps import Backend, temperature_tensor
-from fastgrpo.selected_ops import selected_logps as selected_logps_op
 
 
 class SelectedLogps(NamedTuple):
@@ -98,7 +97,7 @@ def selected_logps(
     checks.one_of("backend", backend, ("auto", "triton", "torch"))
     ids = selected_ids.reshape(-1, selected_ids.shape[-1])
     chosen = ids != ignore_index
-    logps, *scores = selected_logps_op(
+    logps, *scores = ops.selected_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         ids.masked_fill(~chosen, 0),

@@ -71,7 +71,7 @@ def test_full_logits_would_be_caught(monkeypatch):
         logps, _, lse = reference.token_logps(rows.hidden, head.weight, rows.ids)
         return Logps(logps, lse, None)
 
-    monkeypatch.setattr(ops, "logps_fwd", full_logits)
+    monkeypatch.setattr(ops.logps, "logps_fwd", full_logits)
     call = lambda: fastgrpo.linear_logps(*batch[:3], backend="torch")  # noqa: E731
     assert largest_inside(ops.linear_logps, call, monkeypatch) >= LOGITS
 

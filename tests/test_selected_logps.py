@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastgrpo
-from fastgrpo import checks, reference, selected_ops
+from fastgrpo import checks, ops, reference
 from fastgrpo.testing import relative_error
 from fastgrpo_kernels.runtime import INTERPRETED
 from oracle import DTYPES, GRADIENT_BARS, TRANSFORMS, largest_inside, operands
@@ -223,7 +223,7 @@ def test_no_tensor_of_rows_x_vocabulary(monkeypatch):
         torch.autograd.backward(out[:3], upstreams(chosen))
 
     gathered = 4 * chosen.numel() * 16
-    for op in (selected_ops.selected_logps, selected_ops.selected_logps_bwd):
+    for op in (ops.selected_logps, ops.selected_logps_bwd):
         largest = largest_inside(op, call, monkeypatch)
         assert largest <= max(workspace, gathered, 4 * weight.numel()) < 512 * 4096 * 4 / 16
 
@@ -236,7 +236,7 @@ def test_opcheck():
     leaves = hidden.flatten(0, 1).requires_grad_(), weight.requires_grad_()
     bias, temperature = torch.zeros(41, requires_grad=True), torch.rand(8) + 0.5
     arguments = (*leaves, chosen, mask, bias, temperature, 1.0, 0.0, None, "torch")
-    torch.library.opcheck(selected_ops.selected_logps, arguments)
+    torch.library.opcheck(ops.selected_logps, arguments)
 
 
 def test_compiled_whole():

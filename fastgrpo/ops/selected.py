@@ -1,4 +1,4 @@
-"""The ops of `selected_logps`, as `fastgrpo.ops` has those of one id per row.
+"""The ops of `fastgrpo.selected_logps`.
 
 selected_logps       log-probs of K ids per row, lse, entropy, sum of squared probabilities
 selected_logps_bwd   its backward: recomputes the logits of the rows that have a gradient
@@ -14,9 +14,9 @@ from fastgrpo.head import selected
 from fastgrpo.head.gradients import Grads
 from fastgrpo.head.plan import Needs, Plan
 from fastgrpo.head.selected import SelectedScores, SelectedUpstream
-from fastgrpo.ops import (
+from fastgrpo.ops.operands import Operands
+from fastgrpo.ops.schema import (
     WAITS,
-    Operands,
     in_dtypes,
     or_empty,
     parameters,
