@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fastgrpo import checks
 from fastgrpo.logps import TokenLogps, linear_logps
@@ -22,17 +21,16 @@ from fastgrpo.model.head import (
     backbone_of,
     describe,
     layer_of,
+    refuse_wrapped,
     unwrapped,
 )
 from fastgrpo.model.layout import Layout, Packed, Rows
+from fastgrpo.model.own_forward import compare, on_meta, refuse_meta
 from fastgrpo.objective.config import LossConfig
 from fastgrpo.support import Support, check_support
 
 PER_TOKEN = ("old_logps", "ref_logps", "sampler_logps")
 HALF = (torch.bfloat16, torch.float16)
-# A model in 16 bits rounds its own logits, by up to 0.06 each at |z| = 30.
-TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3}
-HALF_TOLERANCE = 0.25
 Result = TypeVar("Result")
 
 
@@ -56,12 +54,14 @@ class FusedLM(nn.Module):
 
     def __init__(self, model: nn.Module, *, check: bool = True) -> None:
         super().__init__()
-        _refuse_wrapped(model)
+        refuse_wrapped(model)
+        if isinstance(model, FusedLM):
+            raise ValueError("model: expected a bare model, got a FusedLM")
         backbone_of(unwrapped(model))
         layer_of(unwrapped(model))
         self.model = model
         self._to_be_checked = check
-        if check and not _on_meta(model):
+        if check and not on_meta(model):
             self._check()
 
     def __getattr__(self, name: str) -> Any:
@@ -139,12 +139,12 @@ class FusedLM(nn.Module):
             input_ids, attention_mask, loss_mask,
             position_ids=position_ids, sequence_ids=sequence_ids, source=source,
         )  # fmt: skip
-        _refuse_unseparated(attention_mask, position_ids, sequence_ids, source)
+        layout.refuse_unseparated(attention_mask, position_ids, sequence_ids, source)
         if advantages is not None:
             checks.tensor("advantages", advantages, like=input_ids, dtypes=checks.FLOATS)
         per_row = advantages is not None and advantages.shape != input_ids.shape
         sequences = len(advantages) if per_row else None
-        _check_sequences(sequences, sequence_ids, len(input_ids))
+        layout.check_sequences(sequences, sequence_ids, len(input_ids))
         if support is not None:
             check_support(support, tuple(input_ids.shape), input_ids, options.get("sparsity", 0.0))
         if source is None and sequence_ids is None:
@@ -283,48 +283,13 @@ class FusedLM(nn.Module):
 
     def _check(self) -> None:
         """Compare log-probs with the model's own forward, until they have been found equal."""
-        _refuse_meta(self.model)
+        refuse_meta(self.model)
         self._to_be_checked = False  # in the call that is compared
         try:
-            self._compare()
+            compare(self)
         except BaseException:
             self._to_be_checked = True
             raise
-
-    @torch.no_grad()
-    def _compare(self) -> None:
-        """Raise UnsupportedHeadError unless log-probs are those of the model's own forward."""
-        model = unwrapped(self.model)
-        weight = describe(model, layer_of(model)).weight
-        vocab, device = len(weight), weight.device
-        # Fixed tokens, so that nothing random is drawn. Small ids are often special.
-        ids = (torch.arange(1, 17, device=device).view(2, 8) * 7919 + 11) % vocab
-        mask = torch.ones_like(ids)
-        short, padded = ids[1:, :5], ids.clone()
-        padded[1, 3:], padded[1, :3] = short[0], 0
-        mask[1, :3] = 0
-        # Autocast would round the model's own logits, and the tolerance is that of its dtype.
-        with evaluation_mode(self.model), torch.autocast(device.type, enabled=False):
-            expected = [_own_logps(model, row) for row in (ids[:1], short)]
-            scored = mask.bool()
-            scored[:, 0] = False
-            scored[1, 3] = False
-            found = self(padded, mask, scored).logps
-        dtype = weight.dtype
-        tolerance = TOLERANCES.get(dtype, HALF_TOLERANCE)
-        head = describe(model, layer_of(model))
-        for name, actual, wanted in (
-            ("its hidden states and head", found[0, 1:], expected[0]),
-            ("a row padded on the left", found[1, 4:], expected[1]),
-        ):
-            error = (actual.double() - wanted.double()).abs().max().item()
-            if not error <= tolerance:
-                raise UnsupportedHeadError(
-                    f"model: expected {name} of {type(model).__name__} to give log-probs within"
-                    f" {tolerance} nats of its own forward, got {error:.2g}, with"
-                    f" logit_scale={head.logit_scale}, softcap={head.softcap},"
-                    f" {'no ' if head.bias is None else ''}bias"
-                )
 
 
 def head_of(model: nn.Module) -> ModelHead:
@@ -348,41 +313,9 @@ def head_of(model: nn.Module) -> ModelHead:
             "lm_head: expected no LoRA on it, got one, whose factors change with every step; use"
             " FusedLM(model), or give them to the functions yourself as lora=(A, B)"
         )
-    _refuse_meta(inner)
+    refuse_meta(inner)
     FusedLM(inner)
     return head
-
-
-def _on_meta(model: nn.Module) -> bool:
-    return any(p.is_meta for p in model.parameters())
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    """Raise ValueError for a model that has nothing to be compared yet."""
-    if _on_meta(model):
-        raise ValueError(
-            "model: expected parameters with values, got some on the meta device; materialise them"
-            " first, with to_empty and load_state_dict"
-        )
-
-
-def _own_logps(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the log-probs (L - 1,) of a row's tokens by the model's own logits."""
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and each back into its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -396,56 +329,3 @@ def _forward_of(layer: nn.Module, forward: Callable) -> Iterator[None]:
         del layer.forward
         if own is not None:
             layer.forward = own
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    """Raise ValueError for a model inside what is to be around FusedLM."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    wrappers = {
-        DistributedDataParallel: "DistributedDataParallel(FusedLM(model))",
-        DataParallel: "DistributedDataParallel(FusedLM(model)), a process per device",
-        FullyShardedDataParallel: "fully_shard(FusedLM(model))",
-        FSDPModule: "fully_shard of FusedLM(model) after it is made",
-    }
-    for module in model.modules():
-        for wrapper, order in wrappers.items():
-            if isinstance(module, wrapper):
-                raise ValueError(f"model: expected a bare model, got {wrapper.__name__}; {order}")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("model: expected a bare model, got torch.compile; compile FusedLM(model)")
-    if isinstance(model, FusedLM):
-        raise ValueError("model: expected a bare model, got a FusedLM")
-
-
-def _check_sequences(sequences: int | None, sequence_ids: Tensor | None, rows: int) -> None:
-    """Raise ValueError for advantages (S,) that are not one for each sequence."""
-    if sequences is None:
-        return
-    if sequence_ids is None and sequences != rows:
-        raise ValueError(f"advantages: expected shape ({rows},) or (B, L), got ({sequences},)")
-    if sequence_ids is not None and _looks_at(sequence_ids):
-        last = int(sequence_ids.max())
-        if last >= sequences or int(sequence_ids.min()) < 0:
-            raise ValueError(f"sequence_ids: expected numbers in [0, {sequences}), got {last}")
-
-
-def _looks_at(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and checks.looks_at_values(x)
-
-
-def _refuse_unseparated(
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    sequence_ids: Tensor | None,
-    source: Tensor | None,
-) -> None:
-    """Raise ValueError for packed rows whose sequences would attend to each other."""
-    if sequence_ids is None or source is not None or position_ids is not None:
-        return
-    several = _looks_at(sequence_ids) and bool((sequence_ids != sequence_ids[:, :1]).any())
-    if attention_mask is None and several:
-        raise ValueError(
-            "position_ids: expected for rows that hold several sequences, beginning at 0 for each:"
-            " without them the sequences attend to each other"
-        )

@@ -66,6 +66,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model inside what is to be around FusedLM."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    wrappers = {
+        DistributedDataParallel: "DistributedDataParallel(FusedLM(model))",
+        DataParallel: "DistributedDataParallel(FusedLM(model)), a process per device",
+        FullyShardedDataParallel: "fully_shard(FusedLM(model))",
+        FSDPModule: "fully_shard of FusedLM(model) after it is made",
+    }
+    for module in model.modules():
+        for wrapper, order in wrappers.items():
+            if isinstance(module, wrapper):
+                raise ValueError(f"model: expected a bare model, got {wrapper.__name__}; {order}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model: expected a bare model, got torch.compile; compile FusedLM(model)")
+
+
 def backbone_of(model: nn.Module) -> nn.Module:
     """Return what turns token ids into hidden states, of an unwrapped model."""
     backbone = getattr(model, "base_model", None)

@@ -140,7 +140,7 @@ def check(
     for name, x in integers.items():
         if x is not None:
             checks.tensor(name, x, shape, like=input_ids, dtypes=(torch.int64,))
-    if torch.compiler.is_compiling() or not checks.looks_at_values(input_ids):
+    if not _looks_at(input_ids):
         return
     if bool(loss_mask[:, 0].any()) and integers.get("source") is None:
         raise ValueError("loss_mask: expected False at position 0, which no state predicts")
@@ -155,3 +155,36 @@ def check(
     source = integers.get("source")
     if source is not None and bool((loss_mask & ((source < 0) | (source >= shape[1]))).any()):
         raise ValueError(f"source: expected positions in [0, {shape[1]}) where loss_mask is True")
+
+
+def check_sequences(sequences: int | None, sequence_ids: Tensor | None, rows: int) -> None:
+    """Raise ValueError for advantages (S,) that are not one for each sequence."""
+    if sequences is None:
+        return
+    if sequence_ids is None and sequences != rows:
+        raise ValueError(f"advantages: expected shape ({rows},) or (B, L), got ({sequences},)")
+    if sequence_ids is not None and _looks_at(sequence_ids):
+        last = int(sequence_ids.max())
+        if last >= sequences or int(sequence_ids.min()) < 0:
+            raise ValueError(f"sequence_ids: expected numbers in [0, {sequences}), got {last}")
+
+
+def _looks_at(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and checks.looks_at_values(x)
+
+
+def refuse_unseparated(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    sequence_ids: Tensor | None,
+    source: Tensor | None,
+) -> None:
+    """Raise ValueError for packed rows whose sequences would attend to each other."""
+    if sequence_ids is None or source is not None or position_ids is not None:
+        return
+    several = _looks_at(sequence_ids) and bool((sequence_ids != sequence_ids[:, :1]).any())
+    if attention_mask is None and several:
+        raise ValueError(
+            "position_ids: expected for rows that hold several sequences, beginning at 0 for each:"
+            " without them the sequences attend to each other"
+        )

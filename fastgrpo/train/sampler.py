@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from fastgrpo.model.fused_lm import HALF_TOLERANCE, TOLERANCES, evaluation_mode
+from fastgrpo.model.own_forward import HALF_TOLERANCE, TOLERANCES, evaluation_mode
 
 from .completions import Rollout, left_padded
 from .kept_ids import KeptIds

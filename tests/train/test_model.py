@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastgrpo.model.fused_lm import evaluation_mode
+from fastgrpo.model.own_forward import evaluation_mode
 from fastgrpo.train import gsm8k
 from fastgrpo.train.chat import chat_prompt
 from fastgrpo.train.checkpoint import save_checkpoint
