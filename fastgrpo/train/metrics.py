@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
 from fcntl import LOCK_EX, LOCK_NB, flock
-from itertools import islice
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import ranks
+from .best_effort import BestEffort, say
 from .completions import Rollout
 
 CONSOLE = {  # metric -> (label, format)
@@ -134,26 +137,26 @@ def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Writes every step to metrics.jsonl, flushed at once, to the console, and for TensorBoard.
+    """Writes every step to metrics.jsonl, to the console, and for TensorBoard.
 
-    The first ``steps`` rows of a file that is there are kept. Raises ValueError where they are not
-    there, or another process writes to the file.
+    Of a file that is there, the rows of the first ``steps`` steps are kept; those that are missing
+    are said. Raises ValueError where another process writes to the file. What cannot be written
+    later is said once, and tried again with the next step; ``rows`` has all.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, steps: int = 0) -> None:
-        self._file = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
-        try:
-            flock(self._file, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output_dir: another process trains in {folder}") from None
+        path = folder / "metrics.jsonl"
+        # Without a buffer: what a full disk did not take must not come again with the next row.
+        self._file = path.open("a+b", buffering=0)
+        _lock(self._file, folder)
         self._file.seek(0)
-        lines = list(islice(iter(self._file.readline, ""), steps))
-        if len(lines) < steps:
-            raise ValueError(
-                f"resume: expected {steps} lines in {self._file.name}, got {len(lines)}"
-            )
-        self._file.truncate(self._file.tell())
-        self.rows: list[dict[str, float | None]] = [json.loads(line) for line in lines]
+        self.rows, self._size = _rows_until(steps, self._file.readall())
+        self._written = len(self.rows)
+        self._file.truncate(self._size)
+        if self._written < steps:
+            say(f"{path} has {self._written} of the {steps} steps that were taken")
+        self._into_file, self._onto_console = BestEffort(str(path)), BestEffort("the console")
+        self._onto_board = BestEffort(str(folder / "tensorboard"))
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -162,27 +165,79 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files."""
+        self.sync()
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with self._onto_board:
+                self._board.close()
+
+    def sync(self) -> None:
+        """Have the disk hold all rows, as far as it can."""
+        with self._into_file:
+            self._append()
+            os.fsync(self._file.fileno())
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log one step; a number that is not finite becomes null in the file."""
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self.rows.append(row)
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._into_file:
+            self._append()
         if self._board is not None:
-            for name, value in metrics.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
-        shown = [
-            f"{label} {metrics[key]:{form}}"
-            for key, (label, form) in CONSOLE.items()
-            if key in metrics
-        ]
-        own = [name for name in metrics if re.fullmatch("rewards/.*/mean", name)]
-        if len(own) > 1:
-            shown[1:1] = [f"{name.split('/')[1]} {metrics[name]:.3f}" for name in own]
-        tqdm.write(" | ".join([f"step {step}", *shown]), file=sys.stdout)
-        sys.stdout.flush()
+            with self._onto_board:
+                for name, value in metrics.items():
+                    if math.isfinite(value):
+                        self._board.add_scalar(name, value, step)
+            if self._onto_board.failed:
+                self._board = None  # its thread has ended, and closing it would wait for that
+        with self._onto_console:
+            tqdm.write(_line(step, metrics), file=sys.stdout)
+            sys.stdout.flush()
+
+    def _append(self) -> None:
+        """Write the rows that are not in the file, in place of what an error left of them."""
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "it was removed")
+        self._file.truncate(self._size)
+        rows = self.rows[self._written :]
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+        if self._file.write(text) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._size += len(text)
+        self._written = len(self.rows)
+
+
+def _lock(file: FileIO, folder: Path) -> None:
+    """Lock the file until it is closed; ValueError if another process has."""
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"output_dir: another process trains in {folder}") from None
+    except OSError as error:  # some file systems have no locks
+        say(f"a second process that trains in {folder} will not be noticed: {error!r}")
+
+
+def _rows_until(steps: int, text: bytes) -> tuple[list[dict[str, float | None]], int]:
+    """Return the whole rows of the first ``steps`` steps, and how many bytes they take."""
+    rows, size = [], 0
+    for line in text.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            if not line.endswith(b"\n") or row["step"] > steps:
+                break
+        except (ValueError, KeyError, TypeError):
+            break  # what a machine that lost its power has left
+        rows.append(row)
+        size += len(line)
+    return rows, size
+
+
+def _line(step: int, metrics: dict[str, float]) -> str:
+    """Return what the console shows of a step."""
+    shown = [
+        f"{label} {metrics[key]:{form}}" for key, (label, form) in CONSOLE.items() if key in metrics
+    ]
+    own = [name for name in metrics if re.fullmatch("rewards/.*/mean", name)]
+    if len(own) > 1:
+        shown[1:1] = [f"{name.split('/')[1]} {metrics[name]:.3f}" for name in own]
+    return " | ".join([f"step {step}", *shown])

@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .atomic import whole_file
+from .best_effort import BestEffort
 from .completions import Rollout
 
 STEPS = 5
@@ -21,17 +23,20 @@ class NotFiniteError(RuntimeError):
 class NotFinite:
     """Counts steps without an update, and ends the run at the fifth in a row."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.steps = folder, 0
+    def __init__(self, folder: Path, steps: int = 0) -> None:
+        self.folder, self.steps = folder, steps
 
     def watch(self, metrics: dict[str, float], rollout: Rollout) -> None:
         """Take note of a step; at the fifth write its completions and raise NotFiniteError."""
         self.steps = self.steps + 1 if metrics.get("skipped") == 1 else 0
         if self.steps == STEPS:
-            save_file(tensors_of(rollout), self.folder / DUMP)
+            path = self.folder / DUMP
+            with BestEffort(str(path)) as dump, whole_file(path) as written:
+                save_file(tensors_of(rollout), written)
+            kept = "lost" if dump.failed else f"in {path}"
             raise NotFiniteError(
                 f"the loss or its gradient was not finite in {STEPS} steps in a row, which were "
-                f"skipped; the completions of the last are in {self.folder / DUMP}"
+                f"skipped; the completions of the last are {kept}"
             )
 
 

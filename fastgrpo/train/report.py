@@ -30,7 +30,7 @@ def write_report(
         "accuracy_after": after and after.accuracy,
         "reward_before": before and _finite(before.reward),
         "reward_after": after and _finite(after.reward),
-        "steps": len(rows),
+        "steps": rows[-1]["step"] if rows else 0,
         **more,
         "seed": config.seed,
         "config": dataclasses.asdict(config),

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from . import ranks
 from .atomic import finish_all
+from .best_effort import BestEffort
 from .checkpoint import remove_older, save_checkpoint, save_training
 from .completions import Rollout
 from .config import TrainConfig, one_line_errors
@@ -29,7 +30,7 @@ from .random_state import random_state, set_random_state
 from .reference import Reference
 from .report import write_report
 from .rollout import check_prompts
-from .run_folder import run_folder, write_settings
+from .run_folder import run_folder, writable, write_settings
 from .sampler import Sampler
 from .samples import SampleLog
 from .stalled import Stalled
@@ -65,6 +66,7 @@ class Run:
         self._optimizer: MasterAdamW | None = None
         self._others: dict[str, Shuffled | Reference] = {}
         self._saved = self.step  # the step of the last checkpoint
+        self._all_saved = True
 
     @property
     def step(self) -> int:
@@ -74,17 +76,18 @@ class Run:
     def __enter__(self) -> Run:
         self._start = time.perf_counter()
         self._earlier = 0.0 if self.state is None else self.state["seconds"]
+        goes_on = self.state is not None and ranks.rank() == 0
         with one_line_errors():
             self.folder = run_folder(self.config, self.task.name)
-            goes_on = self.state is not None and ranks.rank() == 0
-            self._log = MetricsLog(
-                self.folder, self.config.tensorboard, self.step if goes_on else 0
-            )
-            finish_all(self.folder)  # behind the lock of the log: nobody is replacing one
-            written = self.state["samples"] if goes_on else None
-            self._samples = SampleLog(self.folder / "samples.md", written)
-            self._not_finite = NotFinite(self.folder)
-            write_settings(self.folder, self.config)
+            with writable(self.folder):
+                kept = self.step if goes_on else 0
+                self._log = MetricsLog(self.folder, self.config.tensorboard, kept)
+                finish_all(self.folder)  # behind the lock of the log: nobody is replacing one
+                kept = self.state["samples"] if goes_on else 0
+                self._samples = SampleLog(self.folder / "samples.md", kept)
+                write_settings(self.folder, self.config)
+            skipped = 0 if self.state is None else self.state["not_finite"]
+            self._not_finite = NotFinite(self.folder, skipped)
         self.interrupt.__enter__()
         return self
 
@@ -95,21 +98,17 @@ class Run:
         trace: TracebackType | None,
     ) -> bool:
         interrupted = isinstance(error, KeyboardInterrupt)
-        self._log.close()
         try:
             self._save(None if interrupted else error, interrupted)
-        except Exception as failed:
-            if error is None or interrupted:
-                raise
-            print(f"not saved: {failed!r}", file=sys.stderr)  # the first error is raised
         finally:
+            self._log.close()
             self.interrupt.__exit__(kind, error, trace)
         return interrupted
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the number of the signal that ended the run."""
-        return 128 + self.interrupt.signum if self.interrupt.signum else 0
+        """0; 128 + the number of the signal that ended the run; 1 if not all could be saved."""
+        return 128 + self.interrupt.signum if self.interrupt.signum else int(not self._all_saved)
 
     def keep(self, optimizer: MasterAdamW, prompts: Shuffled, reference: Reference | None) -> None:
         """Have checkpoints hold the training as it is after each whole step.
@@ -192,6 +191,7 @@ class Run:
             "updates": self._optimizer.updates,
             "seconds": self._earlier + time.perf_counter() - self._start,
             "stalled": self.stalled.steps,
+            "not_finite": self._not_finite.steps,
             "samples": self._samples.size,
             "random": random_state(),
             "optimizer": self._optimizer.state_dict(),
@@ -201,16 +201,24 @@ class Run:
         if every and step % every == 0:
             self._save_training()
 
-    def _save_training(self) -> None:
+    def _save_training(self) -> bool:
+        """Write a checkpoint of the last whole step; return whether that was possible."""
         state = self.state | {
             "task": self.task.digest,
             "before": self.before and asdict(self.before),
             "random": ranks.gathered(self.state["random"]),
         }
-        if ranks.rank() == 0:
-            save_training(self.policy, state, self.folder, self.step)
-            remove_older(self.folder, self.config.keep)
+        with BestEffort(str(self.folder / f"checkpoint-{self.step}")) as checkpoint:
+            if ranks.rank() == 0:
+                # Their sizes are part of the state.
+                self._log.sync()
+                self._samples.sync()
+                save_training(self.policy, state, self.folder, self.step)
+                remove_older(self.folder, self.config.keep)
+        if any(ranks.gathered(checkpoint.failed)):
+            return False
         self._saved = self.step
+        return True
 
     def _can_go_on(self, error: BaseException | None) -> bool:
         """Return whether the weights are those that were noted, and all processes are there."""
@@ -221,29 +229,40 @@ class Run:
         """Save report, training and model; one that fails does not keep the others from it."""
         ended = self.after is not None and self.step == self.config.max_steps
         seconds = self._earlier + time.perf_counter() - self._start
-        with ExitStack() as last_first:
-            # A run that fails before it has its weights again keeps the model that it has.
-            if ranks.rank() == 0 and (self.state is None or self._optimizer is not None):
-                last_first.callback(save_checkpoint, self.policy, self.folder / "checkpoint")
-            if self._saved < self.step and not ended and self._can_go_on(error):
-                last_first.callback(self._save_training)
-            last_first.callback(
-                write_report,
-                self.folder,
-                self.config,
-                self._log.rows,
-                self.before,
-                self.after,
-                task=self.task.name,
-                seconds=seconds,
-                whole=ended,
-                interrupted=interrupted,
-                error=None if error is None else repr(error),
-            )
-        if self.before and self.after:
-            print(f"held-out before: {self.before}; after: {self.after} ({seconds:.0f} s)")
-        print(f"{'interrupted, saved' if interrupted else 'saved'} in {self.folder}")
-        sys.stdout.flush()
+
+        def report(whole: bool) -> bool:
+            with BestEffort(f"the report in {self.folder}") as effort:
+                write_report(
+                    self.folder,
+                    self.config,
+                    self._log.rows,
+                    self.before,
+                    self.after,
+                    task=self.task.name,
+                    seconds=seconds,
+                    whole=whole,
+                    interrupted=interrupted,
+                    error=None if error is None else repr(error),
+                )
+            return not effort.failed
+
+        self._all_saved = report(ended)
+        if self._saved < self.step and not ended and self._can_go_on(error):
+            self._all_saved &= self._save_training()
+        # A run that fails before it has its weights again keeps the model that it has.
+        if ranks.rank() == 0 and (self.state is None or self._optimizer is not None):
+            with BestEffort(str(self.folder / "checkpoint")) as model:
+                save_checkpoint(self.policy, self.folder / "checkpoint")
+            self._all_saved &= not model.failed
+            if ended and model.failed:
+                report(whole=False)  # so that --resume takes the steps behind a checkpoint again
+        with BestEffort("the console"):
+            if self.before and self.after:
+                print(f"held-out before: {self.before}; after: {self.after} ({seconds:.0f} s)")
+            saved = "interrupted, saved" if interrupted else "saved"
+            but = "" if self._all_saved else ", but for what could not be written"
+            print(f"{saved} in {self.folder}{but}")
+            sys.stdout.flush()
         if error is None:
             # The first is still writing, and torchrun ends it when another has ended by a signal.
             ranks.gathered(None)

@@ -7,6 +7,8 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +103,18 @@ def newest_state(config: Flags, task: Task) -> dict[str, Any] | None:
     return state
 
 
-def _created(folder: Path) -> Path:
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Context in which an error of the system is a ValueError that names the folder."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise ValueError(
             f"output_dir: expected a folder that can be written, got {folder}: {error}"
         ) from error
+
+
+def _created(folder: Path) -> Path:
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -8,38 +8,48 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .atomic import sync
+from .best_effort import BestEffort, say
 from .completions import Rollout
 from .evaluation import Evaluation
 from .model import Policy
 from .rollout import texts
 
+TITLE = b"# Completions\n"
 SHOWN_OF_EVALUATION = 16
 SHOWN_OF_GROUP = 4
 CONSOLE_CHARACTERS = 160
 
 
 class SampleLog:
-    """Appends to a Markdown file as the run goes on, so that a run that is cut has its samples."""
+    """Appends to a Markdown file as the run goes on, so that a run that is cut has its samples.
 
-    def __init__(self, path: Path, written: int | None = None) -> None:
-        self.path = path
-        if written is None:
-            path.write_text("# Completions\n", encoding="utf-8")
-        elif not path.is_file() or path.stat().st_size < written:
-            raise ValueError(f"resume: expected at least {written} bytes in {path}")
-        else:
-            os.truncate(path, written)
+    Of a file that is there, the first ``kept`` bytes stay; those that are missing are said. What
+    cannot be written later is said once and left out. ``size`` is what stands there, in bytes.
+    """
 
-    @property
-    def size(self) -> int:
-        """What has been written, in bytes; a run that goes on starts there."""
-        return self.path.stat().st_size
+    def __init__(self, path: Path, kept: int = 0) -> None:
+        self.path, self._effort = path, BestEffort(str(path))
+        with path.open("ab") as file:
+            self.size = min(kept, file.tell())
+        if self.size < kept:
+            say(f"{path} has {self.size} of the {kept} bytes that were written")
+        os.truncate(path, self.size)
+        if not self.size:
+            path.write_bytes(TITLE)
+            self.size = len(TITLE)
+
+    def sync(self) -> None:
+        """Have the disk hold what was written, as far as it can."""
+        with self._effort:
+            sync(self.path)
 
     def add_evaluation(self, title: str, evaluation: Evaluation) -> None:
         """Append greedy completions of held-out prompts."""
-        self._append(f"{title}: held-out, greedy ({evaluation})")
+        parts = [_heading(f"{title}: held-out, greedy ({evaluation})")]
         for prompt, completion, reward in evaluation.samples[:SHOWN_OF_EVALUATION]:
-            self._append_one(prompt, [(reward, completion)])
+            parts.append(_fenced(prompt, [(reward, completion)]))
+        self._append("".join(parts))
 
     def add_group(self, step: int, policy: Policy, rollout: Rollout) -> None:
         """Append some completions of one prompt, from the best to the worst, and print them.
@@ -55,22 +65,33 @@ class SampleLog:
         completions = texts(policy, group)
         shown = [(group.rewards[i].item(), completions[i]) for i in picked]
         prompt = policy.tokenizer.decode(group.prompts[0])
-        self._append(f"Step {step}: training, sampled")
-        self._append_one(prompt, shown)
+        self._append(_heading(f"Step {step}: training, sampled") + _fenced(prompt, shown))
         tqdm.write(f"  {_short(prompt[-CONSOLE_CHARACTERS:])}")
         for reward, completion in shown:
             tqdm.write(f"    reward {reward:g}: {_short(completion)}")
 
-    def _append(self, title: str) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"\n## {title}\n")
+    def _append(self, text: str) -> None:
+        """Write a text in place of what an error left of the last one."""
+        with self._effort:
+            written = text.encode()
+            with self.path.open("r+b") as file:  # which makes no new file where it was removed
+                self.size = min(self.size, file.seek(0, os.SEEK_END))
+                file.truncate(self.size)
+                file.seek(self.size)
+                file.write(written)
+            self.size += len(written)
 
-    def _append_one(self, prompt: str, shown: list[tuple[float, str]]) -> None:
-        fence = "~" * (3 + max(text.count("~") for text in (prompt, *(text for _, text in shown))))
-        parts = [f"\n{fence}\n{prompt}\n{fence}\n"]
-        parts += [f"\nreward {reward:g}\n\n{fence}\n{text}\n{fence}\n" for reward, text in shown]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(parts)
+
+def _heading(text: str) -> str:
+    return f"\n## {text}\n"
+
+
+def _fenced(prompt: str, shown: list[tuple[float, str]]) -> str:
+    """Return a prompt and completions with their rewards, fenced by more tildes than they have."""
+    fence = "~" * (3 + max(text.count("~") for text in (prompt, *(text for _, text in shown))))
+    parts = [f"\n{fence}\n{prompt}\n{fence}\n"]
+    parts += [f"\nreward {reward:g}\n\n{fence}\n{text}\n{fence}\n" for reward, text in shown]
+    return "".join(parts)
 
 
 def _short(text: str) -> str:
