@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -58,6 +59,7 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
     tokenizer = tokenizer or load_tokenizer(config)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    missing: set[str] = set()
     if config.model is None:
         model = tiny_model(tokenizer).to(dtype)
     elif is_adapter(config.model):
@@ -65,12 +67,13 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
         if config.lora_rank:
             raise ValueError(f"lora_rank: {config.model} is an adapter already, which goes on")
         model = _base_model(_base_of_adapter(config.model), dtype)
-        model.load_adapter(config.model, is_trainable=True)
+        missing = model.load_adapter(config.model, is_trainable=True).missing_keys
     else:
         model = _base_model(config.model, dtype)
     if config.lora_rank:
         _add_adapter(model, config)
     _check_head(model, "lora_target_modules" if config.lora_rank else "model")
+    _refuse_missing(missing, config.model)
     _check_router(model)
     # Only the token ids are kept: a repetition penalty or top-k that came with the model would make
     # the sampler's distribution differ from the one that the loss assumes.
@@ -122,7 +125,10 @@ def _base_of_adapter(folder: str) -> str:
 
 
 def _base_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = _loaded(AutoModelForCausalLM.from_pretrained, name, dtype=dtype)
+    model, info = _loaded(
+        AutoModelForCausalLM.from_pretrained, name, dtype=dtype, output_loading_info=True
+    )
+    _refuse_missing(info["missing_keys"], name)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"model: expected a model or the folder of an adapter, got that of {name}")
     if name.endswith(".gguf"):
@@ -131,6 +137,15 @@ def _base_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         model.hf_quantizer = None
         model.name_or_path = model.config._name_or_path = name
     return model
+
+
+def _refuse_missing(weights: set[str], name: str | None) -> None:
+    """Raise for weights that transformers did not find, and has drawn at random."""
+    if weights:
+        raise ValueError(
+            f"model: expected all weights in {name}, but transformers {transformers.__version__} "
+            f"did not find {', '.join(sorted(weights))}"
+        )
 
 
 def _loaded(load: Callable[..., Any], name: str, **options: Any) -> Any:

@@ -71,16 +71,14 @@ def few(monkeypatch, request) -> int:
 @pytest.fixture
 def in_float64(monkeypatch) -> None:
     """No float64 number becomes a float32 one, as the norms of many models make of it."""
-    to, as_float = torch.Tensor.to, torch.Tensor.float
+    to = torch.Tensor.to
 
     def keep(x: Tensor, *args, **kwargs) -> Tensor:
         narrows = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
         return x if narrows else to(x, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(
-        torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x)
-    )
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 def logps_by(name: str, model: PreTrainedModel, rollout: Rollout) -> Tensor:

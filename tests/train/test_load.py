@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fastgrpo.train import load
@@ -151,6 +152,20 @@ def test_a_trained_copy_of_the_head_is_the_policys_head(tmp_path, model_folder, 
     torch.testing.assert_close(states @ policy.head.weight.t(), after)
     save_checkpoint(policy, tmp_path / "checkpoint")
     torch.testing.assert_close(logits(policy_in(tmp_path / "checkpoint")), after)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2], ids=["model", "adapter"])
+def test_what_lacks_a_weight_is_refused(tmp_path, model_folder, lora_rank) -> None:
+    """transformers draws it at random, and says so in its log."""
+    if lora_rank:
+        pytest.importorskip("peft")
+    save_checkpoint(policy_in(model_folder, lora_rank=lora_rank), tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    weights = load_file(path)
+    lost = next(name for name in weights if "layers.1.self_attn.q_proj" in name)
+    save_file({k: v for k, v in weights.items() if k != lost}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model: expected all weights .*layers.1.self_attn.q_p"):
+        policy_in(tmp_path)
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_model(tmp_path, model_folder) -> None:
