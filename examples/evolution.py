@@ -23,11 +23,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from fastgrpo.train import ranks
 from fastgrpo.train.arithmetic import arithmetic_task
-from fastgrpo.train.evolution import Evolution, searched
+from fastgrpo.train.config import one_line_errors, parsed
+from fastgrpo.train.evolution import Evolution, check_search, searched
 from fastgrpo.train.fitness import mean_reward
 from fastgrpo.train.gsm8k import gsm8k_task
 from fastgrpo.train.load import load_policy
@@ -82,6 +83,13 @@ class EvolutionConfig:
             raise ValueError("warmup_steps: no effect on gsm8k, which has no demonstrations")
         if self.task == "arithmetic" and (self.data or self.eval_data):
             raise ValueError("task arithmetic: takes no data or eval_data")
+        for name in ("num_prompts", "max_completion_length", "eval_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("max_steps", "warmup_steps", "eval_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        check_search(self.sigma, self.learning_rate, self.num_pairs, self.shaping)
 
 
 def train(run: Run, policy: Policy, task: Task, config: EvolutionConfig) -> None:
@@ -147,18 +155,30 @@ def compare_weights(policy: Policy, config: EvolutionConfig) -> None:
     )
 
 
+def parse_flags() -> EvolutionConfig:
+    """Return the settings of the command line; a wrong one ends the process with one line."""
+    with one_line_errors():
+        return parsed(EvolutionConfig, sys.argv[1:], "Train by scores of perturbed weights.")
+
+
 def main(config: EvolutionConfig) -> int:
-    """Run the training that ``config`` describes and return the exit code."""
-    check_output_dir(config.output_dir)
+    """Run the training that ``config`` describes and return the exit code.
+
+    A setting that cannot work ends the process with one line.
+    """
     set_seed(config.seed)
     if config.model is None:
         torch.set_num_threads(1)  # as in grpo_train.py
-    policy = load_policy(config)
-    if config.task == "arithmetic":
-        task = arithmetic_task(config.seed, config.eval_size)
-    else:
-        task = gsm8k_task(policy.tokenizer, config.data, config.eval_data, config.eval_size)
-    with Run(config, policy, ModelSampler(policy), task) as run:
+    with one_line_errors():
+        ranks.check_device(config.device)
+        check_output_dir(config.output_dir, goes_on=False)
+        policy = load_policy(config)
+        if config.task == "arithmetic":
+            task = arithmetic_task(config.seed, config.eval_size)
+        else:
+            task = gsm8k_task(policy.tokenizer, config.data, config.eval_data, config.eval_size)
+        run = Run(config, policy, ModelSampler(policy), task)
+    with run:
         train(run, policy, task, config)
     if dist.is_initialized():
         compare_weights(policy, config)
@@ -166,6 +186,5 @@ def main(config: EvolutionConfig) -> int:
 
 
 if __name__ == "__main__":
-    settings = HfArgumentParser(EvolutionConfig).parse_args_into_dataclasses()[0]
     with ranks.processes():
-        sys.exit(main(settings))
+        sys.exit(main(parse_flags()))

@@ -6,13 +6,14 @@ import dataclasses
 
 from transformers import PreTrainedTokenizerBase
 
+from . import ranks
 from .arithmetic import arithmetic_task
 from .config import TrainConfig
 from .gsm8k import gsm8k_task
 from .own_data import own_task
 from .reward_process import in_own_process
 from .rewards import Accuracy, load_rewards
-from .scoring import check_rewards
+from .scoring import check_rewards, longest
 from .sums import differences_task, sums_task
 from .tasks import Task
 
@@ -29,6 +30,7 @@ def load_task(
         given = load_rewards(config.reward, config.reward_weight or None)
         if config.reward_timeout:
             given = tuple(in_own_process(reward, config.reward_timeout) for reward in given)
+            ranks.allow(longest(len(given), config.reward_timeout))
         task = dataclasses.replace(task, rewards=given)
     if config.accuracy:
         name, threshold = config.accuracy_threshold()

@@ -7,16 +7,19 @@ from argparse import HelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
 from fastgrpo import LossConfig
 
+from . import ranks
 from .defaults import DEFAULTS, PRESETS, TASK_DEFAULTS, default_of
 from .flags import Flags
 from .rules import check_flags
 from .run_folder import saved_settings
+
+Config = TypeVar("Config")
 
 
 @dataclass
@@ -85,24 +88,35 @@ def parse_flags(arguments: Sequence[str] | None = None) -> TrainConfig:
         if any(a.partition("=")[0] == "--resume" for a in flags) and len(flags) > 1:
             raise ValueError(f"resume: expected no flag beside it, got {' '.join(flags)}")
         about = "Train by GRPO; docs/training.md says more about each setting."
-        parser = HfArgumentParser(TrainConfig, description=about, formatter_class=HelpFormatter)
-        parser.error = _error
-        parsed = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        config, unknown = parsed
-        if unknown:
-            raise ValueError(f"expected flags that --help lists, got {' '.join(unknown)}")
-        return config
+        return parsed(TrainConfig, arguments, about)
+
+
+def parsed(kind: type[Config], arguments: Sequence[str], about: str) -> Config:
+    """Return a dataclass of settings from a command line; ValueError for a wrong one."""
+    parser = HfArgumentParser(kind, description=about, formatter_class=HelpFormatter)
+    parser.error = _error
+    config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"expected flags that --help lists, got {' '.join(unknown)}")
+    return config
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Context for what the user's settings decide: a ValueError there is one line, not a trace."""
+    """Context for what the user's settings decide: a ValueError there is one line, not a trace.
+
+    All processes enter it, and all end where one has an error; the first prints each line once.
+    """
+    message = None
     try:
         yield
     except ValueError as error:
-        _error(str(error))
+        message = f"error: {error}"
+    if lines := [line for line in dict.fromkeys(ranks.gathered(message)) if line is not None]:
+        if ranks.rank() == 0:
+            print(*lines, sep="\n", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def _error(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise ValueError(message)

@@ -39,6 +39,18 @@ class Candidate(NamedTuple):
     sign: int  # 1 or -1: the two of an antithetic pair
 
 
+def check_search(sigma: float, learning_rate: float, num_pairs: int, shaping: str) -> None:
+    """Raise ValueError for settings that `Evolution` cannot have."""
+    if not 0 < sigma < float("inf"):
+        raise ValueError(f"sigma: expected a positive number, got {sigma}")
+    if not 0 <= learning_rate < float("inf"):
+        raise ValueError(f"learning_rate: expected a number >= 0, got {learning_rate}")
+    if num_pairs < 1:
+        raise ValueError(f"num_pairs: expected at least 1, got {num_pairs}")
+    if shaping not in SHAPINGS:
+        raise ValueError(f"shaping: expected one of {sorted(SHAPINGS)}, got {shaping!r}")
+
+
 class Evolution:
     """Gradient ascent on the expected score, from the scores of perturbed models.
 
@@ -77,14 +89,7 @@ class Evolution:
         shaping: Literal["ranks", "zscore"] = "ranks",
         seed: int = 0,
     ) -> None:
-        if not 0 < sigma < float("inf"):
-            raise ValueError(f"sigma: expected a positive number, got {sigma}")
-        if not 0 <= learning_rate < float("inf"):
-            raise ValueError(f"learning_rate: expected a number >= 0, got {learning_rate}")
-        if num_pairs < 1:
-            raise ValueError(f"num_pairs: expected at least 1, got {num_pairs}")
-        if shaping not in SHAPINGS:
-            raise ValueError(f"shaping: expected one of {sorted(SHAPINGS)}, got {shaping!r}")
+        check_search(sigma, learning_rate, num_pairs, shaping)
         for name, parameter in searched(model).items():
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(

@@ -194,13 +194,23 @@ class MetricsLog:
             tqdm.write(_line(step, metrics), file=sys.stdout)
             sys.stdout.flush()
 
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Log more of the last step."""
+        known = {}
+        if self.rows and self.rows[-1]["step"] == step:
+            row = self.rows.pop()
+            if self._written > len(self.rows):
+                self._written -= 1
+                self._size -= len(_lines([row]))
+            known = {k: math.nan if v is None else v for k, v in row.items()}
+        self.write(step, known | metrics)
+
     def _append(self) -> None:
         """Write the rows that are not in the file, in place of what an error left of them."""
         if not os.fstat(self._file.fileno()).st_nlink:
             raise FileNotFoundError(errno.ENOENT, "it was removed")
         self._file.truncate(self._size)
-        rows = self.rows[self._written :]
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+        text = _lines(self.rows[self._written :])
         if self._file.write(text) < len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._size += len(text)
@@ -230,6 +240,10 @@ def _rows_until(steps: int, text: bytes) -> tuple[list[dict[str, float | None]],
         rows.append(row)
         size += len(line)
     return rows, size
+
+
+def _lines(rows: list[dict[str, float | None]]) -> bytes:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
 
 
 def _line(step: int, metrics: dict[str, float]) -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeout
 
 from .flags import Flags
 
@@ -42,8 +44,8 @@ def processes() -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if (number := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+        torch.cuda.set_device(number)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
@@ -53,8 +55,26 @@ def processes() -> Iterator[None]:
         yield
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError unless each of several processes has a device of its own, or all the CPU."""
+    if count() == 1 or device == "cpu":
+        return
+    if device not in ("auto", "cuda"):
+        raise ValueError(
+            f"device: expected cuda or cpu, as each of {count()} processes takes the GPU of its "
+            f"number, got {device}"
+        )
+    gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if 0 < gpus <= number:
+        raise ValueError(
+            f"device: expected a GPU for each process of this machine, which has {gpus}, got a "
+            f"process of number {number}, counted from 0; --device cpu trains on CPUs"
+        )
+
+
 def check(config: Flags) -> None:
     """Raise ValueError for settings that several processes cannot have."""
+    check_device(config.device)
     if config.num_prompts < count():
         raise ValueError(
             f"num_prompts: expected one for each of {count()} processes, got {config.num_prompts}"
@@ -69,6 +89,12 @@ def check(config: Flags) -> None:
             f"loss: expected one that does not compare the completions of a batch, which lie in "
             f"{count()} processes, got {config.loss}"
         )
+
+
+def allow(seconds: float) -> None:
+    """Have the processes wait for one another for so much longer than torch has them."""
+    if dist.is_initialized():
+        _set_pg_timeout(default_pg_timeout + timedelta(seconds=seconds))
 
 
 def gathered(item: Item) -> list[Item]:

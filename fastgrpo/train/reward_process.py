@@ -22,6 +22,9 @@ from typing import Any
 from .rewards import Reward, RewardFunction, WrongResult, function_of
 
 STARTING = 600.0  # seconds that Python, this package and the file may take
+CALLS = (
+    20  # in a row without an answer, after which a reward is lost: five steps that hang or end it
+)
 
 
 class RewardError(RuntimeError):
@@ -30,6 +33,14 @@ class RewardError(RuntimeError):
 
 class RewardTimeout(RewardError):
     """A reward took too long."""
+
+
+class RewardEnded(RewardError):
+    """The process of a reward has ended, or could not start."""
+
+
+class RewardLost(RuntimeError):
+    """A reward has not answered several calls in a row, of several steps."""
 
 
 def in_own_process(reward: Reward, limit: float) -> Reward:
@@ -44,15 +55,24 @@ class InOwnProcess:
     The process starts with the first call, and keeps what the module keeps. It is killed with all
     that it started when a call takes longer, and a new one starts with the next call. Results are
     lists of what Python can send. The time until the file has been run is not the call's.
+
+    Raises RewardError, RewardTimeout or RewardEnded for a call, and RewardLost after several.
     """
 
     def __init__(self, file: str, name: str, function: RewardFunction, limit: float) -> None:
         self.file, self.name, self.limit = file, name, limit
         self.__signature__ = inspect.signature(function)
         self._connection: Connection | None = None
+        self._unanswered = 0
         self._end = weakref.finalize(self, lambda: None)
 
     def __call__(self, **given: Any) -> Any:
+        if self._unanswered == CALLS:
+            raise RewardLost(
+                f"reward {self.name}: no answer to {CALLS} calls in a row, each of which took too "
+                f"long or ended the process that runs {self.file}"
+            )
+        self._unanswered += 1
         try:
             if self._connection is None:
                 self._start()
@@ -60,10 +80,11 @@ class InOwnProcess:
             kind, result = self._received(self.limit)
         except (EOFError, OSError) as error:
             self.close()
-            raise RewardError("its process has ended") from error
+            raise RewardEnded("its process has ended") from error
         except BaseException:  # also Ctrl-C: the answer to this call must not be that to the next
             self.close()
             raise
+        self._unanswered = 0
         if kind != "result":
             raise WrongResult(result) if kind == "wrong" else RewardError(result)
         return result

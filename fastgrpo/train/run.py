@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -66,7 +65,7 @@ class Run:
         self._optimizer: MasterAdamW | None = None
         self._others: dict[str, Shuffled | Reference] = {}
         self._saved = self.step  # the step of the last checkpoint
-        self._all_saved = True
+        self._all_saved, self._evaluation_due = True, False
 
     @property
     def step(self) -> int:
@@ -129,6 +128,8 @@ class Run:
             states = self.state["random"]
             if len(states) == ranks.count():
                 set_random_state(states[ranks.rank()])
+            if self.state["evaluation_due"]:
+                self._log.add(self.step, self.evaluate().metrics())
         self._optimizer = optimizer
 
     def steps(self, count: int, title: str) -> Iterator[int]:
@@ -166,8 +167,10 @@ class Run:
         """Log a step with its speed, and every ``eval_every`` steps the held-out accuracy."""
         metrics = metrics | {"tokens_per_s": tokens / (time.perf_counter() - self._began)}
         if self.config.eval_every and step % self.config.eval_every == 0:
-            with suppress(KeyboardInterrupt):  # raised again before the next step
+            try:
                 metrics |= self.evaluate().metrics()
+            except KeyboardInterrupt:  # raised again before the next step
+                self._evaluation_due = True
         self._log.write(step, metrics)
 
     def watch(self, step: int, metrics: dict[str, float], rollout: Rollout) -> None:
@@ -191,6 +194,7 @@ class Run:
             "updates": self._optimizer.updates,
             "seconds": self._earlier + time.perf_counter() - self._start,
             "stalled": self.stalled.steps,
+            "evaluation_due": self._evaluation_due,
             "not_finite": self._not_finite.steps,
             "samples": self._samples.size,
             "random": random_state(),

@@ -39,8 +39,11 @@ def run_folder(config: Flags, task: str) -> Path:
     return _created(folder)
 
 
-def check_output_dir(output_dir: str | None) -> None:
-    """Raise ValueError if there is a run in the folder, or if it cannot be written."""
+def check_output_dir(output_dir: str | None, goes_on: bool = True) -> None:
+    """Raise ValueError if there is a run in the folder, or if it cannot be written.
+
+    ``goes_on``: a run can go on there by ``--resume``.
+    """
     if ranks.rank() > 0:  # the first may have begun there
         return
     folder = Path(output_dir or "runs")
@@ -48,10 +51,8 @@ def check_output_dir(output_dir: str | None) -> None:
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ValueError(f"output_dir: expected a folder that can be written, got {folder}")
     if output_dir is not None and (folder / SETTINGS).exists():
-        raise ValueError(
-            f"output_dir: expected a folder without a run, got {output_dir}; --resume {output_dir} "
-            "goes on with that run"
-        )
+        how = f"; --resume {output_dir} goes on with that run" if goes_on else ""
+        raise ValueError(f"output_dir: expected a folder without a run, got {output_dir}{how}")
     if output_dir is not None and checkpoints(folder):  # older ones would be removed
         raise ValueError(f"output_dir: expected a folder without checkpoints, got {output_dir}")
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reward_process import RewardTimeout
+from .reward_process import STARTING, RewardEnded, RewardLost, RewardTimeout
 from .rewards import RewardFunction, WrongResult, accepted
 from .tasks import Example, Task
 
 LARGEST_REWARD = 1e14  # differences stay below the 1e15 that group_advantages takes
-PATIENCE = 3  # completions of a step for which a reward may hang before the others are left out
+# Completions of a step for which a reward may hang, or end its process one after the other, before
+# the rest is left out.
+PATIENCE = 3
 ROUNDING = 1e-12  # of the largest reward: differences of sums in float64 that mean nothing
 
 
@@ -76,6 +78,15 @@ def score(task: Task, examples: Sequence[Example], completions: Sequence[str]) -
     return Scores(total.masked_fill(broken | ~applies, math.nan), by_reward)
 
 
+def longest(rewards: int, limit: float) -> float:
+    """Return for how many seconds a step or an evaluation may wait for rewards that all hang.
+
+    ``limit`` is that of a call. Each hangs for a batch, and then for some completions alone; the
+    evaluation asks one of them for the accuracy too.
+    """
+    return (rewards + 1) * (1 + PATIENCE) * (STARTING + limit)
+
+
 def right(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> list[bool]:
     """Return which completions count as right; none that cannot be judged does."""
     given = _given(task, examples, completions)
@@ -128,20 +139,23 @@ def _ask(
     taken = accepted(name, function, given)
     try:
         return _numbers(name, function(**taken), count)
-    except WrongResult:
+    except (WrongResult, RewardLost):
         raise
     except Exception:  # the user's code: one bad completion must not end a long run
-        values, errors = [], []
+        values, errors, hung, ended = [], [], 0, 0
         for i in range(count):
             try:
                 alone = {key: value[i : i + 1] for key, value in taken.items()}
                 values += _numbers(name, function(**alone), 1)
-            except WrongResult:
+                ended = 0
+            except (WrongResult, RewardLost):
                 raise
             except Exception as error:
                 errors.append(error)
                 values.append(math.nan)
-            if sum(isinstance(error, RewardTimeout) for error in errors) == PATIENCE:
+                hung += isinstance(error, RewardTimeout)
+                ended = ended + 1 if isinstance(error, RewardEnded) else 0
+            if PATIENCE in (hung, ended):
                 missing = count - len(values)
                 errors += errors[-1:] * missing
                 values += [math.nan] * missing

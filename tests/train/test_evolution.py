@@ -317,9 +317,8 @@ def test_two_processes_end_with_the_weights_of_one(example, tmp_path) -> None:
     flags = (
         "--max-steps 2 --warmup-steps 3 --num-pairs 3 --num-prompts 4 --eval-size 4 --device cpu"
     )
-    parser = example.HfArgumentParser(example.EvolutionConfig)
     alone = [*flags.split(), "--output-dir", str(tmp_path / "one")]
-    assert example.main(parser.parse_args_into_dataclasses(alone)[0]) == 0
+    assert example.main(example.parsed(example.EvolutionConfig, alone, "")) == 0
 
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
@@ -360,9 +359,32 @@ def test_gsm8k_with_a_model_from_a_folder(example, tmp_path, model_folder) -> No
         ({"task": "gsm8k"}, "expected data .* and model"),
         ({"task": "gsm8k", "data": "x", "model": "y"}, "warmup_steps: no effect"),
         ({"data": "train.jsonl"}, "takes no data"),
+        ({"sigma": 0.0}, "sigma: expected a positive number"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a number >= 0"),
+        ({"num_pairs": 0}, "num_pairs: expected at least 1"),
+        ({"num_prompts": 0}, "num_prompts: expected at least 1, got 0"),
+        ({"eval_size": 0}, "eval_size: expected at least 1"),
+        ({"max_steps": -1}, "max_steps: expected at least 0, got -1"),
+        ({"seed": -1}, "seed: expected at least 0"),
     ],
-    ids=["no data", "warm-up", "data"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_bad_flags_are_named(example, fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         example.EvolutionConfig(**fields)
+
+
+def test_settings_that_cannot_work_are_one_line(example, tmp_path, capsys, monkeypatch) -> None:
+    def refused(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["evolution.py", *flags])
+        with pytest.raises(SystemExit) as ended:
+            example.main(example.parse_flags())
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert refused("--sigma", "-1") == "error: sigma: expected a positive number, got -1.0\n"
+    assert refused("--sigm", "x").startswith("error: ")
+    assert refused("--model", str(tmp_path)).startswith("error: model: expected")
+    (tmp_path / "settings.json").write_text("{}")
+    error = f"error: output_dir: expected a folder without a run, got {tmp_path}\n"
+    assert refused("--output-dir", str(tmp_path)) == error

@@ -119,6 +119,34 @@ def test_a_run_that_was_cut_ends_with_the_same_bits(
     assert all(r["whole"] and r["error"] is None for r in results)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "and again when it is made up for"])
+def test_an_evaluation_that_was_cut_is_made_up_for(
+    script, lengths, tmp_path, monkeypatch, again
+) -> None:
+    """Its rewards draw random numbers, which the steps behind it must not miss."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    script.main(TrainConfig(**RUN, output_dir=str(whole)), lengths)
+
+    def interrupted(run, title=None):
+        if title is not None:
+            return evaluate(run, title)
+        run.interrupt.signum = signal.SIGINT
+        raise KeyboardInterrupt
+
+    evaluate = script.Run.evaluate
+    with monkeypatch.context() as patched:
+        patched.setattr(script.Run, "evaluate", interrupted)
+        code = script.main(TrainConfig(**RUN, output_dir=str(cut)), lengths)
+        assert code == 130 and "accuracy" not in read_metrics(cut)[-1]
+        if again:
+            assert script.main(TrainConfig(resume=str(cut)), lengths) == 130
+    assert script.main(TrainConfig(resume=str(cut)), lengths) == 0
+    weights, *logs = what_is_learnt(whole)
+    weights_again, *logs_again = what_is_learnt(cut)
+    assert logs == logs_again
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+
+
 def test_an_error_leaves_report_model_and_checkpoint(script, lengths, tmp_path) -> None:
     cut_run(script, lengths, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())

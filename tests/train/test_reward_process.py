@@ -6,14 +6,21 @@ import gc
 import os
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from fastgrpo.train import scoring
-from fastgrpo.train.reward_process import RewardError, RewardTimeout, in_own_process
-from fastgrpo.train.rewards import Reward, WrongResult, load_rewards
-from fastgrpo.train.scoring import score
+from fastgrpo.train import reward_process, scoring
+from fastgrpo.train.reward_process import (
+    RewardEnded,
+    RewardError,
+    RewardLost,
+    RewardTimeout,
+    in_own_process,
+)
+from fastgrpo.train.rewards import Accuracy, Reward, WrongResult, load_rewards
+from fastgrpo.train.scoring import right, score
 from fastgrpo.train.tasks import Example, Task
 
 FILE = """
@@ -145,3 +152,40 @@ def test_a_file_that_is_gone_is_an_error_of_the_reward(file) -> None:
     Path(file).unlink()
     with pytest.raises(RewardError, match="its process has ended"):
         reward.function(completions=["a"])
+
+
+class Broken:
+    """A reward process that ends with every call but some."""
+
+    def __init__(self, answers: set[int]) -> None:
+        self.calls, self.answers = 0, answers
+
+    def __call__(self, completions: list[str]) -> list[float]:
+        self.calls += 1
+        if self.calls in self.answers:
+            return [1.0]
+        raise RewardEnded("its process has ended")
+
+
+@pytest.mark.parametrize(
+    ("answers", "calls"), [(set(), 4), ({3, 6, 8}, 10)], ids=["always", "for some completions"]
+)
+def test_a_process_that_ends_is_not_started_for_each_completion(answers, calls) -> None:
+    """But for as many as there are where completions are what ends it."""
+    broken = Broken(answers)
+    with pytest.warns(UserWarning, match=f"for {9 - len(answers)} of 9 completions"):
+        scores(Reward("broken", broken), ["text"] * 9)
+    assert broken.calls == calls
+
+
+def test_a_reward_that_never_answers_ends_the_run(file, monkeypatch) -> None:
+    """An answer in between begins the count anew; an exception is one."""
+    reward = rewards(file, "faulty")
+    monkeypatch.setattr(reward_process, "CALLS", 2)
+    for text in ("dies", "raises", "dies", "dies"):
+        with suppress(RewardError):
+            reward.function(completions=[text])
+    for ask in (score, right):
+        task = Task("t", [Example("")], [], (reward,), Accuracy(reward.function))
+        with pytest.raises(RewardLost, match="reward faulty: no answer to 2 calls in a row"):
+            ask(task, task.train, ["right"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+
+from fastgrpo.train import ranks
+from fastgrpo.train.catalogue import load_task
+from fastgrpo.train.config import TrainConfig, one_line_errors
+from fastgrpo.train.reward_process import STARTING
+from fastgrpo.train.scoring import PATIENCE
 
 from .conftest import command, read_metrics
 
@@ -136,12 +144,78 @@ def test_a_signal_to_one_process_ends_all(tmp_path, reward) -> None:
 
 
 def test_what_several_processes_cannot_have_is_one_line(tmp_path, reward) -> None:
-    for others, message in (
-        ({"num_prompts": 1}, "num_prompts: expected one for each of 2 processes, got 1"),
-        ({"loss": "importance_sampling"}, "loss: expected one that takes a mean"),
-        ({"loss": "clip_cov"}, "loss: expected one that does not compare the completions"),
+    """Once, with nothing but torchrun's own report behind it."""
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name")
+    for given, message in (
+        (flags(tmp_path / "run", reward, num_prompts=1), "num_prompts: expected one for each of 2"),
+        (flags(tmp_path / "run", broken), "reward: expected that broken.py runs, got ModuleNot"),
     ):
-        with started(2, *flags(tmp_path / "run", reward, **others)) as process:
+        with started(2, *given) as process:
             output, _ = process.communicate(timeout=120)
-        assert process.returncode != 0 and f"error: {message}" in output
+        ours = re.split("^(?:[EW][0-9]{4} |Traceback)", output, maxsplit=1, flags=re.MULTILINE)[0]
+        assert process.returncode != 0 and ours.startswith(f"error: {message}"), output
+        assert ours.count("\n") == 1, output
         assert not (tmp_path / "run").exists()
+
+
+def test_losses_that_several_processes_cannot_have_are_named(monkeypatch) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    for loss, message in (
+        ("importance_sampling", "loss: expected one that takes a mean"),
+        ("clip_cov", "loss: expected one that does not compare the completions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ranks.check(TrainConfig(loss=loss, device="cpu"))
+
+
+def test_an_error_of_another_process_is_printed_by_the_first(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ranks, "gathered", lambda item: [item, "error: planted", "error: planted"])
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        pass
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: planted\n"
+
+
+def test_processes_wait_as_long_as_rewards_may_hang(alone, config, policy, reward) -> None:
+    """Two calls of one reward, one for the accuracy, each for a batch and three alone."""
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    before = backend.options._timeout.total_seconds()
+    config.reward, config.reward_timeout = [f"{reward}:length"], 50.0
+    load_task(config, policy.tokenizer)
+    longer = backend.options._timeout.total_seconds() - before
+    assert longer == 2 * (1 + PATIENCE) * (STARTING + 50)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch) -> list[int]:
+    """The second of two processes on a machine with one GPU; the devices that it has set."""
+    devices = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_: None)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    return devices
+
+
+def test_a_process_takes_the_gpu_of_its_number_if_there_is_one(second_of_two, monkeypatch) -> None:
+    with ranks.processes():
+        ranks.check_device("cpu")
+        for device in ("auto", "cuda"):
+            with pytest.raises(ValueError, match="device: expected a GPU for each .* which has 1"):
+                ranks.check_device(device)
+    assert second_of_two == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with ranks.processes():
+        ranks.check_device("cuda")
+    assert second_of_two == [1]
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1", "cpu:0"])
+def test_several_processes_share_no_device(second_of_two, device) -> None:
+    with pytest.raises(ValueError, match=f"device: expected cuda or cpu, .* got {device}"):
+        ranks.check(TrainConfig(device=device))
