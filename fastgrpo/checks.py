@@ -75,6 +75,9 @@ def tensor(
             f"grad_placements=[Partial('avg')] * {name}.device_mesh.ndim), or its gradient is not "
             "reduced"
         )
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"one of layout {x.layout}"
+        raise ValueError(f"{name}: expected a dense tensor, got {kind}")
     if shape is not None and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
     if like is not None and x.device != like.device:
@@ -170,6 +173,10 @@ def temperature(value: object, shape: tuple[int, ...], like: Tensor) -> None:
     """Check a temperature: a number > 0, or a tensor () or per token whose values the op checks."""
     if isinstance(value, Tensor):
         tensor("temperature", value, shape if value.dim() else (), like=like, dtypes=FLOATS)
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "temperature: expected a tensor without requires_grad, as it gets no gradient"
+            )
     else:
         positive("temperature", value)
 

@@ -59,7 +59,7 @@ def linear_logps(
         weight: (V, H), in hidden's dtype or fp32.
         token_ids: (...) int64 in [0, V), or `ignore_index`: such rows give 0, get no gradient, and
             whatever they hold (NaN too) changes nothing. Out of range: ValueError on a CPU and
-            inside `fastgrpo.checked()`, otherwise the row's log-prob is NaN.
+            inside `fastgrpo.checked()`, otherwise the row's log-prob and its gradient are NaN.
         bias: (V,), in hidden's dtype or fp32.
         lora: (A, B) of an adapter on a frozen weight, which counts as weight + B @ A: A (R, H) with
             its scaling, B (V, R), each in hidden's dtype or fp32. B @ A is never made. Kernels that
@@ -152,6 +152,7 @@ def score(
     sparsity: float,
     seed: int | None,
     estimate: Tensor | None,  # (N,) log-probs of about the same policy
+    ids_name: str = "token_ids",
 ) -> tuple[TokenLogps, Tensor | None]:
     """Return the scores of rows, and `sparse.METRICS` (len, 2) where entries were drawn."""
     hidden, weight, bias = operands.hidden, operands.trained(), operands.bias
@@ -167,6 +168,7 @@ def score(
         sparsity=sparsity,
         draw_seed=draw_seed(seed, hidden) if sparsity else None,
         old_logps=estimate if sparsity else None,
+        ids_name=ids_name,
     ))  # fmt: skip
     entropies = None
     if entropy != "none":

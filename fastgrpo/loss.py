@@ -187,7 +187,9 @@ def grpo_loss(
     if config.entropy == "differentiable":
         # Gradients of the entropy that the caller sends back can only be made in the backward.
         estimate = nearest(call.old_logps, call.sampler_logps, call.ref_logps)
-        scored, drawn = score(operands, "differentiable", sparsity, seed, estimate)
+        scored, drawn = score(
+            operands, "differentiable", sparsity, seed, estimate, ids_name="completion_ids"
+        )
         loss, _, _, metrics = ops.policy_loss(
             scored.logps, scored.entropy, operands.mask, **call._asdict(), backend=backend
         )

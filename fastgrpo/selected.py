@@ -62,7 +62,7 @@ def selected_logps(
             several times; each is a result of its own. An ignored id gives 0 and gets no gradient.
             A token all of whose ids are ignored gives 0 everywhere, and whatever it holds (NaN too)
             changes nothing. Out of range: ValueError on a CPU and inside `fastgrpo.checked()`,
-            otherwise the id's log-prob is NaN.
+            otherwise the id's log-prob and its gradient are NaN.
         bias: (V,), in hidden's dtype or fp32.
         temperature: a number > 0, or a tensor: (), or (...) of one per token.
         logit_scale: factor on the logits.

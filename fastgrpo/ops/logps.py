@@ -24,6 +24,7 @@ from fastgrpo.ops.schema import (
     or_empty,
     parameters,
     refuse_double_backward,
+    spoiled,
     without_autocast,
 )
 from fastgrpo.packing import entries_of, spread, unmasked
@@ -56,6 +57,7 @@ def linear_logps(
     sparsity: float,  # 0: an exact backward
     draw_seed: Tensor | None,  # () int64
     old_logps: Tensor | None,  # (N,): given, this pass draws the entries of a sparse backward
+    ids_name: str = "token_ids",  # what an error calls them
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return `Scores`.
 
@@ -68,8 +70,8 @@ def linear_logps(
         logit_scale, softcap, workspace_mb, backend,
     )  # fmt: skip
     n, where = len(mask), unmasked(mask)
-    rows, head = given.rows(where), given.head()
-    kept = given.kept_of(rows, where)
+    rows, head = given.rows(where, ids_name), given.head()
+    kept = given.kept_of(rows, where, ids_name)
 
     def score(plan: Plan) -> tuple[Tensor, ...]:
         jacobian, drawn, metrics, logits = None, (None,) * 4, None, None
@@ -96,7 +98,7 @@ def linear_logps(
 @linear_logps.register_fake
 def _(hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, support_cu,
       logit_scale, softcap, workspace_mb, backend, with_entropy, with_jacobian, sparsity, draw_seed,
-      old_logps):  # fmt: skip
+      old_logps, ids_name="token_ids"):  # fmt: skip
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     n, drawn = hidden.shape[0], old_logps is not None
 
@@ -140,7 +142,7 @@ def _linear_logps_setup(ctx, inputs, output) -> None:
     ctx.with_jacobian, ctx.dtype = given.with_jacobian, given.hidden.dtype
     ctx.options = {name: getattr(given, name) for name in _OPTIONS}
     if given.with_jacobian:
-        ctx.save_for_backward(results.jacobian)
+        ctx.save_for_backward(results.jacobian, results.logps)
     else:
         ctx.save_for_backward(
             *(getattr(given, name) for name in _TENSORS),
@@ -153,8 +155,10 @@ def _linear_logps_backward(ctx, dlogps, dlse, dentropy, *_):
     if dlogps is None and dentropy is None:
         return tuple(_LinearLogps())
     if ctx.with_jacobian:
-        (jacobian,) = ctx.saved_tensors
-        return tuple(_LinearLogps(hidden=(jacobian * dlogps[:, None]).to(ctx.dtype)))
+        jacobian, logps = ctx.saved_tensors
+        dhidden = jacobian * spoiled(dlogps, logps)[:, None]
+        dhidden.masked_fill_((dlogps == 0)[:, None], 0.0)
+        return tuple(_LinearLogps(hidden=dhidden.to(ctx.dtype)))
     saved = dict(zip(_TENSORS + _RESULTS, ctx.saved_tensors, strict=True))
     needs, trained = _LinearLogps(*ctx.needs_input_grad), name_of_trained(saved["lora"])
     dhidden, dweight, dbias = linear_logps_bwd(
@@ -214,7 +218,8 @@ def linear_logps_bwd(
         hidden, weight, token_ids, mask, bias, lora, temperature, support_ids, support_cu,
         logit_scale, softcap, workspace_mb, backend,
     )  # fmt: skip
-    upstream, needs = Upstream(dlogps, dentropy), Needs(need_hidden, need_weight, need_bias)
+    upstream = Upstream(spoiled(dlogps, logps), dentropy)
+    needs = Needs(need_hidden, need_weight, need_bias)
     n, where = len(mask), unmasked(mask & upstream.alive())
     rows, head, upstream = given.rows(where), given.head(), upstream[where]
     # Of no rows an entropy that was asked for is as empty as none.

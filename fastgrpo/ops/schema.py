@@ -45,3 +45,11 @@ def or_empty(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ..
 def refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError("fastgrpo ops have no second derivative: create_graph must be False")
+
+
+def spoiled(dlogps: Tensor, logps: Tensor) -> Tensor:
+    """Return NaN as the gradient of a NaN log-prob, unless the caller leaves that log-prob out.
+
+    Of an id that is not there the softmax alone would have a gradient, and a finite one.
+    """
+    return dlogps.masked_fill(logps.isnan() & (dlogps != 0), torch.nan)

@@ -21,6 +21,7 @@ from fastgrpo.ops.schema import (
     or_empty,
     parameters,
     refuse_double_backward,
+    spoiled,
     without_autocast,
 )
 from fastgrpo.packing import spread, unmasked
@@ -131,7 +132,7 @@ def selected_logps_bwd(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients with respect to hidden, weight and bias, in their dtypes."""
-    dlogps = dlogps.masked_fill(~chosen, 0.0)
+    dlogps = spoiled(dlogps.masked_fill(~chosen, 0.0), logps)
     alive = (dlogps != 0).any(1) | (dlse != 0)
     if dentropy is not None:
         alive |= dentropy != 0
