@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 
 # What runs on the kernels too, in Triton's interpreter.
 INTERPRETED := tests/kernels tests/test_linear_logps.py tests/test_grpo_loss.py \
-    tests/test_gpu_route.py tests/test_lora.py tests/test_selected_logps.py \
+    tests/faults tests/test_gpu_route.py tests/test_lora.py tests/test_selected_logps.py \
     tests/test_sparse_backends.py tests/test_support_logps.py
 # What a change breaks first: the public functions against the oracle, and the layers.
 CORE := $(addprefix tests/test_,public_api.py public_types.py packaging.py linear_logps.py \

@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from fastgrpo_kernels.runtime import INTERPRETED
 
-pytest.register_assert_rewrite("oracle", "row_oracle", "score_oracle", "support_oracle")
+pytest.register_assert_rewrite(
+    "loss_routes", "oracle", "row_oracle", "score_oracle", "support_oracle"
+)
 BACKENDS = ["triton"] if INTERPRETED else ["torch"]
 
 

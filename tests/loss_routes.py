@@ -38,16 +38,17 @@ def two_rows(batch: Batch) -> dict:
 
 
 def support(batch: Batch) -> dict:
-    vocab = len(batch.weight)
-    ids = batch.completion_ids.clamp(0, vocab - 1)
-    return {"support": support_of(kept_masks(ids, vocab), ids)}
+    vocab, device = len(batch.weight), batch.weight.device
+    ids = batch.completion_ids.clamp(0, vocab - 1).cpu()
+    return {"support": support_of(kept_masks(ids, vocab), ids).to(device)}
 
 
 def adapter(batch: Batch) -> dict:
-    g = torch.Generator().manual_seed(2)
+    """Of a smaller vocabulary, the first rows of it."""
     vocab, hidden_size = batch.weight.shape
-    factors = (torch.randn(RANK, hidden_size, generator=g), torch.randn(vocab, RANK, generator=g))
-    return {"lora": tuple((0.2 * x).to(batch.weight.dtype) for x in factors)}
+    sizes = ((RANK, hidden_size), (vocab, RANK))
+    factors = (0.2 * torch.arange(r * c).sin().view(r, c) for r, c in sizes)
+    return {"lora": tuple(x.to(batch.weight) for x in factors)}
 
 
 def loss(**fields) -> Callable[[Batch], dict]:
@@ -81,8 +82,16 @@ ROUTES = {
 }
 LOSSES = [name for name, route in ROUTES.items() if route.function is fastgrpo.grpo_loss]
 LOG_PROBS = [name for name in ROUTES if name not in LOSSES]
+# The public functions of a hidden state, a head and a batch.
+FUNCTIONS = {
+    "grpo_loss": lambda h, w, b, **o: fastgrpo.grpo_loss(h, w, *b[2:5], **o).loss,
+    "linear_logps": lambda h, w, b, **o: fastgrpo.linear_logps(h, w, b[2], **o).logps,
+    "selected_logps": lambda h, w, b, **o: (
+        fastgrpo.selected_logps(h, w, b[2][..., None], **o).logps
+    ),
+}
 # The interpreter takes a tenth of a second for a call: one of each family of kernels.
-INTERPRETED_FIRST = ("loss in fp16", "loss of two phases", "loss over a support", "log-probs")
+INTERPRETED_FIRST = ("loss in fp16", "loss over a support", "log-probs")
 
 
 def routes(*, without: tuple[str, ...] = (), of=tuple(ROUTES)) -> pytest.MarkDecorator:

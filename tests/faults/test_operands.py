@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fastgrpo
 from fastgrpo.testing import Batch, make_batch, relative_error
 from fastgrpo_kernels.runtime import INTERPRETED
-from loss_routes import LOG_PROBS, assert_same, exact, leaves, log_probs, routes, run
+from loss_routes import FUNCTIONS, LOG_PROBS, assert_same, exact, leaves, log_probs, routes, run
 from oracle import GRADIENT_BARS
 
 SMALL = dict(sequences=3, length=4, hidden_size=16)
@@ -100,13 +99,6 @@ def test_row_14_sizes_that_fill_no_tile(backend, route, hidden_size, vocab):
 
 # ---- dtypes ------------------------------------------------------------------------------------
 
-FUNCTIONS = {
-    "grpo_loss": lambda h, w, b, **o: fastgrpo.grpo_loss(h, w, *b[2:5], **o).loss,
-    "linear_logps": lambda h, w, b, **o: fastgrpo.linear_logps(h, w, b[2], **o).logps,
-    "selected_logps": lambda h, w, b, **o: (
-        fastgrpo.selected_logps(h, w, b[2][..., None], **o).logps
-    ),
-}
 TAKEN = {(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32), (FP64, FP64)}
 
 
@@ -130,44 +122,3 @@ def test_row_21_every_pair_of_dtypes(backend, function, hidden, weight):
     for leaf, x, y in zip((h, w), grads, wanted, strict=True):
         assert x.dtype == leaf.dtype
         assert relative_error(x, y) <= GRADIENT_BARS.get(leaf.dtype, 1e-5)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("hidden, bias", [
-    (BF16, FP16), (BF16, FP64), (FP32, BF16), (FP32, FP64), (BF16, torch.int64),
-])  # fmt: skip
-def test_row_21_a_bias_of_another_dtype(function, hidden, bias):
-    batch = make_batch(**SMALL)
-    h, w = batch.hidden.to(hidden), batch.weight.to(hidden)
-    with pytest.raises(ValueError, match="bias: expected dtype"):
-        FUNCTIONS[function](h, w, batch, bias=torch.zeros(len(w), dtype=bias))
-
-
-@pytest.mark.parametrize("function", ["grpo_loss", "linear_logps"])
-@pytest.mark.parametrize("factor", [0, 1])
-def test_row_21_an_adapter_of_another_dtype(function, factor):
-    batch = make_batch(**SMALL)
-    factors = [torch.zeros(2, 16), torch.zeros(len(batch.weight), 2)]
-    factors[factor] = factors[factor].half()
-    with pytest.raises(ValueError, match=rf"lora\[{factor}\]: expected dtype"):
-        FUNCTIONS[function](*batch[:2], batch, lora=tuple(factors))
-
-
-STRANGE = {
-    "complex": (lambda x: x.to(torch.complex64), "expected dtype"),
-    "float8": (lambda x: x.to(torch.float8_e4m3fn), "expected dtype"),
-    "int8": (lambda x: x.to(torch.int8), "expected dtype"),
-    "sparse": (lambda x: x.to_sparse(), "expected a dense tensor, got one of layout"),
-    "nested": (lambda x: torch.nested.as_nested_tensor([x]), "expected a dense tensor, got a nest"),
-}
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("kind", STRANGE)
-@pytest.mark.parametrize("name", ["hidden", "weight"])
-def test_row_21_no_tensor_of_another_kind(function, kind, name):
-    batch, (make, message) = make_batch(**SMALL), STRANGE[kind]
-    operands = {"hidden": batch.hidden, "weight": batch.weight}
-    operands[name] = make(operands[name])
-    with pytest.raises(ValueError, match=f"^{name}: {message}"):
-        FUNCTIONS[function](*operands.values(), batch)

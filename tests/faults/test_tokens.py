@@ -105,7 +105,9 @@ def test_row_04_one_mask_in_numerator_and_denominator(backend, aggregation):
     assert seen.keys() == metrics.keys() and seen["live_rows_count"] == holes.sum()
     for name, value in metrics.items():
         assert seen[name] == pytest.approx(value.item(), rel=1e-5, nan_ok=True), name
-    counted = loss(batch._replace(completion_mask=holes), normalizer=float(COUNTS[aggregation](holes)))[0]
+    counted = loss(
+        batch._replace(completion_mask=holes), normalizer=float(COUNTS[aggregation](holes))
+    )[0]
     assert counted == pytest.approx(wanted.item(), rel=1e-6)
 
 

@@ -205,7 +205,7 @@ def test_advantages(estimator, monkeypatch):
 
 
 def test_more_logits_than_an_int32_counts():
-    """N * V and V * H beyond 2**31: addresses must be 64 bits wide."""
+    """N * V beyond 2**31: addresses must be 64 bits wide."""
     rows, vocab, hidden_size = 2**14, 2**18, 64
     hidden = torch.randn(rows, hidden_size, device=DEVICE, dtype=torch.bfloat16)
     weight = torch.randn(vocab, hidden_size, device=DEVICE, dtype=torch.bfloat16) / 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
 
@@ -92,6 +93,31 @@ def test_what_a_launch_takes_and_returns():
     assert launch(kernel, (2, 3), Launch({"BLOCK": 8}, num_warps=2), CPU, N=5) == "compiled"
     settings = dict(BLOCK=8, num_warps=2, num_stages=1, enable_fp_fusion=True)
     assert kernel.calls == [((2, 3), {"N": 5} | settings)]
+
+
+def test_row_31_a_launch_is_on_the_device_of_its_data(monkeypatch):
+    """Triton launches on the current one; afterwards that is current again."""
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def device(which):
+        before, current[0] = current[0], str(which)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    seen = []
+
+    class Watched(Kernel):
+        def __getitem__(self, grid):
+            seen.append(current[0])
+            return super().__getitem__(grid)
+
+    launch(Watched(), (1,), Launch(), torch.device("cuda:1"))
+    assert seen == ["cuda:1"] and current == ["cuda:0"]
+    with pytest.raises(TypeError):
+        launch(Watched(TypeError("a bug")), (1,), Launch(), torch.device("cuda:1"))
+    assert seen[1:] == ["cuda:1"]
 
 
 @pytest.mark.parametrize("grid", [(0,), (0, 4), (4, 0)])

@@ -54,6 +54,7 @@ from fastgrpo_kernels.surrogates import SURROGATES
 Case = tuple[str, Callable[[], None]]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HOST = torch.device("cpu")
+MANY = 70_000
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -393,12 +394,33 @@ def run_groups(bounds, weighted, leave_one_out):
     group_stats(rewards, torch.tensor(bounds), rewards if weighted else None, leave_one_out)
 
 
+def many_rows() -> Iterator[Case]:
+    """More rows, bags, segments and groups than the second dimension of a grid has programs."""
+    n, options = MANY, True
+    row = dict(n=n, V=3, H=8, dtype=BF16)
+    yield from each("linear_logps", run_linear, [row | dict(options=options)])
+    for run in (run_tile_stats, run_tile_grad, run_tile_draw):
+        yield from each(run.__name__[4:], run, [dict(n=n, V=3, start=0, cut=0, options=options)])
+    yield from each("scatter_rows", run_scatter, [row])
+    yield from each("entry_logits", run_entries, [row | dict(K=2, options=options)])
+    bags = dict(B=n, M=3, H=8, E=5, out=FP32, table=BF16)
+    yield from each("bag_sum", run_bags, [bags, bags | dict(H=1, table=FP32)])
+    for run in (run_entry_dots, run_segment_softmax, run_entry_grads):
+        yield from each(run.__name__[4:], run, [row | dict(E=n, options=options)])
+    yield from each("sum_by_id", run_sum_by_id, [row | dict(E=n)])
+    loss = dict(name="ppo_clip", kl=("k3", "value"), beta=0.5, separate=True)
+    yield from each("token_loss", run_token_loss, [dict(n=n) | loss])
+    bounds = torch.arange(n + 1)
+    yield f"segment_reduce n={n}", lambda: segment_reduce(torch.zeros(n), bounds, "sum")
+    yield f"group_stats n={n}", lambda: run_groups(bounds.tolist(), False, False)
+
+
 def usual(arch: str) -> Iterator[Case]:
     """Every case on one part; on the others the longest form of each, with every option."""
     whole = arch == "sm_90"
     families = [linear, tiles, scatters, entries, softmaxes, token_losses, segments]
     if whole:
-        families.append(surrogates)
+        families += [surrogates, many_rows]
     for name, run in itertools.chain(anchored(arch), *(family() for family in families)):
         if whole or "options=False" not in name:
             yield name, run

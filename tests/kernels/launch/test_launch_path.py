@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastgrpo_kernels.runtime import LAUNCHES
+from tests.kernels.launch.cases import MANY
 from tests.kernels.launch.planted import DESCRIPTORS, GRID, RESOURCES
 from tests.kernels.launch.stand_in import PARTS, build, report_of, start
 
@@ -108,6 +109,13 @@ def test_nothing_is_launched_for_nothing(reports, part):
     lines = [x for x in of_family(reports[part], "usual") if empty & {*x["case"].split()}]
     assert len(lines) > 5
     assert not [x["case"] for x in lines if x["kernels"]]
+
+
+def test_row_09_more_rows_than_a_second_dimension_has(reports):
+    """A grid is the same on every part."""
+    lines = [x for x in of_family(reports["sm_90"], "usual") if f"={MANY}" in x["case"]]
+    assert len(lines) >= 14
+    assert not failures(lines)
 
 
 @pytest.mark.parametrize("part", PARTS)
