@@ -39,6 +39,7 @@ from fastgrpo.train.run_folder import check_output_dir, newest_state
 from fastgrpo.train.sampler import ModelSampler
 from fastgrpo.train.sampling import Sampling
 from fastgrpo.train.scoring import Scores, centred, score
+from fastgrpo.train.sharded import shard
 from fastgrpo.train.tasks import Example, Shuffled, Task
 from fastgrpo.train.warmup import warm_up
 
@@ -91,7 +92,8 @@ def sample_groups(
         return replace(rollout, rewards=given, advantages=advantages), scores
 
     wanted, tries = config.num_prompts, config.resample_flat_groups
-    rollout, scores, dropped = draw_groups(draw, prompts, wanted, tries)
+    with policy.gathered():
+        rollout, scores, dropped = draw_groups(draw, prompts, wanted, tries)
     if reference is not None:
         scoring = (config.temperature, config.backend)
         found = fitting(config, lambda tokens: reference.logps(rollout, tokens, *scoring))
@@ -115,11 +117,12 @@ def update(
 
     def gradients(max_tokens: int) -> tuple[float, Averages]:
         total, averages = 0.0, Averages(rollout, live)
-        for chosen in micro_batches(rollout, live, max_tokens, policy.layout, loss):
+        batches = micro_batches(rollout, live, max_tokens, policy.layout, loss)
+        for chosen in policy.in_step(batches):
             batch = rollout[chosen]
-            out = fastgrpo.grpo_loss(
-                policy.completion_hidden(batch),
-                policy.head.weight,
+            out = policy.apply(
+                fastgrpo.grpo_loss,
+                batch,
                 batch.token_ids,
                 None,
                 batch.advantages,
@@ -134,11 +137,11 @@ def update(
                 support=batch.support,
                 sparsity=config.sparsity,
                 backend=config.backend,
-                **policy.head.options(),
             )
             optimizer.backward(out.loss)
             total += out.loss.detach()
-            averages.add(out.metrics | sampler_gap(out.logps, batch))
+            if len(batch):
+                averages.add(out.metrics | sampler_gap(out.logps, batch))
             logps[rollout.tokens_of(chosen)] = out.logps
         return float(total), averages
 
@@ -171,7 +174,11 @@ def main(config: TrainConfig, task: Task | None = None) -> int:
         tokenizer = load_tokenizer(config)
         task = load_task(config, tokenizer, task)
         policy = load_policy(config, tokenizer)
-        run = Run(config, policy, ModelSampler(policy), task, newest_state(config, task))
+    with one_line_errors():
+        if config.fsdp:
+            policy = shard(policy)
+        state = newest_state(config, task, policy.mesh)
+        run = Run(config, policy, ModelSampler(policy), task, state)
     with run:
         train(run, policy, task, config)
     return run.exit_code

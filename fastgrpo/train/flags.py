@@ -85,6 +85,11 @@ class Flags:
         "auto", "Dtype of the model; auto: bfloat16 on CUDA, else float32."
     )
     backend: Literal["auto", "triton", "torch"] = _flag("auto", "Implementation of the fused loss.")
+    fsdp: bool = _flag(
+        False,
+        "Under torchrun: weights, gradients and AdamW's averages lie in parts in the processes "
+        "(FSDP2); what is needed is gathered.",
+    )
     lora_rank: int = _flag(
         0, "Rank of a LoRA adapter, which learns alone; 0 = no adapter, all weights learn."
     )

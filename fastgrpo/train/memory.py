@@ -19,14 +19,15 @@ def fitting(
     """Return ``attempt(max_tokens)``, with half of the tokens as often as memory runs out.
 
     ``config.max_tokens_per_microbatch`` is halved for the rest of the run, which changes no result
-    but for rounding. ``undo`` takes back what an attempt has begun. Where one token is too much,
-    torch.OutOfMemoryError is raised.
+    but for rounding. ``undo`` takes back what an attempt has begun. torch.OutOfMemoryError is
+    raised where one token is too much, and with ``config.fsdp``, as no process can begin again
+    while the others are in the middle of the pass.
     """
     while True:
         try:
             return attempt(config.max_tokens_per_microbatch)
         except torch.OutOfMemoryError:
-            if config.max_tokens_per_microbatch == 1:
+            if config.max_tokens_per_microbatch == 1 or config.fsdp:
                 raise
         # Behind the except clause, where the error no longer holds the attempt's tensors.
         undo()

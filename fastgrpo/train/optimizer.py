@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
 from . import ranks
@@ -97,7 +99,11 @@ class MasterAdamW:
                 master.grad = torch.zeros_like(master)
         if self.over_ranks:
             ranks.average(master.grad for master in self.masters)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
+        total = get_total_norm([master.grad for master in self.masters])
+        if isinstance(total, DTensor):
+            total = total.full_tensor()
+        clip_grads_with_norm_(self.masters, max_grad_norm, total)
+        norm = total.item()
         if math.isfinite(loss) and math.isfinite(norm):
             self.adamw.step()
             self.schedule.step()

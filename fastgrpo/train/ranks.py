@@ -8,7 +8,7 @@ process is rank 0 of 1, and nothing here communicates.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import TypeVar
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeout
+from torch.distributed.tensor import DTensor
 
 from .flags import Flags
 
@@ -73,8 +74,12 @@ def check_device(device: str) -> None:
 
 
 def check(config: Flags) -> None:
-    """Raise ValueError for settings that several processes cannot have."""
+    """Raise ValueError for settings that several processes cannot have, or that one cannot."""
     check_device(config.device)
+    if config.fsdp and not dist.is_initialized():
+        raise ValueError(
+            "fsdp: expected processes that torchrun has started, got one without torchrun"
+        )
     if config.num_prompts < count():
         raise ValueError(
             f"num_prompts: expected one for each of {count()} processes, got {config.num_prompts}"
@@ -106,6 +111,20 @@ def gathered(item: Item) -> list[Item]:
     return found
 
 
+def of_first(action: Callable[[], Item]) -> Item:
+    """Return what ``action`` returns in rank 0; what it raises as an OSError is raised in all."""
+    done = error = None
+    if rank() == 0:
+        try:
+            done = action()
+        except OSError as raised:
+            error = raised
+    done, error = gathered((done, error))[0]
+    if error is not None:
+        raise error
+    return done
+
+
 def mean(number: float) -> float:
     """Return the mean of a number over the processes."""
     return sum(gathered(number)) / count()
@@ -119,17 +138,24 @@ def part(items: Sequence[Item]) -> Sequence[Item]:
 
 @torch.no_grad()
 def average(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, the same bits in all."""
+    """Replace each tensor by its mean over the processes, the same bits in all.
+
+    A part of a tensor (DTensor) stays: where its gradient is made, FSDP2 averages it.
+    """
     if not dist.is_initialized():
         return
-    for tensor in tensors:
+    for tensor in _whole(tensors):
         dist.all_reduce(tensor)
         tensor /= count()
 
 
 @torch.no_grad()
 def copy_first(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by that of rank 0."""
+    """Replace each tensor by that of rank 0; a part of a tensor (DTensor) stays."""
     if dist.is_initialized():
-        for tensor in tensors:
+        for tensor in _whole(tensors):
             dist.broadcast(tensor, 0)
+
+
+def _whole(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    return (tensor for tensor in tensors if not isinstance(tensor, DTensor))

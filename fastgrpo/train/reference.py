@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .completions import Rollout
@@ -50,6 +51,10 @@ class Reference:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for i, parameter in enumerate(self._trained):
-            parameter.data, self._kept[i] = self._kept[i], parameter.data
+        # The values, not the tensors: FSDP2 holds on to the memory of its parameters.
+        for parameter, kept in zip(self._trained, self._kept, strict=True):
+            own = parameter.detach().clone()
+            parameter.copy_(kept)
+            kept.copy_(own)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import ranks
 from .atomic import finish_all
-from .best_effort import BestEffort
+from .best_effort import BestEffort, say
 from .checkpoint import remove_older, save_checkpoint, save_training
 from .completions import Rollout
 from .config import TrainConfig, one_line_errors
@@ -158,7 +158,8 @@ class Run:
         length = self.config.max_completion_length
         # Several processes have different numbers of batches, and can stop between steps alone.
         safe_point = self.interrupt.safe_point if ranks.count() == 1 else lambda: None
-        made = evaluate(self.policy, self.sampler, self.task, batch_size, length, safe_point)
+        with self.policy.gathered():
+            made = evaluate(self.policy, self.sampler, self.task, batch_size, length, safe_point)
         if title is not None:
             self._samples.add_evaluation(title, made)
         return made
@@ -217,17 +218,17 @@ class Run:
                 # Their sizes are part of the state.
                 self._log.sync()
                 self._samples.sync()
-                save_training(self.policy, state, self.folder, self.step)
+            save_training(self.policy, state, self.folder, self.step)
+            if ranks.rank() == 0:
                 remove_older(self.folder, self.config.keep)
         if any(ranks.gathered(checkpoint.failed)):
             return False
         self._saved = self.step
         return True
 
-    def _can_go_on(self, error: BaseException | None) -> bool:
-        """Return whether the weights are those that were noted, and all processes are there."""
-        noted = self._optimizer.updates == self.state["updates"]
-        return noted and (error is None or ranks.count() == 1)
+    def _can_go_on(self) -> bool:
+        """Return whether the weights are those that were noted."""
+        return self._optimizer.updates == self.state["updates"]
 
     def _save(self, error: BaseException | None, interrupted: bool) -> None:
         """Save report, training and model; one that fails does not keep the others from it."""
@@ -251,10 +252,15 @@ class Run:
             return not effort.failed
 
         self._all_saved = report(ended)
-        if self._saved < self.step and not ended and self._can_go_on(error):
+        all_there = error is None or ranks.count() == 1  # all processes
+        if self._saved < self.step and not ended and all_there and self._can_go_on():
             self._all_saved &= self._save_training()
         # A run that fails before it has its weights again keeps the model that it has.
-        if ranks.rank() == 0 and (self.state is None or self._optimizer is not None):
+        has_weights = self.state is None or self._optimizer is not None
+        if has_weights and not all_there and self.policy.mesh is not None:
+            say("the model is not saved: parts of it lie in other processes")
+            self._all_saved = False
+        elif has_weights:
             with BestEffort(str(self.folder / "checkpoint")) as model:
                 save_checkpoint(self.policy, self.folder / "checkpoint")
             self._all_saved &= not model.failed

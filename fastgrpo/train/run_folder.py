@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from . import ranks
 from .atomic import whole_file
 from .checkpoint import checkpoints, load_training
@@ -78,10 +80,13 @@ def saved_settings(folder: str) -> dict[str, Any]:
     return saved | {"resume": folder, "output_dir": folder}
 
 
-def newest_state(config: Flags, task: Task) -> dict[str, Any] | None:
+def newest_state(
+    config: Flags, task: Task, mesh: DeviceMesh | None = None
+) -> dict[str, Any] | None:
     """Return the state of the newest checkpoint of the run that goes on; None: it starts.
 
-    Raises ValueError if the run has ended, if the checkpoint is not whole, or is of another task.
+    ``mesh`` is that of the policy. Raises ValueError if the run has ended, if the checkpoint is not
+    whole, or is of another task.
     """
     if config.resume is None:
         return None
@@ -97,7 +102,7 @@ def newest_state(config: Flags, task: Task) -> dict[str, Any] | None:
         print(f"no checkpoint in {folder}: the run starts again")
         return None
     step, path = found[-1]
-    state = load_training(path)
+    state = load_training(path, mesh)
     if state["task"] != task.digest:
         raise ValueError(f"resume: expected the examples of the run in {folder}, got others")
     print(f"the run in {folder} goes on after step {step}")

@@ -200,7 +200,7 @@ class ModelSampler:
             ended = torch.isin(completion, torch.tensor(self.policy.end_ids, device=ids.device))
             counted = ended.cumsum(0) - ended.long() == 0
             gap = max(gap, (logps[i] - expected)[counted].abs().max().item())
-        if not gap <= TOLERANCES.get(weight.dtype, HALF_TOLERANCE):
+        if not gap <= TOLERANCES.get(model.dtype, HALF_TOLERANCE):
             return f"with its cache a log-prob is {gap:.2g} nats from that of a pass without"
         return None
 

@@ -28,16 +28,15 @@ def warm_up(policy: Policy, task: Task, steps: Iterable[int], config: TrainConfi
     for _ in steps:
         examples = list(islice(demonstrations, BATCH_SIZE))
         batch = demonstrate(policy, [e.prompt for e in examples], [e.answer for e in examples])
-        out = fastgrpo.grpo_loss(
-            policy.completion_hidden(batch),
-            policy.head.weight,
+        out = policy.apply(
+            fastgrpo.grpo_loss,
+            batch,
             batch.token_ids,
             None,
             torch.ones(len(batch), device=batch.token_ids.device),
             cu_seqlens=batch.cu_seqlens,
             config="reinforce",
             backend=config.backend,
-            **policy.head.options(),
         )
         optimizer.backward(out.loss)
         optimizer.step(out.loss.item(), MAX_GRAD_NORM)

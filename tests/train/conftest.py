@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,9 +24,11 @@ from fastgrpo.train.completions import Rollout
 from fastgrpo.train.config import TrainConfig
 from fastgrpo.train.load import load_policy
 from fastgrpo.train.model import Policy
+from fastgrpo.train.rewards import Reward
 from fastgrpo.train.rollout import encode
 from fastgrpo.train.sampler import ModelSampler
 from fastgrpo.train.sampling import Sampling
+from fastgrpo.train.tasks import Task
 from support_oracle import whole_where_nothing
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +143,16 @@ def rollout(policy: Policy, sampler: ModelSampler) -> Rollout:
 @pytest.fixture
 def task():
     return arithmetic_task(seed=0, eval_size=20)
+
+
+@pytest.fixture
+def lengths() -> Task:
+    """A task with rewards that differ within groups, and that draw random numbers."""
+
+    def length(completions: list[str]) -> list[float]:
+        return [len(text) + random.random() for text in completions]
+
+    return dataclasses.replace(arithmetic_task(0, 8), rewards=(Reward("length", length),))
 
 
 @pytest.fixture(scope="session")

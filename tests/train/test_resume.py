@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import math
@@ -25,7 +24,6 @@ from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.config import TrainConfig, parse_flags
 from fastgrpo.train.interrupt import Interrupt
 from fastgrpo.train.not_finite import NotFiniteError
-from fastgrpo.train.rewards import Reward
 from fastgrpo.train.tasks import Task
 
 from .conftest import TINY_RUN, command, read_metrics
@@ -38,16 +36,6 @@ RUN = TINY_RUN | {
     "log_completions_every": 1,
 }
 TIMES = {"tokens_per_s", "eval_seconds"}
-
-
-@pytest.fixture
-def lengths() -> Task:
-    """A task with rewards that differ within groups, and that draw random numbers."""
-
-    def length(completions: list[str]) -> list[float]:
-        return [len(text) + random.random() for text in completions]
-
-    return dataclasses.replace(arithmetic_task(0, 8), rewards=(Reward("length", length),))
 
 
 class Cut(Exception):

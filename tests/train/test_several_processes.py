@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from safetensors.torch import load_file
 
 from fastgrpo.train import ranks
 from fastgrpo.train.catalogue import load_task
+from fastgrpo.train.checkpoint import checkpoints
 from fastgrpo.train.config import TrainConfig, one_line_errors
 from fastgrpo.train.reward_process import STARTING
 from fastgrpo.train.scoring import PATIENCE
 
-from .conftest import command, read_metrics
+from .conftest import SCRIPT, command, read_metrics
+from .rank import updates
 
 REWARD = """
 def length(completions, prompts):
@@ -43,6 +46,32 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+FAULTS = """
+import errno, runpy, sys
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from fastgrpo.train import ranks
+from fastgrpo.train.optimizer import MasterAdamW
+
+write, step = HuggingFaceStorageWriter.write_data, MasterAdamW.step
+
+
+def full(writer, *given):
+    if ranks.rank() == 1 and "checkpoint-2" in str(writer.path):
+        raise OSError(errno.ENOSPC, "planted: no space left")
+    return write(writer, *given)
+
+
+def failing(optimizer, *given):
+    if ranks.rank() == 0 and optimizer.over_ranks and optimizer.updates == 3:
+        raise RuntimeError("planted in the fourth step")
+    return step(optimizer, *given)
+
+
+HuggingFaceStorageWriter.write_data, MasterAdamW.step = full, failing
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory) -> Path:
@@ -52,27 +81,45 @@ def reward(tmp_path_factory) -> Path:
     return path
 
 
-def started(processes: int, *arguments: object, before: tuple[str, ...] = ()) -> subprocess.Popen:
+def started(
+    processes: int,
+    *arguments: object,
+    before: tuple[str, ...] = (),
+    script: Path = SCRIPT,
+    under_torchrun: bool = False,
+) -> subprocess.Popen:
     """The script in so many processes, run by another that stands ``before`` it."""
-    (python, *rest), environment = command(*arguments)
-    rest = [*before, *rest]
+    (python, _, *rest), environment = command(*arguments)
+    rest = [*before, str(script), *rest]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    line = [python, *(torchrun if processes > 1 else ()), *rest]
+    line = [python, *(torchrun if processes > 1 or under_torchrun else ()), *rest]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(line, env=environment, **pipes)
 
 
-def run(processes: int, *arguments: object) -> str:
+def run(processes: int, *arguments: object, **options: Any) -> str:
     """What the script has printed."""
-    with started(processes, *arguments) as process:
+    with started(processes, *arguments, **options) as process:
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return output
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, reward) -> Path:
+    """The folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    run(1, *flags(folder, reward))
+    return folder
+
+
 def flags(folder: Path, reward: Path, **others: object) -> list[object]:
     given = FLAGS | others | {"output_dir": folder, "reward": f"{reward}:length"}
     return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def assert_same_training(folder: Path, other: Path, exact: bool = False) -> None:
@@ -92,36 +139,78 @@ def assert_same_training(folder: Path, other: Path, exact: bool = False) -> None
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "others",
-    [
-        {},
-        pytest.param({"num_iterations": 2, "loss": "dapo", "beta": 0.1}, marks=pytest.mark.slow),
-        pytest.param({"resample_flat_groups": 2, "top_p": 0.9}, marks=pytest.mark.slow),
-    ],
-    ids=["", "two updates with a reference", "flat groups drawn again under top-p"],
-)
-def test_two_processes_train_as_one(tmp_path, reward, others) -> None:
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "parts"])
+def test_two_processes_train_as_one(tmp_path, reward, one, fsdp) -> None:
     """Five prompts are two and three, nine held-out ones four and five; some groups are flat."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    run(1, *flags(one, reward, **others))
-    printed = run(2, *flags(two, reward, **others))
+    printed = run(2, *flags(tmp_path / "two", reward, fsdp=fsdp))
     assert printed.count("step 4 | reward") == 1 and printed.count("saved in") == 1
-    assert_same_training(one, two)
+    assert_same_training(one, tmp_path / "two")
     assert any(0 < row["flat_groups"] < 1 for row in read_metrics(one))
-    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    assert names(one) == names(tmp_path / "two")
+    assert names(one / "checkpoint") == names(tmp_path / "two" / "checkpoint")
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_as_two_or_as_one(tmp_path, reward) -> None:
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"num_iterations": 2, "loss": "dapo", "beta": 0.1, "ref_model_sync_steps": 2},
+        {"resample_flat_groups": 2, "top_p": 0.9, "gradient_checkpointing": True},
+    ],
+    ids=["two updates with a reference", "flat groups drawn again under top-p"],
+)
+def test_two_processes_train_as_one_with(tmp_path, reward, others) -> None:
+    run(1, *flags(tmp_path / "one", reward, **others))
+    for fsdp in (False, True):
+        folder = tmp_path / str(fsdp)
+        run(2, *flags(folder, reward, **others, fsdp=fsdp))
+        assert_same_training(tmp_path / "one", folder)
+
+
+def test_two_processes_take_the_updates_of_one(tmp_path, model_folder) -> None:
+    """Also where one has ten times as many tokens, and where it has all the advantages."""
+    run(2, model_folder, tmp_path / "found", script=Path(__file__).with_name("rank.py"))
+    expected = updates(str(model_folder))
+    for found in torch.load(tmp_path / "found", weights_only=True).values():
+        for gradient, exact in zip(found["gradients"], expected["gradients"], strict=True):
+            assert (gradient - exact).norm() <= 1e-6 * exact.norm()
+        exact = expected["weights"]
+        assert (found["weights"] - exact).norm() <= 1e-5 * exact.norm()
+        for metrics, alone in zip(found["metrics"], expected["metrics"], strict=True):
+            assert metrics == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    assert all(metrics["grad_norm"] > 0.05 for metrics in expected["metrics"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fsdp", "before"), [(False, 2), (True, 2), (True, 1)], ids=["copies", "parts", "all parts"]
+)
+def test_a_run_goes_on_in_two_processes_or_in_one(tmp_path, reward, fsdp, before) -> None:
     whole = tmp_path / "whole"
-    run(2, *flags(whole, reward, keep=9))
+    run(before, *flags(whole, reward, keep=9, fsdp=fsdp, beta=0.1), under_torchrun=fsdp)
     for processes in (2, 1):
         cut = Path(shutil.copytree(whole, tmp_path / str(processes)))
         shutil.rmtree(cut / "checkpoint-4")
         (cut / "result.json").unlink()
-        run(processes, "--resume", cut)
-        assert_same_training(whole, cut, exact=processes == 2)
+        run(processes, "--resume", cut, under_torchrun=fsdp)
+        assert_same_training(whole, cut, exact=processes == before)
+
+
+@pytest.mark.slow
+def test_parts_survive_a_full_disk_and_an_error_in_one_process(tmp_path, reward, one) -> None:
+    """The second cannot write its parts of a checkpoint; two steps later the first fails."""
+    (tmp_path / "faults.py").write_text(FAULTS)
+    folder = tmp_path / "run"
+    arguments = flags(folder, reward, fsdp=True, checkpoint_every=1)
+    with started(2, *arguments, before=(str(tmp_path / "faults.py"),)) as process:
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0 and "RuntimeError: planted in the fourth step" in output
+    assert f"{folder / 'checkpoint-2'} could not be written, all else goes on" in output
+    assert "the model is not saved: parts of it lie in other processes" in output
+    assert [step for step, _ in checkpoints(folder)] == [1, 3]
+    assert not (folder / "checkpoint").exists() and not list(folder.glob("*.tmp"))
+    run(2, "--resume", folder)
+    assert_same_training(one, folder)
 
 
 @pytest.mark.slow
