@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import TracebackType
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -39,3 +41,32 @@ def say(message: str) -> None:
     """Print a line on stderr, above the progress bar; not where that is a full disk itself."""
     with suppress(OSError):
         tqdm.write(message, file=sys.stderr)
+
+
+@contextmanager
+def lasting_console() -> Iterator[None]:
+    """Context in which printing raises nothing: not on a full disk, nor where nobody reads."""
+    with (
+        redirect_stdout(_Lasting(sys.stdout, "stdout")),
+        redirect_stderr(_Lasting(sys.stderr, "stderr")),
+    ):
+        yield
+
+
+class _Lasting:
+    """A stream that leaves out what it cannot write."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._effort = stream, BestEffort(name)
+
+    def write(self, text: str) -> int:
+        with self._effort:
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._effort:
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

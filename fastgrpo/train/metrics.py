@@ -155,7 +155,7 @@ class MetricsLog:
         self._file.truncate(self._size)
         if self._written < steps:
             say(f"{path} has {self._written} of the {steps} steps that were taken")
-        self._into_file, self._onto_console = BestEffort(str(path)), BestEffort("the console")
+        self._into_file = BestEffort(str(path))
         self._onto_board = BestEffort(str(folder / "tensorboard"))
         self._board = None
         if tensorboard:
@@ -190,9 +190,8 @@ class MetricsLog:
                         self._board.add_scalar(name, value, step)
             if self._onto_board.failed:
                 self._board = None  # its thread has ended, and closing it would wait for that
-        with self._onto_console:
-            tqdm.write(_line(step, metrics), file=sys.stdout)
-            sys.stdout.flush()
+        tqdm.write(_line(step, metrics), file=sys.stdout)
+        sys.stdout.flush()
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Log more of the last step."""

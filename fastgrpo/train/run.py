@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import ranks
 from .atomic import finish_all
-from .best_effort import BestEffort, say
+from .best_effort import BestEffort, lasting_console, say
 from .checkpoint import remove_older, save_checkpoint, save_training
 from .completions import Rollout
 from .config import TrainConfig, one_line_errors
@@ -65,7 +65,7 @@ class Run:
         self._optimizer: MasterAdamW | None = None
         self._others: dict[str, Shuffled | Reference] = {}
         self._saved = self.step  # the step of the last checkpoint
-        self._all_saved, self._evaluation_due = True, False
+        self._all_saved, self._interrupted, self._evaluation_due = True, False, False
 
     @property
     def step(self) -> int:
@@ -88,6 +88,8 @@ class Run:
             skipped = 0 if self.state is None else self.state["not_finite"]
             self._not_finite = NotFinite(self.folder, skipped)
         self.interrupt.__enter__()
+        self._console = lasting_console()
+        self._console.__enter__()
         return self
 
     def __exit__(
@@ -96,18 +98,19 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        interrupted = isinstance(error, KeyboardInterrupt)
+        self._interrupted = isinstance(error, KeyboardInterrupt)
         try:
-            self._save(None if interrupted else error, interrupted)
+            self._save(None if self._interrupted else error, self._interrupted)
         finally:
             self._log.close()
+            self._console.__exit__(None, None, None)
             self.interrupt.__exit__(kind, error, trace)
-        return interrupted
+        return self._interrupted
 
     @property
     def exit_code(self) -> int:
         """0; 128 + the number of the signal that ended the run; 1 if not all could be saved."""
-        return 128 + self.interrupt.signum if self.interrupt.signum else int(not self._all_saved)
+        return 128 + self.interrupt.signum if self._interrupted else int(not self._all_saved)
 
     def keep(self, optimizer: MasterAdamW, prompts: Shuffled, reference: Reference | None) -> None:
         """Have checkpoints hold the training as it is after each whole step.
@@ -266,13 +269,12 @@ class Run:
             self._all_saved &= not model.failed
             if ended and model.failed:
                 report(whole=False)  # so that --resume takes the steps behind a checkpoint again
-        with BestEffort("the console"):
-            if self.before and self.after:
-                print(f"held-out before: {self.before}; after: {self.after} ({seconds:.0f} s)")
-            saved = "interrupted, saved" if interrupted else "saved"
-            but = "" if self._all_saved else ", but for what could not be written"
-            print(f"{saved} in {self.folder}{but}")
-            sys.stdout.flush()
+        if self.before and self.after:
+            print(f"held-out before: {self.before}; after: {self.after} ({seconds:.0f} s)")
+        saved = "interrupted, saved" if interrupted else "saved"
+        but = "" if self._all_saved else ", but for what could not be written"
+        print(f"{saved} in {self.folder}{but}")
+        sys.stdout.flush()
         if error is None:
             # The first is still writing, and torchrun ends it when another has ended by a signal.
             ranks.gathered(None)

@@ -153,14 +153,26 @@ def test_a_board_that_raises_is_done_without(tmp_path, capsys, monkeypatch, step
     assert capsys.readouterr().err.count("tensorboard could not be written") == 1
 
 
-def test_a_console_that_is_a_full_disk_is_done_without(tmp_path, monkeypatch) -> None:
-    log = MetricsLog(tmp_path, tensorboard=False)
-    with monkeypatch.context() as patched:
-        for name in ("stdout", "stderr"):
-            patched.setattr(sys, name, SimpleNamespace(write=no_space, flush=no_space))
-        log.write(1, {"reward": 0.5})
-    log.close()
-    assert len(read_metrics(tmp_path)) == 1
+@pytest.mark.parametrize("broken", [["stdout"], ["stdout", "stderr"]], ids=" and ".join)
+def test_a_console_that_is_gone_does_not_end_a_run(
+    script, tmp_path, capsys, monkeypatch, broken
+) -> None:
+    """A full disk, or a pipe whose reader has ended: progress, steps, samples and the end."""
+    train = script.train
+
+    def gone(*given) -> None:
+        for name in broken:
+            monkeypatch.setattr(getattr(sys, name), "_stream", Gone())
+        train(*given)
+
+    class Gone:
+        encoding, write, flush = "utf-8", no_space, no_space
+
+    monkeypatch.setattr(script, "train", gone)
+    assert script.main(TrainConfig(**RUN, output_dir=str(tmp_path))) == 0
+    assert len(read_metrics(tmp_path)) == 4 and result(tmp_path)["whole"]
+    said = capsys.readouterr().err.count("stdout could not be written, all else goes on: OSError")
+    assert said == (broken == ["stdout"])
 
 
 def test_a_run_whose_folder_is_removed_ends_with_report_and_model(

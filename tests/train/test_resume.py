@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastgrpo.train import atomic, checkpoint
+from fastgrpo.train import run as runs
 from fastgrpo.train.arithmetic import arithmetic_task
 from fastgrpo.train.config import TrainConfig, parse_flags
 from fastgrpo.train.interrupt import Interrupt
@@ -372,6 +373,19 @@ def test_a_run_in_another_thread_takes_no_signals(script, lengths, tmp_path) -> 
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+def test_a_signal_while_the_end_is_saved_interrupts_nothing(script, tmp_path, monkeypatch) -> None:
+    """The run has ended by itself: a code that asks for another start would have it refused."""
+    report = runs.write_report
+
+    def signalled(*given, **more) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        report(*given, **more)
+
+    monkeypatch.setattr(runs, "write_report", signalled)
+    assert script.main(TrainConfig(**RUN | {"max_steps": 1}, output_dir=str(tmp_path))) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["whole"]
 
 
 def newest(folder: Path) -> int:
