@@ -48,6 +48,8 @@ def check_output_dir(output_dir: str | None, goes_on: bool = True) -> None:
     """
     if ranks.rank() > 0:  # the first may have begun there
         return
+    if output_dir == "":  # a variable of a shell without a value, not the folder that one is in
+        raise ValueError("output_dir: expected a folder, got ''")
     folder = Path(output_dir or "runs")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):

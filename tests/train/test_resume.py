@@ -241,6 +241,11 @@ def test_a_folder_with_a_run_is_not_used_again(script, cut, capsys) -> None:
     assert files == sorted(cut.rglob("*"))
 
 
+def test_a_folder_without_a_name_is_not_used(script, capsys) -> None:
+    error = refused(script, capsys, TrainConfig(**RUN, output_dir=""))
+    assert error == "error: output_dir: expected a folder, got ''\n"
+
+
 def test_a_folder_with_checkpoints_of_others_is_not_used(script, tmp_path, capsys) -> None:
     """Such as those of transformers' Trainer, which have the same names."""
     (tmp_path / "checkpoint-500").mkdir()
