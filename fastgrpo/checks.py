@@ -190,6 +190,12 @@ def positive_temperature(values: Tensor) -> None:
         )
 
 
+def ignore_index(value: object) -> None:
+    """Raise ValueError unless an id that stands for none is an int that int64 can hold."""
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {value!r}")
+
+
 def token_ids(name: str, ids: Tensor, vocab: int) -> None:
     """Raise ValueError if an id is outside the vocabulary."""
     if looks_at_values(ids) and len(bad := ids[(ids < 0) | (ids >= vocab)]):

@@ -114,6 +114,7 @@ def linear_logps(
     checks.sparsity(sparsity, seed)
     shape = tuple(hidden.shape[:-1])
     checks.tensor("token_ids", token_ids, shape, like=hidden, dtypes=(torch.int64,))
+    checks.ignore_index(ignore_index)
     checks.temperature(temperature, shape, hidden)
     if support is not None:
         check_support(support, shape, hidden, sparsity)

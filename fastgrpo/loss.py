@@ -111,6 +111,9 @@ def grpo_loss(
         seed: of what `sparsity` and surrogate "clip_cov" draw: one for each call and rank. None:
             PyTorch's generator.
 
+    Gradients reach hidden, weight, bias and lora. Advantages, log-probs that are given and
+    normalizer are constants, whether or not they require a gradient.
+
     Autocast acts on hidden and weight as in `linear_logps`.
 
     Metrics, means over unmasked tokens unless said otherwise:

@@ -93,6 +93,7 @@ def selected_logps(
         raise ValueError(
             f"selected_ids: expected shape {expected}, K >= 1, got {tuple(selected_ids.shape)}"
         )
+    checks.ignore_index(ignore_index)
     checks.temperature(temperature, shape, hidden)
     checks.one_of("backend", backend, ("auto", "triton", "torch"))
     ids = selected_ids.reshape(-1, selected_ids.shape[-1])

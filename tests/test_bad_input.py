@@ -85,6 +85,7 @@ LOSS = {
     "sparsity: expected 0 or a number .* got 1e-320": dict(sparsity=1e-320),
     "sparsity: expected a finite number.*got -0.1": dict(sparsity=-0.1),
     "sparsity: expected a finite number.*got nan": dict(sparsity=float("nan")),
+    "skip_zero_advantage: expected a bool, got 'no'": dict(skip_zero_advantage="no"),
     "skip_zero_advantage: expected a loss": dict(config="gspo", skip_zero_advantage=True),
     "skip_zero_advantage has no effect with entropy": dict(
         config=LossConfig(entropy="differentiable"), skip_zero_advantage=True
@@ -167,6 +168,10 @@ LOGPS = {
     r"token_ids: expected ids in \[0, 5\)": dict(token_ids=torch.tensor([0, 7])),
     "entropy: expected one of": dict(entropy="yes"),
     "old_logps has no effect": dict(old_logps=torch.zeros(2)),
+    "ignore_index: expected an int of 64 bits, got None": dict(ignore_index=None),
+    "ignore_index: expected an int of 64 bits, got -100.0": dict(ignore_index=-100.0),
+    "ignore_index: expected an int of 64 bits, got True": dict(ignore_index=True),
+    "ignore_index: expected an int of 64 bits, got 1000": dict(ignore_index=10**30),
 }
 
 

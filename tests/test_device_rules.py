@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +58,32 @@ def test_tunable_op_is_off_during_a_mixed_product(monkeypatch, tuned):
     on_gpu = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True)
     product(SimpleNamespace(dtype=torch.float32), on_gpu, on_gpu)
     assert seen == [False] and state["on"] is tuned
+
+
+def test_tunable_op_is_off_in_every_thread(monkeypatch):
+    """A thread whose product ends must not turn it on within that of another."""
+    state, seen, inside = {"on": True}, [], threading.Event()
+    tunable = SimpleNamespace(
+        is_enabled=lambda: state["on"], enable=lambda on=True: state.update(on=on)
+    )
+
+    def mm(*args, **kwargs):
+        if not inside.is_set():
+            inside.set()
+            second.start()
+            second.join(0.2)
+        else:
+            time.sleep(0.3)
+        seen.append(state["on"])
+
+    monkeypatch.setattr(torch.cuda, "tunable", tunable)
+    monkeypatch.setattr(torch, "mm", mm)
+    on_gpu = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True)
+    work = (SimpleNamespace(dtype=torch.float32), on_gpu, on_gpu)
+    second = threading.Thread(target=product, args=work)
+    product(*work)
+    second.join()
+    assert seen == [False, False] and state["on"]
 
 
 def test_a_foreign_id_reaches_no_gather():

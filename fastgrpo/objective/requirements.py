@@ -31,6 +31,8 @@ def check_call(
         raise ValueError(
             "group_ids_or_size: expected ids or a size as aggregation is 'prompt_mean', got None"
         )
+    if not isinstance(skip_zero_advantage, bool):
+        raise ValueError(f"skip_zero_advantage: expected a bool, got {skip_zero_advantage!r}")
     if skip_zero_advantage and not config.zero_advantage_is_inert:
         raise ValueError(
             "skip_zero_advantage: expected a loss that tokens with advantage 0 have no part in, "

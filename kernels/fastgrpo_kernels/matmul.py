@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
+
+_tunable_op = threading.Lock()  # its switch is of the process, not of a thread
 
 
 def matmul(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
@@ -12,15 +16,16 @@ def matmul(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
         _multiply(out, a, b, accumulate)
         return
     # PyTorch's TunableOp (PYTORCH_TUNABLEOP_ENABLED=1) raises for fp32 results of 16-bit operands.
-    tunable = torch.cuda.tunable
-    tuned = a.is_cuda and tunable.is_enabled()
-    if tuned:
-        tunable.enable(False)
-    try:
-        _multiply(out, a, b, accumulate, out_dtype=out.dtype)
-    finally:
+    with _tunable_op:
+        tunable = torch.cuda.tunable
+        tuned = a.is_cuda and tunable.is_enabled()
         if tuned:
-            tunable.enable(True)
+            tunable.enable(False)
+        try:
+            _multiply(out, a, b, accumulate, out_dtype=out.dtype)
+        finally:
+            if tuned:
+                tunable.enable(True)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **mixed: torch.dtype) -> None:
