@@ -23,13 +23,14 @@ class Outcome(NamedTuple):
     value: Tensor  # (), what was differentiated
     logps: Tensor  # as completion_ids
     dhidden: Tensor  # as hidden
-    dweight: Tensor  # of the weight, or of the adapter's B where the weight is frozen
+    dweight: Tensor  # of the weight or the adapter's B; dhidden again where both are frozen
 
 
 class Route(NamedTuple):
     function: Callable
     options: Callable[[Batch], dict] = lambda batch: {}
     dtype: torch.dtype | None = None  # of hidden and weight; None: as they are
+    frozen: bool = False  # whether the weight has no gradient, and no adapter either
 
 
 def two_rows(batch: Batch) -> dict:
@@ -63,6 +64,10 @@ ROUTES = {
     "loss": Route(fastgrpo.grpo_loss),
     "loss, several chunks": Route(fastgrpo.grpo_loss, two_rows),
     "loss of two phases": Route(fastgrpo.grpo_loss, always(config="gspo")),
+    "loss with a frozen head": Route(fastgrpo.grpo_loss, frozen=True),
+    "loss of two phases with a frozen head": Route(
+        fastgrpo.grpo_loss, always(config="gspo"), frozen=True
+    ),
     "loss in fp16": Route(fastgrpo.grpo_loss, dtype=torch.float16),
     "loss with an entropy bonus": Route(fastgrpo.grpo_loss, loss(entropy_coef=0.1)),
     "loss, differentiable entropy": Route(
@@ -74,6 +79,7 @@ ROUTES = {
     "loss with an adapter": Route(fastgrpo.grpo_loss, adapter),
     "log-probs": Route(fastgrpo.linear_logps),
     "log-probs, several chunks": Route(fastgrpo.linear_logps, two_rows),
+    "log-probs with a frozen head": Route(fastgrpo.linear_logps, frozen=True),
     "log-probs in fp16": Route(fastgrpo.linear_logps, dtype=torch.float16),
     "log-probs, sparse": Route(fastgrpo.linear_logps, always(sparsity=0.01, seed=1)),
     "log-probs over a support": Route(fastgrpo.linear_logps, support),
@@ -138,6 +144,8 @@ def leaves(name: str, batch: Batch) -> tuple[Batch, dict, Tensor]:
     if "lora" in options:
         a, b = options["lora"]
         return batch, {"lora": (a, b.requires_grad_())}, b
+    if ROUTES[name].frozen:
+        return batch, {}, batch.hidden
     return batch, {}, weight.requires_grad_()
 
 

@@ -61,7 +61,7 @@ def test_row_23_sums_over_chunks_are_fp32(route):
     [(True, False, False), (False, True, False), (False, False, True), (False, False, False)],
     ids=str,
 )
-@routes(without=("adapter", "fp16"))
+@routes(without=("adapter", "fp16", "frozen"))
 def test_row_25_what_is_frozen_has_no_gradient(route, needs):
     """And what is not has the gradient that it has beside the others."""
     batch = make_batch(**SMALL)

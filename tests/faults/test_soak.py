@@ -77,7 +77,7 @@ def test_300_calls_leave_nothing():
     """No tensor, and no memory beyond 2 MiB, after 300 calls like them.
 
     That is what the process went up and down by over 3,900 calls. A weight has half a MiB or more:
-    of 17 routes one that kept its gradient would show, as would all of them if they kept their
+    of 20 routes one that kept its gradient would show, as would all of them if they kept their
     (N, H). glibc gives memory back from the end of its heap alone. A mapping of its own for
     whatever has 64 KiB, and one arena, leave few holes.
     """

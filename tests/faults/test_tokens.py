@@ -68,6 +68,8 @@ def test_row_03_an_empty_sequence(backend, route, packed):
         out = run(route, both, backend=backend)
         assert (out.logps[2] == 0).all() and (out.dhidden[2] == 0).all()
         out = out._replace(logps=out.logps[:2], dhidden=out.dhidden[:2])
+    if "frozen" in route:
+        out = out._replace(dweight=out.dhidden)
     assert_same(out, alone)
 
 
