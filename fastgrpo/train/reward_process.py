@@ -9,6 +9,7 @@ list of numbers.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import signal
@@ -21,6 +22,7 @@ from typing import Any
 
 from .rewards import Reward, RewardFunction, WrongResult, function_of
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 STARTING = 600.0  # seconds that Python, this package and the file may take
 CALLS = (
     20  # in a row without an answer, after which a reward is lost: five steps that hang or end it
@@ -128,6 +130,12 @@ def _kill(process: subprocess.Popen, connection: Connection) -> None:
     process.wait()
 
 
+def _end_with_training() -> None:
+    """Have Linux kill this process when the training is killed: a call that hangs would go on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve(file: str, name: str, number: int) -> None:
     """Answer calls until the other end is closed."""
     function, connection = function_of(file, name), Connection(number)
@@ -151,4 +159,5 @@ def _answer(name: str, result: Any) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
+    _end_with_training()
     _serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))

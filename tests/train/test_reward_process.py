@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,9 @@ def faulty(completions):
         if text == "hangs":
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             time.sleep(600)
+        if text == "spins":
+            while True:
+                pass
         if text == "dies":
             os.kill(os.getpid(), 9)
         if text == "raises":
@@ -83,6 +87,14 @@ def alive(group: int) -> list[str]:
     return [line for line in lines if int(line.split()[0]) == group and "Z" not in line]
 
 
+def until_ended(group: int) -> None:
+    """Wait until a group has no process."""
+    deadline = time.monotonic() + 10
+    while alive(group):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_each_fault_costs_one_completion(file) -> None:
     reward = rewards(file, "faulty")
     with pytest.warns(UserWarning, match=r"faulty raised RewardError\(.KeyError.* for 1 of 3"):
@@ -103,12 +115,27 @@ def test_what_hangs_is_killed_with_its_children(file) -> None:
     reward.function.limit = 1.0
     with pytest.raises(RewardTimeout, match="no result after 1 seconds"):
         reward.function(completions=["hangs"])
-    deadline = time.monotonic() + 10
-    while alive(group):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until_ended(group)
     reward.function.limit = 20.0
     assert scores(reward, ["right"]) == [1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to do it")
+def test_a_call_that_hangs_ends_with_a_training_that_is_killed(file) -> None:
+    training = f"""
+from fastgrpo.train.reward_process import in_own_process
+from fastgrpo.train.rewards import load_rewards
+(reward,) = load_rewards([{file!r} + ":faulty"], None)
+function = in_own_process(reward, 600.0).function
+function(completions=["right"])
+print(function.pid, flush=True)
+function(completions=["spins"])
+"""
+    with subprocess.Popen([sys.executable, "-c", training], stdout=subprocess.PIPE) as process:
+        group = int(process.stdout.readline())
+        assert alive(group)
+        process.kill()
+    until_ended(group)
 
 
 def test_the_start_of_the_process_is_not_the_time_of_a_call(file) -> None:
