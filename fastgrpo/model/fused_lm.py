@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -320,12 +322,25 @@ def head_of(model: nn.Module) -> ModelHead:
 
 @contextlib.contextmanager
 def _forward_of(layer: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let a layer compute something else for the time being."""
-    own = layer.__dict__.get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-        if own is not None:
-            layer.forward = own
+    """Let a layer compute something else for the time being, in one thread at a time."""
+    with _one_thread_in(layer):
+        own = layer.__dict__.get("forward")
+        layer.forward = forward
+        try:
+            yield
+        finally:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _one_thread_in(layer: nn.Module) -> contextlib.AbstractContextManager:
+    """Return the lock of a layer. It is reentrant: a checkpoint computes a forward anew in it."""
+    if torch.compiler.is_compiling():  # what is traced cannot hold a lock
+        return contextlib.nullcontext()
+    with _locks_lock:
+        return _locks.setdefault(layer, threading.RLock())

@@ -13,10 +13,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastgrpo import LossConfig
+from fastgrpo import FusedLM, LossConfig
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.testing import make_batch
 from loss_routes import ROUTES, Outcome, run
+from model_families import VOCAB, tiny
 from oracle import valid_batch
 
 THREADS = 8
@@ -188,3 +189,23 @@ def test_a_thread_that_raises_leaves_the_others_alone():
     for results in others:
         for result, expected in zip(results, wanted, strict=True):
             assert_equal(result, expected)
+
+
+def test_eight_threads_share_a_head_that_has_hooks():
+    """There a call takes the place of the layer's forward for a while."""
+    lm, interval = FusedLM(tiny("qwen2")), sys.getswitchinterval()
+    lm.lm_head.register_forward_hook(lambda module, given, out: None)
+
+    def score(i: int) -> torch.Tensor:
+        ids = torch.randint(3, VOCAB, (1, 5 + i), generator=torch.Generator().manual_seed(i))
+        return lm(ids, None, torch.arange(5 + i)[None] > 0).logps.detach()
+
+    wanted = [score(i) for i in range(THREADS)]
+    sys.setswitchinterval(1e-5)  # seconds: threads take turns within a call
+    try:
+        results = at_once([lambda i=i: [score(i) for _ in range(20)] for i in range(THREADS)])
+    finally:
+        sys.setswitchinterval(interval)
+    for scores, expected in zip(results, wanted, strict=True):
+        assert not isinstance(scores, Exception), scores
+        assert all(torch.equal(x, expected) for x in scores)
