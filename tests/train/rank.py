@@ -1,4 +1,4 @@
-"""Three updates on given completions, by one process or by several: `torchrun rank.py MODEL FILE`.
+"""Updates on given completions, by one process or by several: `torchrun rank.py MODEL FILE`.
 
 Several take them twice, as copies of the model and with the model in parts; rank 0 saves in FILE
 the gradients, weights and metrics of both.
@@ -6,6 +6,7 @@ the gradients, weights and metrics of both.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -23,34 +24,37 @@ from fastgrpo.train.sharded import shard
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import grpo_train
 
-PROMPTS, GROUP, STEPS = 4, 3, 3
+PROMPTS, GROUP, STEPS = 4, 3, 4
 
 
 def completions(step: int) -> Rollout:
-    """Four groups: those of a first half have ten times as many tokens, or all the advantages."""
+    """Four groups; one half has ten times as many tokens, all the advantages, or no finite loss."""
     g = torch.Generator().manual_seed(step)
     prompts = tuple(torch.randint(3, 250, (n,), generator=g) for n in (3, 7, 2, 5))
     lengths = torch.randint(1, 4, (PROMPTS * GROUP,), generator=g)
     advantages = torch.randn(PROMPTS * GROUP, generator=g)
     half = (slice(None, 6), slice(6, None))[step % 2]
-    if step:
-        advantages[half] = 0
-    else:
+    if step == 0:
         lengths[half] *= 10
+    else:
+        advantages[half] = 0
     tokens = int(lengths.sum())
+    old_logps = torch.randn(tokens, generator=g) - 5.5
+    if step == STEPS - 1:
+        old_logps[0] = math.nan
     return Rollout(
         prompts,
         torch.arange(PROMPTS).repeat_interleave(GROUP),
         torch.randint(3, 250, (tokens,), generator=g),
         lengths,
         finished=torch.ones(PROMPTS * GROUP, dtype=torch.bool),
-        old_logps=torch.randn(tokens, generator=g) - 5.5,
+        old_logps=old_logps,
         advantages=advantages,
     )
 
 
 def updates(model: str, fsdp: bool = False) -> dict[str, object]:
-    """What three updates give: every step's gradients, after clipping, and metrics; weights."""
+    """The gradients of each update that was taken, after clipping; all metrics; weights."""
     config = TrainConfig(
         task="sums", model=model, device="cpu", backend="torch", max_tokens_per_microbatch=40,
         learning_rate=1e-3, lr_warmup_steps=1, max_grad_norm=0.05, max_steps=STEPS, beta=0.0,
