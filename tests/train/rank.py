@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -73,7 +74,20 @@ def updates(model: str, fsdp: bool = False) -> dict[str, object]:
         mine = torch.isin(rollout.prompt_index, torch.tensor(list(ranks.part(range(PROMPTS)))))
         _, found = grpo_train.update(policy, optimizer, rollout[mine.nonzero()[:, 0]], config)
         metrics.append(found)
-    return {"gradients": gradients, "weights": joined(optimizer.masters), "metrics": metrics}
+    averages = [state["exp_avg"] for state in optimizer.adamw.state.values()]
+    return {
+        "gradients": gradients,
+        "weights": joined(optimizer.masters),
+        "metrics": metrics,
+        "shares": [share(tensors) for tensors in (policy.model.parameters(), averages)],
+    }
+
+
+def share(tensors: Iterable[Tensor]) -> float:
+    """The part of all values that this process holds."""
+    tensors = list(tensors)
+    own = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    return sum(x.numel() for x in own) / sum(x.numel() for x in tensors)
 
 
 def joined(tensors: list[Tensor]) -> Tensor:

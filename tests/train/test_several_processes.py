@@ -186,7 +186,10 @@ def test_two_processes_take_the_updates_of_one(tmp_path, model_folder) -> None:
     """Where one has ten times as many tokens, all the advantages, and a loss that is NaN."""
     run(2, model_folder, tmp_path / "found", script=Path(__file__).with_name("rank.py"))
     expected = updates(str(model_folder))
-    for found in torch.load(tmp_path / "found", weights_only=True).values():
+    both = torch.load(tmp_path / "found", weights_only=True)
+    assert both["copies"]["shares"] == [1, 1]
+    assert both["parts"]["shares"] == pytest.approx([0.5, 0.5], abs=0.02)
+    for found in both.values():
         for gradient, exact in zip(found["gradients"], expected["gradients"], strict=True):
             assert (gradient - exact).norm() <= 1e-6 * exact.norm()
         exact = expected["weights"]
