@@ -118,7 +118,7 @@ def test_samples_are_whole_ones(tmp_path, capsys, monkeypatch) -> None:
         log.add_evaluation("Lost", EVALUATION)
         log.add_evaluation("Lost", EVALUATION)
     with log.path.open("a") as file:
-        file.write("half of")
+        file.write("half of " * 50)
     log.add_evaluation("After", EVALUATION)
     text = log.path.read_text()
     assert "Before" in text and "After" in text and not ("Lost" in text or "half" in text)
