@@ -205,12 +205,13 @@ class MetricsLog:
         self.write(step, known | metrics)
 
     def _append(self) -> None:
-        """Write the rows that are not in the file, in place of what an error left of them."""
+        """Write the rows that are not in the file, all of them or none."""
         if not os.fstat(self._file.fileno()).st_nlink:
             raise FileNotFoundError(errno.ENOENT, "it was removed")
         self._file.truncate(self._size)
         text = _lines(self.rows[self._written :])
         if self._file.write(text) < len(text):
+            self._file.truncate(self._size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._size += len(text)
         self._written = len(self.rows)

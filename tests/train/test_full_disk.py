@@ -101,6 +101,7 @@ def test_metrics_come_when_there_is_room_again(tmp_path, capsys) -> None:
     log._file = Full()
     log.write(2, {"reward": 1.0})
     log.write(3, {"reward": 2.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     log._file = file
     log.write(4, {"reward": 3.0})
     log.close()
