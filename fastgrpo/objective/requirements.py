@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgrpo import checks
 from fastgrpo.objective.call import LossCall
-from fastgrpo.objective.config import LossConfig
+from fastgrpo.objective.config import LossConfig, config_from_key
 from fastgrpo.objective.fields import surrogate_named
 
 
@@ -33,7 +33,8 @@ def check_call(
         )
     if not isinstance(skip_zero_advantage, bool):
         raise ValueError(f"skip_zero_advantage: expected a bool, got {skip_zero_advantage!r}")
-    if skip_zero_advantage and not config.zero_advantage_is_inert:
+    inert, of_sequences = _facts(config.key) if skip_zero_advantage else (True, False)
+    if not inert:
         raise ValueError(
             "skip_zero_advantage: expected a loss that tokens with advantage 0 have no part in, "
             "got one with a gradient there, statistics of sequences or of the batch, a KL term or "
@@ -41,7 +42,7 @@ def check_call(
         )
     if skip_zero_advantage and (config.entropy == "differentiable"):
         raise ValueError("skip_zero_advantage has no effect with entropy='differentiable'")
-    if skip_zero_advantage and config.corrects_sequences and call.old_logps is None:
+    if of_sequences and call.old_logps is None:
         raise ValueError("skip_zero_advantage: expected old_logps beside a sequence's correction")
     _check_scalar("entropy_threshold", call.entropy_threshold, like)
     if call.entropy_threshold is not None and config.top_entropy_quantile == 1:
@@ -64,6 +65,13 @@ def check_call(
             f"seed has no effect with surrogate={config.surrogate!r} and sparsity=0: nothing is "
             "drawn"
         )
+
+
+@torch.compiler.assume_constant_result
+def _facts(key: str) -> tuple[bool, bool]:
+    """Return whether tokens of advantage 0 are inert, and whether sequences are corrected."""
+    config = config_from_key(key)
+    return config.zero_advantage_is_inert, config.corrects_sequences
 
 
 def group_ids(given: object, sequences: int, like: Tensor) -> Tensor | None:

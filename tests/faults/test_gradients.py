@@ -15,7 +15,7 @@ import fastgrpo
 from fastgrpo import LossConfig, ops
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.testing import Batch, make_batch, relative_error
-from loss_routes import FUNCTIONS, assert_same, call, exact, leaves, routes, run
+from loss_routes import FUNCTIONS, ROUTES, assert_same, call, exact, leaves, routes, run
 from oracle import GRADIENT_BARS, largest_inside
 
 SMALL = dict(sequences=3, length=4, hidden_size=16)
@@ -102,6 +102,57 @@ def test_row_34_one_graph_for_every_shape(function):
         for eager, traced in zip(*results, strict=True):
             torch.testing.assert_close(traced, eager)
     assert 1 <= counter.frame_count <= 3
+
+
+COMPILED = {
+    "skip_zero_advantage": lambda b: {"skip_zero_advantage": True, "config": "dapo"},
+    "a correction": lambda b: {
+        "config": LossConfig(correction="sequence_mis", rejection="seq_mean_k3", rejection_max=2.0),
+        "sampler_logps": b.sampler_logps,
+    },
+    "no tokens far off": lambda b: {"config": LossConfig(off_policy_mask_threshold=0.1)},
+    "a quantile of entropies": lambda b: {"config": LossConfig(top_entropy_quantile=0.5)},
+    "a threshold of entropies": lambda b: {
+        "config": LossConfig(top_entropy_quantile=0.5), "entropy_threshold": 0.3,
+    },
+    "prompts": lambda b: {
+        "config": LossConfig(aggregation="prompt_mean"), "group_ids_or_size": 3,
+    },
+    "prompts by id": lambda b: {
+        "config": LossConfig(aggregation="prompt_mean"),
+        "group_ids_or_size": torch.tensor([4, 2, 4]),
+    },
+    "a normalizer": lambda b: {"config": "dr_grpo", "normalizer": torch.tensor(7.0)},
+    "a draw": lambda b: {"config": LossConfig(surrogate="clip_cov"), "seed": 3},
+    "sparse": lambda b: {"sparsity": 0.01, "seed": 3},
+    "a support": ROUTES["loss over a support"].options,
+    "an adapter and a temperature for each token": lambda b: {
+        **ROUTES["loss with an adapter"].options(b), "temperature": 1.5 + b.old_logps.sigmoid(),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
+def test_row_34_every_option_is_compiled_whole(options):
+    batch = make_batch(**SMALL)
+    given = options(batch)
+    trained = "lora" not in given
+    torch.compiler.reset()  # the same function, compiled for another call, counts as a recompile
+
+    def step(hidden, weight):
+        return fastgrpo.grpo_loss(
+            hidden.tanh(), weight, *batch[2:5], old_logps=batch.old_logps, **given
+        ).loss * 2  # fmt: skip
+
+    compiled, results = torch.compile(step, fullgraph=True, backend="aot_eager"), []
+    for function in (compiled, step):
+        leaves = [batch.hidden.clone().requires_grad_()]
+        weight = batch.weight.clone().requires_grad_(trained)
+        leaves += [weight] if trained else []
+        loss = function(leaves[0], weight)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for traced, eager in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager)
 
 
 # ---- several backwards, none, and scaled ones --------------------------------------------------

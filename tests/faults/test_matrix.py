@@ -182,6 +182,7 @@ MATRIX = {
     }),
     34: Row("torch.compile with shapes that change", {
         "C": [f"{GRADIENTS}::test_row_34_one_graph_for_every_shape",
+              f"{GRADIENTS}::test_row_34_every_option_is_compiled_whole",
               "test_ops.py::test_compiled_equals_eager",
               "test_support_logps.py::test_compiled_is_eager_and_compiles_twice_at_most",
               f"{FUSED}::test_it_compiles_whole"],
