@@ -35,7 +35,7 @@ from fastgrpo.train.optimizer import MasterAdamW
 from fastgrpo.train.reference import Reference
 from fastgrpo.train.rollout import encode, texts
 from fastgrpo.train.run import Run
-from fastgrpo.train.run_folder import check_output_dir, newest_state
+from fastgrpo.train.run_folder import check_folder, newest_state
 from fastgrpo.train.sampler import ModelSampler
 from fastgrpo.train.sampling import Sampling
 from fastgrpo.train.scoring import Scores, centred, score
@@ -169,8 +169,7 @@ def main(config: TrainConfig, task: Task | None = None) -> int:
         torch.set_num_threads(1)
     with one_line_errors():
         ranks.check(config)
-        if config.resume is None:
-            check_output_dir(config.output_dir)
+        check_folder(config)
         tokenizer = load_tokenizer(config)
         task = load_task(config, tokenizer, task)
         policy = load_policy(config, tokenizer)

@@ -9,8 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from fcntl import LOCK_EX, LOCK_NB, flock
-from io import FileIO
 from pathlib import Path
 
 import torch
@@ -140,15 +138,14 @@ class MetricsLog:
     """Writes every step to metrics.jsonl, to the console, and for TensorBoard.
 
     Of a file that is there, the rows of the first ``steps`` steps are kept; those that are missing
-    are said. Raises ValueError where another process writes to the file. What cannot be written
-    later is said once, and tried again with the next step; ``rows`` has all.
+    are said. What cannot be written later is said once, and tried again with the next step;
+    ``rows`` has all.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, steps: int = 0) -> None:
         path = folder / "metrics.jsonl"
         # Without a buffer: what a full disk did not take must not come again with the next row.
         self._file = path.open("a+b", buffering=0)
-        _lock(self._file, folder)
         self._file.seek(0)
         self.rows, self._size = _rows_until(steps, self._file.readall())
         self._written = len(self.rows)
@@ -215,16 +212,6 @@ class MetricsLog:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._size += len(text)
         self._written = len(self.rows)
-
-
-def _lock(file: FileIO, folder: Path) -> None:
-    """Lock the file until it is closed; ValueError if another process has."""
-    try:
-        flock(file, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"output_dir: another process trains in {folder}") from None
-    except OSError as error:  # some file systems have no locks
-        say(f"a second process that trains in {folder} will not be noticed: {error!r}")
 
 
 def _rows_until(steps: int, text: bytes) -> tuple[list[dict[str, float | None]], int]:

@@ -29,7 +29,7 @@ from .random_state import random_state, set_random_state
 from .reference import Reference
 from .report import write_report
 from .rollout import check_prompts
-from .run_folder import run_folder, writable, write_settings
+from .run_folder import check_unchanged, lock, run_folder, writable, write_settings
 from .sampler import Sampler
 from .samples import SampleLog
 from .stalled import Stalled
@@ -79,9 +79,11 @@ class Run:
         with one_line_errors():
             self.folder = run_folder(self.config, self.task.name)
             with writable(self.folder):
+                self._lock = lock(self.folder)
+                check_unchanged(self.folder, self.config, self.step)
                 kept = self.step if goes_on else 0
                 self._log = MetricsLog(self.folder, self.config.tensorboard, kept)
-                finish_all(self.folder)  # behind the lock of the log: nobody is replacing one
+                finish_all(self.folder)  # behind the lock: nobody is replacing one
                 kept = self.state["samples"] if goes_on else 0
                 self._samples = SampleLog(self.folder / "samples.md", kept)
                 write_settings(self.folder, self.config)
@@ -103,6 +105,7 @@ class Run:
             self._save(None if self._interrupted else error, self._interrupted)
         finally:
             self._log.close()
+            self._lock.close()
             self._console.__exit__(None, None, None)
             self.interrupt.__exit__(kind, error, trace)
         return self._interrupted

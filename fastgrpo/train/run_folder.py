@@ -9,6 +9,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fcntl import LOCK_EX, LOCK_NB, flock
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import ranks
 from .atomic import whole_file
+from .best_effort import say
 from .checkpoint import checkpoints, load_training
 from .flags import Flags
 from .tasks import Task
@@ -61,6 +64,38 @@ def check_output_dir(output_dir: str | None, goes_on: bool = True) -> None:
         raise ValueError(f"output_dir: expected a folder without checkpoints, got {output_dir}")
 
 
+def check_folder(config: Flags) -> None:
+    """Raise ValueError unless a run can start in its folder, or can go on there."""
+    if config.resume is None:
+        check_output_dir(config.output_dir)
+    elif _has_ended(Path(config.resume)):
+        raise ValueError(f"resume: the run in {config.resume} has ended after its last step")
+
+
+def lock(folder: Path) -> FileIO:
+    """Lock the folder until the file is closed; ValueError if another process trains there."""
+    file = (folder / "metrics.jsonl").open("ab", buffering=0)
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"output_dir: another process trains in {folder}") from None
+    except OSError as error:  # some file systems have no locks
+        say(f"a second process that trains in {folder} will not be noticed: {error!r}")
+    return file
+
+
+def check_unchanged(folder: Path, config: Any, step: int) -> None:
+    """Raise ValueError if the locked folder is not as it was when the run began to load.
+
+    ``step`` is that of the checkpoint which the run goes on from.
+    """
+    goes_on = getattr(config, "resume", None) is not None  # evolution has no such setting
+    newest = max((at for at, _ in checkpoints(folder)), default=0)
+    there = (folder / SETTINGS).exists()
+    if ranks.rank() == 0 and (there != goes_on or newest != step or _has_ended(folder)):
+        raise ValueError(f"output_dir: another process has trained in {folder} meanwhile")
+
+
 def write_settings(folder: Path, config: Any) -> None:
     """Write the settings, from which a run goes on; those of a run that does stay."""
     if not (folder / SETTINGS).exists():
@@ -87,19 +122,12 @@ def newest_state(
 ) -> dict[str, Any] | None:
     """Return the state of the newest checkpoint of the run that goes on; None: it starts.
 
-    ``mesh`` is that of the policy. Raises ValueError if the run has ended, if the checkpoint is not
-    whole, or is of another task.
+    ``mesh`` is that of the policy. Raises ValueError if the checkpoint is not whole, or is of
+    another task.
     """
     if config.resume is None:
         return None
     folder = Path(config.resume)
-    if (result := folder / "result.json").exists():
-        try:
-            ended = json.loads(result.read_text(encoding="utf-8"))["whole"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"resume: expected the report of a run in {result}") from error
-        if ended:
-            raise ValueError(f"resume: the run in {folder} has ended after its last step")
     if not (found := checkpoints(folder)):
         print(f"no checkpoint in {folder}: the run starts again")
         return None
@@ -120,6 +148,15 @@ def writable(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"output_dir: expected a folder that can be written, got {folder}: {error}"
         ) from error
+
+
+def _has_ended(folder: Path) -> bool:
+    if not (result := folder / "result.json").exists():
+        return False
+    try:
+        return json.loads(result.read_text(encoding="utf-8"))["whole"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"resume: expected the report of a run in {result}") from error
 
 
 def _created(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastgrpo.train import atomic, checkpoint, metrics
+from fastgrpo.train import atomic, checkpoint, run_folder
 from fastgrpo.train import run as runs
 from fastgrpo.train.best_effort import BestEffort
 from fastgrpo.train.config import TrainConfig
@@ -319,8 +319,8 @@ def test_a_file_system_without_locks_is_said(tmp_path, capsys, monkeypatch) -> N
         def no_locks(*_, number: int = number) -> None:
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(metrics, "flock", no_locks)
-        MetricsLog(tmp_path, tensorboard=False).close()
+        monkeypatch.setattr(run_folder, "flock", no_locks)
+        run_folder.lock(tmp_path).close()
         said = capsys.readouterr().err
         assert said.count(f"a second process that trains in {tmp_path} will not be noticed") == 1
 

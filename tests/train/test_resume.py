@@ -253,8 +253,9 @@ def test_a_folder_with_checkpoints_of_others_is_not_used(script, tmp_path, capsy
     assert "output_dir: expected a folder without checkpoints" in error
 
 
-def test_a_run_that_has_ended_does_not_go_on(script, cut, capsys) -> None:
+def test_a_run_that_has_ended_does_not_go_on(script, cut, capsys, monkeypatch) -> None:
     script.main(TrainConfig(resume=str(cut)))
+    monkeypatch.setattr(script, "load_policy", None)
     assert "has ended after its last step" in refused(script, capsys, TrainConfig(resume=str(cut)))
 
 
@@ -331,6 +332,25 @@ def test_two_runs_do_not_share_a_folder(script, cut, capsys, monkeypatch) -> Non
     monkeypatch.setattr(script, "train", twice)
     assert script.main(TrainConfig(resume=str(cut))) == 0
     assert f"output_dir: another process trains in {cut}" in errors[0]
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_run_that_came_between_is_found(script, cut, tmp_path, capsys, monkeypatch, goes_on):
+    """A second process looked at the folder, and was still loading when the first one trained."""
+    folder = cut if goes_on else tmp_path / "new"
+    given = {"resume": str(folder)} if goes_on else {**RUN, "output_dir": str(folder)}
+    newest_state = script.newest_state
+
+    def slowly(*looked_at):
+        monkeypatch.setattr(script, "newest_state", newest_state)
+        found = newest_state(*looked_at)
+        assert script.main(TrainConfig(**given)) == 0
+        return found
+
+    monkeypatch.setattr(script, "newest_state", slowly)
+    error = refused(script, capsys, TrainConfig(**given))
+    assert f"output_dir: another process has trained in {folder} meanwhile" in error
+    assert len(read_metrics(folder)) == RUN["max_steps"]
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])
