@@ -173,3 +173,11 @@ def test_a_loss_needs_no_trainer():
     message = run(block)
     assert "pip install 'fastgrpo[trl]'" in message
     assert all(f"no {name}" in message for name in missing)
+
+
+def test_the_map_of_the_loop_has_every_module_once():
+    package = ROOT / "fastgrpo" / "train"
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
+    lines = [line for line in text.splitlines() if line.startswith("    ")]
+    names = sorted(name for line in lines for name in line[4:36].replace(",", " ").split())
+    assert names == sorted(path.stem for path in package.glob("[!_]*.py"))

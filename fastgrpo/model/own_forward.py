@@ -29,7 +29,7 @@ def compare(fused: nn.Module) -> None:
     mask[1, :3] = 0
     # Autocast would round the model's own logits, and the tolerance is that of its dtype.
     with evaluation_mode(fused.model), torch.autocast(device.type, enabled=False):
-        expected = [own_logps(model, row) for row in (ids[:1], short)]
+        expected = [_own_logps(model, row) for row in (ids[:1], short)]
         scored = mask.bool()
         scored[:, 0] = False
         scored[1, 3] = False
@@ -64,7 +64,7 @@ def refuse_meta(model: nn.Module) -> None:
         )
 
 
-def own_logps(model: nn.Module, ids: Tensor) -> Tensor:
+def _own_logps(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the log-probs (L - 1,) of a row's tokens by the model's own logits."""
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

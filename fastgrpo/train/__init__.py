@@ -18,12 +18,13 @@
     evaluation                      greedy accuracy
     run, run_folder, metrics,       what a run writes and warns of, and how it ends
     samples, stalled, not_finite,
-    report, interrupt
+    report, interrupt, best_effort,
+    atomic
     checkpoint, random_state        what it goes on from
-    ranks                           several processes
+    ranks, sharded, parts           several processes, and a model that lies in all of them
     evolution, fitness              REINFORCE over parameters: ``examples/evolution.py``
 
-Left out of the loop: sharded models (FSDP), inference engines.
+Left out of the loop: tensors and experts in parallel, inference engines.
 """
 
 from importlib.util import find_spec
