@@ -20,13 +20,12 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from .rewards import Reward, RewardFunction, WrongResult, function_of
+from .rewards import Reward, RewardFunction, WrongResult, function_of, numbers_of
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 STARTING = 600.0  # seconds that Python, this package and the file may take
-CALLS = (
-    20  # in a row without an answer, after which a reward is lost: five steps that hang or end it
-)
+# In a row without an answer, after which a reward is lost: five steps that hang or end it.
+CALLS = 20
 
 
 class RewardError(RuntimeError):
@@ -138,7 +137,7 @@ def _end_with_training() -> None:
 
 def _serve(file: str, name: str, number: int) -> None:
     """Answer calls until the other end is closed."""
-    function, connection = function_of(file, name), Connection(number)
+    function, connection, own = function_of(file, name), Connection(number), os.getpid()
     connection.send(("ready", None))
     while True:
         try:
@@ -146,16 +145,14 @@ def _serve(file: str, name: str, number: int) -> None:
         except EOFError:
             return
         try:
-            connection.send(_answer(name, function(**given)))
+            answer = ("result", numbers_of(name, function(**given)))
+        except WrongResult as error:
+            answer = ("wrong", str(error))
         except Exception as error:
-            connection.send(("error", repr(error)))
-
-
-def _answer(name: str, result: Any) -> tuple[str, Any]:
-    try:
-        return "result", [None if value is None else float(value) for value in result]
-    except TypeError:
-        return "wrong", f"reward {name}: expected a list of numbers or None, got {result!r:.200}"
+            answer = ("error", repr(error))
+        if os.getpid() != own:  # a fork that came out of the function: its parent answers
+            os._exit(0)
+        connection.send(answer)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -84,6 +84,21 @@ def accepted(name: str, function: RewardFunction, given: Mapping[str, Any]) -> d
     return taken
 
 
+def numbers_of(name: str, result: object) -> list[float | None]:
+    """Return what a reward function returned; WrongResult for what is no list of numbers.
+
+    A text and a mapping are none, though both can be read as one.
+    """
+    try:
+        if isinstance(result, (str, bytes, Mapping, Set)):
+            raise TypeError
+        return [None if value is None else float(value) for value in result]
+    except TypeError as error:
+        raise WrongResult(
+            f"reward {name}: expected a list of numbers or None, got {result!r:.200}"
+        ) from error
+
+
 def load_rewards(paths: Sequence[str], weights: Sequence[float] | None) -> tuple[Reward, ...]:
     """Return the functions that ``paths`` name, each FILE.py:function, with their weights.
 
@@ -122,9 +137,11 @@ def function_of(file: str, name: str) -> RewardFunction:
 @lru_cache
 def _module(file: str) -> Any:
     path = Path(file)
-    # A name with a slash hides no module that someone imports; dataclasses look for it.
-    spec = importlib.util.spec_from_file_location(file, path)
-    module = sys.modules[file] = importlib.util.module_from_spec(spec)
+    # A name with a slash hides no module that someone imports. Dataclasses look for it, and so does
+    # pickle for the functions of a pool of processes, which takes a dot for that of a package.
+    name = file.replace(".", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .reward_process import STARTING, RewardEnded, RewardLost, RewardTimeout
-from .rewards import RewardFunction, WrongResult, accepted
+from .rewards import RewardFunction, WrongResult, accepted, numbers_of
 from .tasks import Example, Task
 
 LARGEST_REWARD = 1e14  # differences stay below the 1e15 that group_advantages takes
@@ -170,12 +170,7 @@ def _ask(
 
 
 def _numbers(name: str, result: object, count: int) -> list[float | None]:
-    try:
-        values = [None if value is None else float(value) for value in result]
-    except TypeError as error:
-        raise WrongResult(
-            f"reward {name}: expected a list of {count} numbers or None, got {result!r:.200}"
-        ) from error
+    values = numbers_of(name, result)
     if len(values) != count:
         raise WrongResult(f"reward {name}: expected {count} numbers, got {len(values)}")
     return values

@@ -25,7 +25,7 @@ from fastgrpo.train.scoring import right, score
 from fastgrpo.train.tasks import Example, Task
 
 FILE = """
-import os, subprocess, sys, time
+import multiprocessing, os, subprocess, sys, time
 import numpy as np
 
 calls = []
@@ -58,6 +58,25 @@ def number(completions):
 
 def lists(completions):
     return [[1.0] for _ in completions]
+
+def digits(completions):
+    return "1" * len(completions)
+
+def mapping(completions):
+    return {i: 0.5 for i in range(len(completions))}
+
+def length(text):
+    return float(len(text))
+
+def pooled(completions):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(length, completions)
+
+def comes_back(completions):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+    return [1.0 if child else 9.0] * len(completions)
 
 def tensor(completions):
     import torch
@@ -171,7 +190,20 @@ def test_what_is_no_list_of_numbers_ends_the_run(file) -> None:
         scores(rewards(file, "number"), ["a"])
     with pytest.raises(WrongResult, match="lists: expected a list of numbers or None, got"):
         scores(rewards(file, "lists"), ["a"])
+    for name, given in (("digits", "'11'"), ("mapping", "{0: 0.5, 1: 0.5}")):
+        with pytest.raises(WrongResult, match=f"{name}: expected a list of .*, got {given}"):
+            scores(rewards(file, name), ["a", "b"])
     assert scores(rewards(file, "tensor"), ["a", "b"]) == [1, 1]
+
+
+def test_a_reward_may_have_a_pool_of_processes(file) -> None:
+    """They find its functions under the name of its module, which pickle cuts at dots."""
+    assert scores(rewards(file, "pooled"), ["a", "abc"]) == [1, 3]
+
+
+def test_a_fork_that_comes_back_gives_no_answer(file) -> None:
+    reward = rewards(file, "comes_back")
+    assert [scores(reward, ["a", "b"]) for _ in range(3)] == [[1, 1]] * 3
 
 
 def test_a_file_that_is_gone_is_an_error_of_the_reward(file) -> None:

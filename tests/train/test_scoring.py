@@ -158,9 +158,12 @@ def test_a_reward_that_raises_is_not_left_out_of_the_sum() -> None:
     ("result", "message"),
     [
         ([1.0], "reward f: expected 2 numbers, got 1"),
-        (None, "reward f: expected a list of 2 numbers or None, got None"),
-        (0.5, "reward f: expected a list of 2 numbers or None, got 0.5"),
-        ([[1.0], [2.0]], "reward f: expected a list of 2 numbers"),
+        (None, "reward f: expected a list of numbers or None, got None"),
+        (0.5, "reward f: expected a list of numbers or None, got 0.5"),
+        ([[1.0], [2.0]], "reward f: expected a list of numbers or None, got"),
+        ("11", "reward f: expected a list of numbers or None, got '11'"),
+        ({"a": 1.0, "b": 2.0}, "reward f: expected a list of numbers or None, got {'a'"),
+        ({1.0, 2.0}, "reward f: expected a list of numbers or None, got {1.0"),
     ],
 )
 def test_anything_but_a_number_each_ends_the_run(result: object, message: str) -> None:
