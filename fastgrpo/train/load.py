@@ -43,7 +43,11 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     name = config.model
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = _base_of_adapter(name)
-    return _loaded(AutoTokenizer.from_pretrained, name)
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, name)
+    # Of a folder without its files, transformers makes one that knows no text.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"model: expected a tokenizer in {name}, got none")
+    return tokenizer
 
 
 def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Policy:
@@ -67,7 +71,7 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None =
         if config.lora_rank:
             raise ValueError(f"lora_rank: {config.model} is an adapter already, which goes on")
         model = _base_model(_base_of_adapter(config.model), dtype)
-        missing = model.load_adapter(config.model, is_trainable=True).missing_keys
+        missing = _loaded(model.load_adapter, config.model, is_trainable=True).missing_keys
     else:
         model = _base_model(config.model, dtype)
     if config.lora_rank:
@@ -118,9 +122,15 @@ def is_adapter(model: str) -> bool:
 
 
 def _base_of_adapter(folder: str) -> str:
-    settings = json.loads((Path(folder) / ADAPTER).read_text(encoding="utf-8"))
-    if not (base := settings.get("base_model_name_or_path")):
-        raise ValueError(f"model: expected the name of its model in {folder}/{ADAPTER}, got none")
+    path = Path(folder, ADAPTER)
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:  # no JSON, no object
+        raise ValueError(
+            f"model: expected the name of its model in {path}, got {error!r}"
+        ) from error
+    if not base:
+        raise ValueError(f"model: expected the name of its model in {path}, got none")
     return base
 
 
@@ -161,7 +171,7 @@ def _loaded(load: Callable[..., Any], name: str, **options: Any) -> Any:
         if path.is_dir() and not any((path / f).is_file() for f in ("config.json", ADAPTER)):
             raise OSError("no config.json in this folder")
         return load(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a file that is cut, sizes at odds, a type that nobody knows
         first = (str(error).strip().splitlines() or [repr(error)])[0]
         raise ValueError(
             f"model: expected a GGUF file, a folder or a name on the hub that transformers loads, "

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig, Qwen2Config
 
 from fastgrpo.train import load
 from fastgrpo.train.checkpoint import save_checkpoint
 from fastgrpo.train.config import TrainConfig
-from fastgrpo.train.load import load_policy
+from fastgrpo.train.load import load_policy, load_tokenizer
 from fastgrpo.train.model import Policy
 from fastgrpo.train.optimizer import MasterAdamW
 
@@ -213,6 +214,55 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path) -> None:
         policy_in(tmp_path)
     assert "no config.json in this folder" in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def resized(path: Path) -> None:
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"intermediate_size": 48}))
+
+
+def adapter_alone(path: Path) -> None:
+    """The settings of an adapter of this very model, without its weights."""
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+    path.write_text(json.dumps(settings | {"base_model_name_or_path": str(path.parent / "base")}))
+    shutil.copytree(path.parent, path.parent / "base", ignore=shutil.ignore_patterns(path.name))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.safetensors", cut, "got '.*broken': Error while deserializing header"),
+        ("model.safetensors", lambda p: p.write_text("version https://git-lfs"), "got '.*broken'"),
+        ("tokenizer.json", cut, "got '.*broken': Unterminated string"),
+        ("config.json", lambda p: p.write_text("[]"), "got '.*broken': .* must be a mapping"),
+        ("config.json", resized, "got '.*broken': .*ignore_mismatched_sizes"),
+        ("adapter_config.json", lambda p: p.write_text("{"), "its model in .*, got JSONDecodeErr"),
+        ("adapter_config.json", lambda p: p.write_text("[]"), "its model in .*, got AttributeErr"),
+        ("adapter_config.json", adapter_alone, "got '.*broken': .*No such file"),
+    ],
+    ids=["cut", "pointer", "tokenizer", "config", "sizes", "no JSON", "list", "no adapter"],
+)
+def test_a_folder_that_is_broken_is_one_line(tmp_path, model_folder, name, change, message) -> None:
+    if name == "adapter_config.json":
+        pytest.importorskip("peft")
+    folder = tmp_path / "broken"
+    shutil.copytree(model_folder, folder)
+    change(folder / name)
+    with pytest.raises(ValueError, match=f"^model: expected .*{message}") as refused:
+        policy_in(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, GemmaConfig], ids=["no ids", "an id for all"])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, config) -> None:
+    """Transformers makes one that reads every text as nothing, or as one unknown token."""
+    config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model: expected a tokenizer in {tmp_path}, got none"):
+        load_tokenizer(TrainConfig(model=str(tmp_path)))
 
 
 def test_a_package_that_a_tokenizer_lacks_is_one_line(monkeypatch, model_folder) -> None:
