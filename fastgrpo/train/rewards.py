@@ -145,7 +145,7 @@ def _module(file: str) -> Any:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that calls sys.exit or parses sys.argv
         raise ValueError(f"reward: expected that {path.name} runs, got {error!r}") from error
     finally:
         sys.path.remove(str(path.parent))

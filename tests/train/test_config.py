@@ -206,9 +206,14 @@ def test_rewards_are_found_before_a_model_is_loaded(rewards, reward, weights, me
         TrainConfig(**JSONL, reward=paths, reward_weight=weights)
 
 
-def test_a_reward_file_that_fails_is_named(tmp_path) -> None:
-    (tmp_path / "broken.py").write_text("1 / 0\n")
-    with pytest.raises(ValueError, match="expected that broken.py runs, got ZeroDivisionError"):
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("1 / 0\n", "ZeroDivisionError"), ("import sys\nsys.exit(0)\n", r"SystemExit\(0\)")],
+    ids=["raises", "exits"],  # as a script without `if __name__ == "__main__"` does
+)
+def test_a_reward_file_that_fails_is_named(tmp_path, text, error) -> None:
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ValueError, match=f"expected that broken.py runs, got {error}"):
         TrainConfig(**JSONL, reward=[f"{tmp_path}/broken.py:f"])
 
 
