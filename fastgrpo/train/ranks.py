@@ -41,8 +41,16 @@ def group() -> dist.ProcessGroup | None:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Context in which the processes that torchrun started know each other; the first prints."""
-    if "WORLD_SIZE" not in os.environ:
+    """Context in which the processes that torchrun started know each other; the first prints.
+
+    Clusters set WORLD_SIZE for a machine, too; torchrun alone gives a process its LOCAL_RANK there.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise SystemExit(
+                f"error: expected torchrun on each of several machines, got WORLD_SIZE {size} "
+                "without a LOCAL_RANK"
+            )
         yield
         return
     if (number := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():

@@ -23,7 +23,7 @@ from .evaluation import Evaluation, evaluate
 from .interrupt import Interrupt
 from .metrics import MetricsLog
 from .model import Policy
-from .not_finite import NotFinite
+from .not_finite import NotFinite, NotFiniteError
 from .optimizer import MasterAdamW
 from .random_state import random_state, set_random_state
 from .reference import Reference
@@ -258,7 +258,8 @@ class Run:
             return not effort.failed
 
         self._all_saved = report(ended)
-        all_there = error is None or ranks.count() == 1  # all processes
+        # All processes: what another error has ended waits for none.
+        all_there = error is None or ranks.count() == 1 or isinstance(error, NotFiniteError)
         if self._saved < self.step and not ended and all_there and self._can_go_on():
             self._all_saved &= self._save_training()
         # A run that fails before it has its weights again keeps the model that it has.
@@ -278,6 +279,6 @@ class Run:
         but = "" if self._all_saved else ", but for what could not be written"
         print(f"{saved} in {self.folder}{but}")
         sys.stdout.flush()
-        if error is None:
+        if all_there:
             # The first is still writing, and torchrun ends it when another has ended by a signal.
             ranks.gathered(None)

@@ -20,6 +20,7 @@ from fastgrpo.train import ranks
 from fastgrpo.train.catalogue import load_task
 from fastgrpo.train.checkpoint import checkpoints
 from fastgrpo.train.config import TrainConfig, one_line_errors
+from fastgrpo.train.not_finite import DUMP, STEPS
 from fastgrpo.train.reward_process import STARTING
 from fastgrpo.train.scoring import PATIENCE
 
@@ -75,6 +76,24 @@ def failing(optimizer, *given):
 
 checkpoint.whole = no_folder
 HuggingFaceStorageWriter.write_data, MasterAdamW.step = full, failing
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+NAN = """
+import math, runpy, sys
+from fastgrpo.train import ranks
+
+mean, losses = ranks.mean, []
+
+
+def planted(loss):
+    losses.append(mean(loss) if len(losses) < 2 else math.nan)
+    return losses[-1]
+
+
+ranks.mean = planted
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -239,6 +258,25 @@ def test_parts_survive_a_full_disk_and_an_error_in_one_process(tmp_path, reward,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "parts"])
+def test_processes_that_all_end_as_no_loss_is_finite_save(tmp_path, reward, fsdp) -> None:
+    """The model, a checkpoint of the last whole step, and the completions of all."""
+    (tmp_path / "nan.py").write_text(NAN)
+    folder = tmp_path / "run"
+    arguments = flags(folder, reward, max_steps=20, checkpoint_every=0, fsdp=fsdp)
+    with started(2, *arguments, before=(str(tmp_path / "nan.py"),)) as process:
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0 and f"are in {folder / DUMP}" in output, output
+    assert [step for step, _ in checkpoints(folder)] == [2 + STEPS - 1], output
+    assert "NotFiniteError" in json.loads((folder / "result.json").read_text())["error"]
+    weights = load_file(folder / "checkpoint" / "model.safetensors")
+    assert all(x.isfinite().all() for x in weights.values())
+    dump = load_file(folder / DUMP)
+    found = [len(dump[name]) for name in ("lengths", "process1.lengths")]
+    assert found == [n * FLAGS["num_generations"] for n in (2, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "parts"])
 def test_a_signal_to_one_process_ends_all(tmp_path, reward, fsdp) -> None:
     """While the first writes the other must not end: torchrun would then kill the first."""
     (tmp_path / "slow.py").write_text(SLOW)
@@ -327,6 +365,18 @@ def test_a_process_takes_the_gpu_of_its_number_if_there_is_one(second_of_two, mo
     with ranks.processes():
         ranks.check_device("cuda")
     assert second_of_two == [1]
+
+
+def test_a_size_that_a_cluster_has_set_starts_no_processes(monkeypatch) -> None:
+    """Without torchrun a process would take itself for the only one, or wait for the others."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with ranks.processes():
+        assert not dist.is_initialized()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="expected torchrun on each .* got WORLD_SIZE 2"):
+        with ranks.processes():
+            pass
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1", "cpu:0"])
