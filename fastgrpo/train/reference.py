@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .completions import Rollout
 from .model import Policy
@@ -53,8 +54,11 @@ class Reference:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        # The values, not the tensors: FSDP2 holds on to the memory of its parameters.
-        for parameter, kept in zip(self._trained, self._kept, strict=True):
-            own = parameter.detach().clone()
-            parameter.copy_(kept)
-            kept.copy_(own)
+        for i, parameter in enumerate(self._trained):
+            kept = self._kept[i]
+            if isinstance(parameter, DTensor):  # FSDP2 holds on to the memory of its parameters
+                own = parameter.detach().clone()
+                parameter.copy_(kept)
+                kept.copy_(own)
+            else:
+                parameter.data, self._kept[i] = kept, parameter.data
